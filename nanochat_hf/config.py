@@ -1,0 +1,95 @@
+"""Configuration: frozen dataclasses, filled from a recipe (YAML) and then from the command line, which wins."""
+
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def read_recipe(path):
+    """Read a YAML recipe into a dict; ValueError names the file where it is missing, malformed or not a mapping."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot be read ({error.strerror}); give an existing YAML file") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--config {path}: not valid YAML ({reason}); correct that line") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path}: holds {type(recipe).__name__}, must be a mapping of flag names to values")
+    return recipe
+
+
+def parse(types, argv=None, *, lists=(), description=None):
+    """Parse `types` (frozen dataclasses) from `--config recipe.yaml` and flags; flags win over the recipe.
+
+    `lists` names recipe keys that hold lists of mappings (data sets) and have no flag. Returns one instance per type,
+    then one dict with those lists. Unknown flags and unknown recipe keys end the program with exit code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(types, description=description, allow_abbrev=False)
+    parser.add_argument("--config", default=None, help="recipe (YAML) whose keys are the flags' names; flags win over it")
+    extras = {}
+    config_path = _config_argument(argv)
+    if config_path is not None:
+        try:
+            recipe = read_recipe(config_path)
+        except ValueError as error:
+            parser.error(str(error))
+        extras = {key: recipe.pop(key) for key in lists if key in recipe}
+        known = {field.name for kind in types for field in dataclasses.fields(kind)}
+        unknown = sorted(set(recipe) - known)
+        if unknown:
+            parser.error(f"--config {config_path}: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known | set(lists)))}")
+        for action in parser._actions:  # a recipe answers required flags
+            if action.dest in recipe:
+                action.required = False
+        parser.set_defaults(**recipe)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)}; see --help")
+    values = vars(namespace)
+    try:
+        configs = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init}) for kind in types]
+    except ValueError as error:
+        parser.error(str(error))
+    return *configs, extras
+
+
+def _config_argument(argv):
+    for index, argument in enumerate(argv):
+        if argument == "--config" and index + 1 < len(argv):
+            return argv[index + 1]
+        if argument.startswith("--config="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def resolved(*configs, **extras):
+    """One flat dict of everything that was chosen, to print and to save with every checkpoint."""
+    return {k: v for config in configs for k, v in dataclasses.asdict(config).items()} | extras
+
+
+def dump(path, settings):
+    """Write `settings` (a dict) as JSON."""
+    Path(path).write_text(json.dumps(settings, indent=2, default=str) + "\n")
+
+
+def user_errors(main):
+    """Decorate a script's main: what a user caused ends in one line on stderr and exit code 2, without a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped

@@ -1,0 +1,70 @@
+"""The machine: Accelerator, device, peak FLOPS, agreement between ranks."""
+
+import os
+import signal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
+
+# Dense bf16 peaks in FLOP/s by a part of the device's name (vendors' data sheets); first match wins.
+PEAK_FLOPS = (
+    ("B200", 2.25e15), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800", 989e12),
+    ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("L4", 121e12), ("4090", 165e12), ("3090", 71e12),
+)  # fmt: skip
+REFUSED = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+
+
+def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=None, seed=0):
+    """An Accelerator for `accumulation` micro-batches a step. `dtype`: None (the launcher's), float32, bfloat16 or float16.
+
+    ValueError where `dtype` contradicts the launcher, or the launch type is one that does not carry this optimizer.
+    """
+    precision = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision is not None and launched not in (None, "", precision):
+        raise ValueError(f"--dtype {dtype} disagrees with the launcher's mixed_precision={launched}; drop one of them")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype} must be float32, bfloat16 or float16")
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+        mixed_precision=precision, log_with=trackers or None, project_dir=output_dir, step_scheduler_with_optimizer=False,
+        cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available(),
+    )  # fmt: skip
+    if accelerator.distributed_type in REFUSED:
+        raise ValueError(f"{accelerator.distributed_type} keeps its own optimizer and cannot run Muon; use DDP or FSDP2")
+    set_seed(seed)
+    return accelerator
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s of the device, or None where unknown (then no MFU is printed)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+
+
+def sum_over_ranks(accelerator):
+    """A function that sums a tensor over ranks, on the accelerator's device."""
+    return lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum")
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a stop after the running step; so does the launcher's death. Ranks agree through `agreed`."""
+
+    def __init__(self, accelerator):
+        self.accelerator, self.received, self.parent = accelerator, 0, os.getppid()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.received = number
+
+    def agreed(self):
+        """True on all ranks once any rank was asked to stop (one small collective when there are several)."""
+        wanted = bool(self.received) or os.getppid() != self.parent
+        if self.accelerator.num_processes == 1:
+            return wanted
+        flag = torch.tensor([float(wanted)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())

@@ -1,0 +1,103 @@
+"""The one training loop. It knows no task, no evaluation and no Hub: those are callbacks."""
+
+import time
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import torch
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint must hold of the loop. `tokens` counts positions of all ranks, `seconds` training time only."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One finished step: loss (0-d tensor on the device: this rank's share), valid targets of all ranks, seconds, lr multiplier."""
+
+    step: int
+    loss: torch.Tensor
+    targets: int
+    seconds: float
+    lr_multiplier: float
+    grad_norm: torch.Tensor | None = None
+
+
+class Trainer:
+    """Takes `accumulation` micro-batches a step from `batches`, until `num_steps`.
+
+    The gradient is that of Σ nll·weight ÷ (valid targets of the step over all micro-batches and ranks), however the rows are split.
+    schedule(optimizer, step) sets lr, momentum and weight decay before the step. Each callback is called with (trainer, info).
+    """
+
+    def __init__(self, accelerator, model, optimizer, batches, *, num_steps, schedule, callbacks=(), max_grad_norm=None, stop=None):
+        self.accelerator, self.batches, self.num_steps, self.schedule = accelerator, batches, num_steps, schedule
+        self.raw_model = model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.accumulation = accelerator.gradient_accumulation_steps
+        self.callbacks, self.max_grad_norm, self.stop = list(callbacks), max_grad_norm, stop
+        self.state, self.stopped = TrainState(), False
+
+    def fit(self):
+        """Train to `num_steps` or until a stop is agreed on; returns the TrainState."""
+        batches = iter(self.batches)
+        self.model.train()
+        while self.state.step < self.num_steps and not self.stopped:
+            info = self.step(list(islice(batches, self.accumulation)))
+            self.stopped = self.stop is not None and self.stop.agreed()
+            for callback in self.callbacks:
+                callback(self, info)
+        return self.state
+
+    def step(self, micro_batches):
+        """One optimizer step over `micro_batches` (dicts of CPU tensors, see collate.py) → StepInfo."""
+        start = time.perf_counter()
+        if len(micro_batches) < self.accumulation:
+            raise ValueError(f"the data gave {len(micro_batches)} of {self.accumulation} micro-batches; it is shorter than one step")
+        targets = self._valid_targets(micro_batches)
+        multiplier = self.schedule(self.optimizer, self.state.step)
+        loss, norm = self._accumulate(micro_batches, targets) if targets else (torch.zeros(()), None)
+        self.state.skipped += targets == 0
+        self.state.step += 1
+        self.state.tokens += sum(b["input_ids"].numel() for b in micro_batches) * self.accelerator.num_processes
+        seconds = time.perf_counter() - start
+        self.state.seconds += seconds
+        return StepInfo(self.state.step, loss, targets, seconds, multiplier, norm)
+
+    def _valid_targets(self, micro_batches):
+        # counted on the host, where the batches still are: one process never waits for its device
+        local = sum(int((b["shift_labels"] != -100).sum()) for b in micro_batches)
+        if self.accelerator.num_processes == 1:
+            return local
+        count = torch.tensor([local], dtype=torch.float64 if self.accelerator.device.type == "cpu" else torch.float32)
+        return int(self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum").item())
+
+    def _accumulate(self, micro_batches, targets):
+        device, total, norm = self.accelerator.device, 0.0, None
+        # backward() divides by the accumulation, DDP by the processes: undo both
+        scale = self.accumulation * self.accelerator.num_processes
+        for batch in micro_batches:
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(**batch, num_items_in_batch=targets).loss
+                self.accelerator.backward(loss * scale)
+                if self.accelerator.sync_gradients and self.max_grad_norm:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            total = total + loss.detach()
+        return total, norm
+
+    def state_dict(self):
+        """The loop's own state, JSON-able."""
+        return asdict(self.state)
+
+    def load_state_dict(self, state):
+        """Continue from a state_dict."""
+        self.state = TrainState(**state)
