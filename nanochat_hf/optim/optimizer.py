@@ -1,0 +1,171 @@
+"""MuonAdamW: one torch optimizer for the groups of `build_param_groups`."""
+
+from itertools import chain
+
+import torch
+
+from nanochat_hf.optim.adamw import SHARD_FROM, AdamWTensor, adamw_update
+from nanochat_hf.optim.muon import MuonStack, muon_update
+from nanochat_hf.optim.sharding import Shard, all_agree, local
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon on groups of kind "muon" (equal-shaped matrices), AdamW on those of kind "adamw".
+
+    `orthogonalize_dtype`: the dtype of Muon's matrix products. `compile`: None compiles the kernels on CUDA only, True
+    and False force it. State is float32 whatever the parameters' dtype. A step whose gradients are not all finite
+    changes nothing, is decided on the device, and is counted in `skipped_steps`. Parameters without a gradient are
+    left alone. Where torch.distributed runs several processes, gradients must be equal on all of them (DDP reduces
+    them) or be DTensors; each process then computes and remembers its share only, and `full_state_dict` joins the
+    shares. Everything that looks at the parameters waits for the first step, since Accelerate may swap them before.
+    """
+
+    def __init__(self, groups, orthogonalize_dtype: torch.dtype = torch.bfloat16, compile: bool | None = None):
+        groups = list(groups)
+        for group in groups:
+            if not isinstance(group, dict) or group.get("kind") not in ("adamw", "muon"):
+                raise ValueError(
+                    "each group must be a dict with kind 'adamw' or 'muon'; build them with build_param_groups"
+                )
+        defaults = {"lr": 0.02, "momentum": 0.95, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+        super().__init__(groups, defaults)
+        for group in self.param_groups:
+            group.setdefault("name", group["kind"])
+            group.setdefault("initial_lr", group["lr"])
+            group.setdefault("initial_weight_decay", group["weight_decay"])
+        self.orthogonalize_dtype = orthogonalize_dtype
+        self.compile = compile
+        self._units = None
+        self._kernels = {}
+        self._skipped = None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped for non-finite gradients so far; reading it waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped.item())
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; returns the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._prepare()
+        device = self._device()
+        ok = self._gradients_finite(device)
+        self._skipped = (self._skipped if self._skipped is not None else torch.zeros((), device=device)).to(device)
+        self._skipped.add_(1.0 - ok.to(torch.float32))
+        scalars = {id(group): self._scalars(group, device) for group in self.param_groups}
+        waits = []
+        for unit in self._units:  # compute of one unit overlaps the gathering of those before it
+            if isinstance(unit, MuonStack):
+                kernel = self._kernel(muon_update, device)
+                waits.append(unit.step(scalars[id(unit.group)], ok, kernel, self.orthogonalize_dtype))
+            else:
+                # lambdas are too small to be worth a graph of their own
+                kernel = self._kernel(adamw_update, device) if unit.param.numel() >= SHARD_FROM else adamw_update
+                waits.append(unit.step(scalars[id(unit.group)], ok, kernel))
+        for wait in waits:
+            if wait is not None:
+                wait()
+        return loss
+
+    def state_dict(self) -> dict:
+        """This process's state; with several processes it is a share that only the same rank of as many can load."""
+        if self.state:
+            self._prepare()
+        shard = Shard.current()
+        result = super().state_dict()
+        if self._skipped is not None:
+            result["skipped_steps"] = self._skipped.clone()
+        if shard.world > 1 and self.state:
+            result["shard"] = (shard.rank, shard.world)
+        return result
+
+    def full_state_dict(self, rank0_only: bool = False) -> dict:
+        """The whole state on the CPU, to be loaded on any number of processes; all processes must call it.
+
+        With `rank0_only` the other ranks get None, to spare host memory.
+        """
+        self._prepare()
+        keep = not rank0_only or Shard.current().rank == 0
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        index = {param: i for i, param in enumerate(params)}
+        state = {}
+        for unit in self._units:
+            for param, values in unit.full_state().items():
+                if keep:
+                    state[index[param]] = {key: value.detach().to("cpu", copy=True) for key, value in values.items()}
+        if not keep:
+            return None
+        result = self.state_dict()
+        result.pop("shard", None)
+        return {**result, "state": dict(sorted(state.items()))}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a whole state (`full_state_dict`), or the share that this same rank of as many processes saved.
+
+        States stay float32: torch would cast them to the parameters' dtype. Raises ValueError for another's share.
+        """
+        shard = Shard.current()
+        saved = tuple(state_dict.get("shard", (shard.rank, shard.world)))
+        if saved != (shard.rank, shard.world):
+            raise ValueError(
+                f"optimizer state of rank {saved[0]} of {saved[1]} does not fit rank {shard.rank} of {shard.world}; "
+                "save full_state_dict() to change the number of processes"
+            )
+        super().load_state_dict({"param_groups": state_dict["param_groups"], "state": {}})
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for i, param in zip(ids, params, strict=True):
+            if i in state_dict["state"]:  # stays where it lies until the first step takes its share of it
+                self.state[param] = {key: value.detach() for key, value in state_dict["state"][i].items()}
+        skipped = state_dict.get("skipped_steps")
+        self._skipped = None if skipped is None else skipped.clone()
+        self._units = None
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.__dict__.setdefault("_kernels", {})
+        self._units = None
+
+    def add_param_group(self, param_group) -> None:
+        """Add a group; the stacks are rebuilt at the next step."""
+        super().add_param_group(param_group)
+        self._units = None
+
+    def _prepare(self) -> None:
+        if self._units is not None:
+            return
+        shard = Shard.current()
+        self._units = []
+        for group in self.param_groups:
+            if group["kind"] == "muon" and group["params"]:
+                self._units.append(MuonStack(group, self.state, shard))
+            elif group["kind"] == "adamw":
+                self._units.extend(AdamWTensor(group, param, self.state, shard) for param in group["params"])
+
+    def _device(self):
+        return next(local(param).device for group in self.param_groups for param in group["params"])
+
+    def _gradients_finite(self, device) -> torch.Tensor:
+        grads = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        ok = torch.ones((), dtype=torch.bool, device=device)
+        if grads:  # a norm is not finite if one element is not; one fused pass over the gradients on CUDA
+            ok = torch.stack([norm.float() for norm in torch._foreach_norm(grads)]).isfinite().all()
+        return all_agree(ok, Shard.current())
+
+    def _kernel(self, function, device):
+        if not (device.type == "cuda" if self.compile is None else self.compile):
+            return function
+        if function not in self._kernels:
+            self._kernels[function] = torch.compile(function, dynamic=False, fullgraph=True)
+        return self._kernels[function]
+
+    @staticmethod
+    def _scalars(group, device) -> tuple[torch.Tensor, ...]:
+        # 0-d CPU tensors mix with CUDA tensors and need no copy to the device; XLA wants its own
+        home = "cpu" if device.type in ("cpu", "cuda") else device
+        values = (group["lr"], group["weight_decay"], group["momentum"])
+        return tuple(torch.tensor(float(value), dtype=torch.float32).to(home) for value in values)
