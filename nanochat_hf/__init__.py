@@ -2,10 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .__about__ import __version__
 from .model import NanochatConfig, NanochatForCausalLM, NanochatModel
 
-__version__ = "0.1.0"
-__all__ = ["NanochatConfig", "NanochatForCausalLM", "NanochatModel"]
+__all__ = ["__version__", "NanochatConfig", "NanochatForCausalLM", "NanochatModel"]
 
 AutoConfig.register(NanochatConfig.model_type, NanochatConfig, exist_ok=True)
 AutoModel.register(NanochatConfig, NanochatModel, exist_ok=True)

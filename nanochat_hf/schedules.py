@@ -1,8 +1,10 @@
 """Schedules: step or progress → multiplier. Pure functions; progress runs from 0 to 1 and is clamped to it."""
 
+import math
+
 
 def _clamp(progress: float) -> float:
-    if progress != progress:
+    if math.isnan(progress):
         raise ValueError("progress=nan is not a share of the run; pass step / num_steps with num_steps > 0")
     return min(max(progress, 0.0), 1.0)
 

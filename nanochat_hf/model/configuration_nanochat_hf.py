@@ -1,0 +1,59 @@
+"""Configuration of the nanochat_hf architecture."""
+
+from transformers import PreTrainedConfig
+
+
+class NanochatConfig(PreTrainedConfig):
+    """Sizes and windows of the model. `window_pattern` is tiled over the layers ("S": half the sequence, "L": all of it);
+    the last layer always sees everything. `sliding_window` counts keys, the query's own among them.
+
+    Raises ValueError for sizes that cannot be: the message names the value and the remedy.
+    """
+
+    model_type = "nanochat_hf"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self, vocab_size=32768, hidden_size=768, num_hidden_layers=12, num_attention_heads=6, num_key_value_heads=None,
+        intermediate_size=None, head_dim=None, max_position_embeddings=2048, window_pattern="SSSL", layer_types=None,
+        sliding_window=None, rope_theta=10000.0, final_logit_softcapping=15.0, use_cache=True, **kwargs,
+    ):  # fmt: skip
+        if hidden_size % num_attention_heads and head_dim is None:
+            raise ValueError(f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads}")
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.max_position_embeddings, self.window_pattern = max_position_embeddings, window_pattern.upper()
+        self.sliding_window = max_position_embeddings // 2 + 1 if sliding_window is None else sliding_window
+        self.rope_theta, self.final_logit_softcapping, self.use_cache = rope_theta, final_logit_softcapping, use_cache
+        self._check()
+        if layer_types is None:
+            kinds = {"S": "sliding_attention", "L": "full_attention"}
+            tiled = [kinds[self.window_pattern[i % len(self.window_pattern)]] for i in range(num_hidden_layers)]
+            layer_types = [*tiled[:-1], "full_attention"]
+        self.layer_types = layer_types
+        kwargs.setdefault("auto_map", {
+            "AutoConfig": "configuration_nanochat_hf.NanochatConfig",
+            "AutoModel": "modeling_nanochat_hf.NanochatModel",
+            "AutoModelForCausalLM": "modeling_nanochat_hf.NanochatForCausalLM",
+        })  # fmt: skip
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+
+    def _check(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns its halves against each other")
+        if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
+            raise ValueError(f"window_pattern={self.window_pattern!r} must be made of the letters S and L")
+        if not 1 <= self.sliding_window <= self.max_position_embeddings:
+            raise ValueError(
+                f"sliding_window={self.sliding_window} must lie between 1 and max_position_embeddings={self.max_position_embeddings}"
+            )
+        if self.hidden_size < 32:
+            raise ValueError(f"hidden_size={self.hidden_size} must be at least 32: value gates read 32 channels")

@@ -1,0 +1,260 @@
+"""nanochat's GPT as a PreTrainedModel.
+
+Letters: B rows, T positions, C hidden_size, H query heads, K key/value heads, D head_dim, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_nanochat_hf import NanochatConfig
+
+GATE_CHANNELS = 32
+LOSS_CHUNK = 4096  # tokens whose float32 logits exist at one time: 512 MiB at V = 32768
+
+
+def norm(x):
+    """RMS norm over the last axis, without a weight, with the dtype's own epsilon."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotate(x, cos, sin):
+    """Rotate the halves of x (B, H, T, D) by −θ, the reference's direction."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Plain attention; shapes as in transformers: query (B, H, T, D) → (B, T, H, D), weights."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class NanochatAttention(nn.Module):
+    """Causal attention with RoPE, then QK norm; value embeddings join through a gate per key/value head."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        C, D, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.num_key_value_groups, self.scaling, self.is_causal = H // K, D**-0.5, True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, K * D, bias=False)
+        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.ve_gate = nn.Linear(GATE_CHANNELS, K, bias=False) if has_value_embedding(config, layer_idx) else None
+
+    def forward(self, x, value_embedding, rope, attention_mask, past_key_values, **kwargs):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if self.ve_gate is not None:
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
+            v = v + gate.unsqueeze(-1).to(v.dtype) * value_embedding.view_as(v).to(v.dtype)
+        cos, sin = (t.to(q.dtype) for t in rope)
+        # norm after RoPE, so that attention logits stay bounded (arXiv:2302.05442)
+        q, k = (norm(rotate(t.transpose(1, 2), cos, sin)) for t in (q, k))  # (B, H, T, D), (B, K, T, D)
+        v = v.transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        y, weights = attend(
+            self, q, k.to(q.dtype), v.to(q.dtype), attention_mask, dropout=0.0, scaling=self.scaling,
+            sliding_window=self.sliding_window, **kwargs,
+        )  # fmt: skip
+        return self.o_proj(y.reshape(B, T, -1)), weights
+
+
+class NanochatMLP(nn.Module):
+    """C → 4C → C with relu(·)²."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+class NanochatDecoderLayer(GradientCheckpointingLayer):
+    """x ← x + attn(norm(x)), then x ← x + mlp(norm(x))."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.self_attn = NanochatAttention(config, layer_idx)
+        self.mlp = NanochatMLP(config)
+
+    def forward(self, hidden_states, value_embedding, rope, attention_mask=None, past_key_values=None, **kwargs):
+        attended, _ = self.self_attn(norm(hidden_states), value_embedding, rope, attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(norm(hidden_states))
+
+
+def has_value_embedding(config, layer_idx):
+    """Every second layer has a table of value embeddings, the last one always."""
+    return layer_idx % 2 == (config.num_hidden_layers - 1) % 2
+
+
+def padded(vocab_size):
+    """Rows of the vocabulary's tables: the next multiple of 64, which matrix kernels like."""
+    return -(-vocab_size // 64) * 64
+
+
+class NanochatPreTrainedModel(PreTrainedModel):
+    """What both models share: flags for transformers, and the initialisation."""
+
+    config_class = NanochatConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanochatDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["resid_lambdas", "x0_lambdas"]
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        s = (3 / self.config.hidden_size) ** 0.5  # uniform(−s, s) has the standard deviation 1/√C
+        if isinstance(module, NanochatModel):
+            init.normal_(module.embed_tokens.weight, std=1.0)
+            for table in module.value_embeds.values():
+                init.uniform_(table.weight, -s, s)
+            init.constant_(module.resid_lambdas, 1.0)
+            init.constant_(module.x0_lambdas, 0.1)
+        elif isinstance(module, NanochatForCausalLM):
+            init.normal_(module.lm_head.weight, std=0.001)
+        elif isinstance(module, NanochatAttention):
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init.uniform_(projection.weight, -s, s)
+            init.zeros_(module.o_proj.weight)
+            if module.ve_gate is not None:
+                init.zeros_(module.ve_gate.weight)
+        elif isinstance(module, NanochatMLP):
+            init.uniform_(module.up_proj.weight, -s, s)
+            init.zeros_(module.down_proj.weight)
+
+
+class NanochatModel(NanochatPreTrainedModel):
+    """Ids (B, T) → normed hidden states (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        rows, width = padded(config.vocab_size), config.num_key_value_heads * config.head_dim
+        layers = range(config.num_hidden_layers)
+        self.embed_tokens = nn.Embedding(rows, config.hidden_size)
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, width) for i in layers if has_value_embedding(config, i)})
+        self.layers = nn.ModuleList(NanochatDecoderLayer(config, i) for i in layers)
+        self.resid_lambdas = nn.Parameter(torch.ones(config.num_hidden_layers))
+        self.x0_lambdas = nn.Parameter(torch.full((config.num_hidden_layers,), 0.1))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def rope(self, position_ids):
+        """cos and sin (B, 1, T, D/2) for any position; computed, not stored, so that no length is too long."""
+        D = self.config.head_dim
+        frequency = self.config.rope_theta ** (-torch.arange(0, D, 2, device=position_ids.device, dtype=torch.float32) / D)
+        with torch.autocast(position_ids.device.type, enabled=False):
+            angle = position_ids[:, None, :, None].float() * frequency
+        # rounded to bfloat16 as the reference's tables are, with which its checkpoints were trained
+        return angle.cos().bfloat16(), angle.sin().bfloat16()
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        use_cache=None, output_hidden_states=None, **kwargs,
+    ):  # fmt: skip
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("inputs_embeds cannot replace input_ids: value embeddings are looked up by id; give input_ids")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        x = self.embed_tokens(input_ids)  # (B, T, C)
+        own_positions = position_ids
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(input_ids.shape[1], device=x.device) + past).unsqueeze(0)
+        # a fresh cache takes part in mask making only when it is asked for: restarting positions isolate documents without one
+        masking = dict(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values,
+            position_ids=own_positions,
+        )  # fmt: skip
+        masks = {"full_attention": create_causal_mask(**masking)}
+        if "sliding_attention" in self.config.layer_types:
+            masks["sliding_attention"] = create_sliding_window_causal_mask(**masking)
+        rope = self.rope(position_ids)
+        x = x0 = norm(x)
+        hidden = (x,) if output_hidden_states else None
+        for i, layer in enumerate(self.layers):
+            x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            table = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
+            x = layer(x, table, rope, masks[self.config.layer_types[i]], past_key_values, position_ids=position_ids, **kwargs)
+            hidden = (*hidden, x) if output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=norm(x), past_key_values=past_key_values, hidden_states=hidden)
+
+
+class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
+    """The language model: head and soft-cap on NanochatModel, and the loss."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = NanochatModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, padded(config.vocab_size), bias=False)
+        self.post_init()
+
+    def logits(self, hidden):
+        """Hidden states (…, C) → float32 logits (…, V), cut to the vocabulary and soft-capped."""
+        cap = self.config.final_logit_softcapping
+        return cap * torch.tanh(self.lm_head(hidden)[..., : self.config.vocab_size].float() / cap)
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None,
+        shift_labels=None, loss_weights=None, num_items_in_batch=None, use_cache=None, logits_to_keep=0, **kwargs,
+    ):  # fmt: skip
+        """loss = Σ nll·weight ÷ num_items_in_batch (default: valid targets of this call). `labels` (B, T) are unshifted,
+        `shift_labels` (B, T) hold the target of each position; −100 is ignored. In training the logits are None."""
+        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs)
+        hidden = output.last_hidden_state
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        loss = logits = None
+        if shift_labels is not None:
+            loss = self._loss(hidden, shift_labels, loss_weights)
+            loss = loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        if shift_labels is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+            logits = self.logits(hidden if isinstance(keep, int) else hidden[:, keep])
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+        )
+
+    def _loss(self, hidden, targets, weights):
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        weights = None if weights is None else weights.flatten()
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(targets), LOSS_CHUNK):
+            part = slice(start, start + LOSS_CHUNK)
+            arguments = hidden[part], targets[part], None if weights is None else weights[part]
+            # recomputed in backward, so that no more than one chunk of float32 logits ever exists
+            save = self.training and len(targets) > LOSS_CHUNK
+            total = total + (checkpoint(self._chunk, *arguments, use_reentrant=False) if save else self._chunk(*arguments))
+        return total
+
+    def _chunk(self, hidden, targets, weights):
+        nll = F.cross_entropy(self.logits(hidden), targets, ignore_index=-100, reduction="none")
+        return (nll if weights is None else nll * weights).sum()
