@@ -52,11 +52,11 @@ class NanochatAttention(nn.Module):
         C, D, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
         self.num_key_value_groups, self.scaling, self.is_causal = H // K, D**-0.5, True
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, K * D, bias=False)
-        self.v_proj = nn.Linear(C, K * D, bias=False)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
-        self.ve_gate = nn.Linear(GATE_CHANNELS, K, bias=False) if has_value_embedding(config, layer_idx) else None
+        self.q_proj = linear(C, H * D)
+        self.k_proj = linear(C, K * D)
+        self.v_proj = linear(C, K * D)
+        self.o_proj = linear(H * D, C, "zero")
+        self.ve_gate = linear(GATE_CHANNELS, K, "zero") if has_value_embedding(config, layer_idx) else None
 
     def forward(self, x, value_embedding, rope, attention_mask, past_key_values, **kwargs):
         B, T, _ = x.shape
@@ -85,8 +85,8 @@ class NanochatMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, "zero")
 
     def forward(self, x):
         return self.down_proj(F.relu(self.up_proj(x)).square())
@@ -104,6 +104,13 @@ class NanochatDecoderLayer(GradientCheckpointingLayer):
         attended, _ = self.self_attn(norm(hidden_states), value_embedding, rope, attention_mask, past_key_values, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(norm(hidden_states))
+
+
+def linear(inputs, outputs, init_scheme="uniform"):
+    """A Linear without bias that knows how it is initialised."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    layer.init_scheme = init_scheme
+    return layer
 
 
 def has_value_embedding(config, layer_idx):
@@ -130,24 +137,17 @@ class NanochatPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
+        # transformers asks only modules that own parameters, so each of them carries the name of its distribution
         s = (3 / self.config.hidden_size) ** 0.5  # uniform(−s, s) has the standard deviation 1/√C
         if isinstance(module, NanochatModel):
-            init.normal_(module.embed_tokens.weight, std=1.0)
-            for table in module.value_embeds.values():
-                init.uniform_(table.weight, -s, s)
             init.constant_(module.resid_lambdas, 1.0)
             init.constant_(module.x0_lambdas, 0.1)
-        elif isinstance(module, NanochatForCausalLM):
-            init.normal_(module.lm_head.weight, std=0.001)
-        elif isinstance(module, NanochatAttention):
-            for projection in (module.q_proj, module.k_proj, module.v_proj):
-                init.uniform_(projection.weight, -s, s)
-            init.zeros_(module.o_proj.weight)
-            if module.ve_gate is not None:
-                init.zeros_(module.ve_gate.weight)
-        elif isinstance(module, NanochatMLP):
-            init.uniform_(module.up_proj.weight, -s, s)
-            init.zeros_(module.down_proj.weight)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            fill = {
+                "unit": lambda w: init.normal_(w, std=1.0), "head": lambda w: init.normal_(w, std=0.001),
+                "uniform": lambda w: init.uniform_(w, -s, s), "zero": init.zeros_,
+            }  # fmt: skip
+            fill[getattr(module, "init_scheme", "uniform")](module.weight)
 
 
 class NanochatModel(NanochatPreTrainedModel):
@@ -158,6 +158,7 @@ class NanochatModel(NanochatPreTrainedModel):
         rows, width = padded(config.vocab_size), config.num_key_value_heads * config.head_dim
         layers = range(config.num_hidden_layers)
         self.embed_tokens = nn.Embedding(rows, config.hidden_size)
+        self.embed_tokens.init_scheme = "unit"
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, width) for i in layers if has_value_embedding(config, i)})
         self.layers = nn.ModuleList(NanochatDecoderLayer(config, i) for i in layers)
         self.resid_lambdas = nn.Parameter(torch.ones(config.num_hidden_layers))
@@ -214,7 +215,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.model = NanochatModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, padded(config.vocab_size), bias=False)
+        self.lm_head = linear(config.hidden_size, padded(config.vocab_size), "head")
         self.post_init()
 
     def logits(self, hidden):

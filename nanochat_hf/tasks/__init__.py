@@ -1,0 +1,15 @@
+"""The registry: one line a task."""
+
+from .base import Task
+from .generated import CALCULATOR, IDENTITY_TASK, SIMPLE_SPELLING, SPELLING_BEE
+from .gsm8k import GSM8K
+
+TASKS = {task.name: task for task in (SIMPLE_SPELLING, SPELLING_BEE, CALCULATOR, IDENTITY_TASK, GSM8K)}
+__all__ = ["TASKS", "Task", "get_task"]
+
+
+def get_task(name):
+    """The task called `name`; ValueError lists the names there are."""
+    if name not in TASKS:
+        raise ValueError(f"task {name!r} is unknown; choose from {', '.join(sorted(TASKS))}")
+    return TASKS[name]

@@ -1,0 +1,58 @@
+"""Text and words that every installation holds: the docstrings of the standard library, torch and transformers."""
+
+import ast
+import json
+import re
+import sysconfig
+import warnings
+import zlib
+from collections import Counter
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HOME
+from tqdm import tqdm
+
+
+@cache
+def docstring_corpus():
+    """Deduplicated docstrings of 200 characters or more, a list of str; parsed once (about half a minute) and cached on disk."""
+    import sys
+
+    import torch
+    import transformers
+
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}-{torch.__version__}-{transformers.__version__}"
+    path = Path(HF_HOME) / "nanochat_hf" / f"docstrings-{version}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    roots = [Path(sysconfig.get_paths()["stdlib"]), *(Path(find_spec(n).origin).parent for n in ("torch", "transformers"))]
+    files = [f for root in roots for f in sorted(root.rglob("*.py")) if root != roots[0] or "site-packages" not in f.parts]
+    texts = dict.fromkeys(t for f in tqdm(files, desc="embedded text", unit="file") for t in docstrings(f))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(list(texts)))
+    partial.rename(path)
+    return list(texts)
+
+
+def docstrings(path, shortest=200):
+    """The docstrings of a Python file; none where it cannot be parsed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_text())
+    except (SyntaxError, ValueError, OSError):
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return [text for text in found if text and len(text) >= shortest]
+
+
+@cache
+def words(split):
+    """Lower-case words of 3 to 12 letters that occur twice or more, shuffled stably; a tenth of them is "test", the rest "train"."""
+    counts = Counter(w for text in docstring_corpus() for w in re.findall(r"(?<![\w])[a-z]{3,12}(?![\w])", text))
+    common = sorted((w for w, n in counts.items() if n >= 2), key=lambda w: zlib.crc32(w.encode()))
+    return [w for w in common if (zlib.crc32(w[::-1].encode()) % 10 == 0) == (split == "test")]

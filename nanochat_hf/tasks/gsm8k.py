@@ -1,0 +1,29 @@
+"""GSM8K: school mathematics with calculator marks <<expression=result>>."""
+
+import re
+
+from .base import Task, pair, same_number
+
+MARK = re.compile(r"<<([^=>]*)=([^>]*)>>")
+
+
+def load(split="train", path=None, limit=None):
+    """Rows {question, answer} from the Hub (openai/gsm8k) or a local json(.gz) file."""
+    from datasets import load_dataset
+
+    data = load_dataset("json", data_files=path, split="train") if path else load_dataset("openai/gsm8k", "main", split=split)
+    return data.select(range(min(limit or len(data), len(data))))
+
+
+def to_conversation(row):
+    """Marks become tool calls: "2+2=<<2+2=4>>4" → text, python, python_output, text."""
+    parts, end = [], 0
+    for mark in MARK.finditer(row["answer"]):
+        parts.append({"type": "text", "text": row["answer"][end : mark.start()]})
+        parts += [{"type": "python", "text": mark[1]}, {"type": "python_output", "text": mark[2]}]
+        end = mark.end()
+    parts.append({"type": "text", "text": row["answer"][end:]})
+    return pair(row["question"], parts)
+
+
+GSM8K = Task("gsm8k", load, to_conversation, same_number)

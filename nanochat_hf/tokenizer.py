@@ -1,0 +1,57 @@
+"""Byte-level BPE with nanochat's split pattern and special tokens, as a PreTrainedTokenizerFast."""
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from .conversation import CHAT_TEMPLATE, SPECIAL_TOKENS
+
+# GPT-4's pattern with at most two digits together: small vocabularies cannot afford a thousand numbers
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+
+def train_tokenizer(texts, vocab_size, max_length=2048, progress=False):
+    """Train on an iterable of str; the special tokens take the last 9 of `vocab_size` ids. ValueError below 265 or with too little text."""
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size} is smaller than 256 bytes + {len(SPECIAL_TOKENS)} special tokens; use at least {smallest}")
+    backend = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), byte_level])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=progress
+    )
+    backend.train_from_iterator(texts, trainer)
+    if backend.get_vocab_size() != vocab_size - len(SPECIAL_TOKENS):
+        raise ValueError(f"the text yields only {backend.get_vocab_size() + 9} tokens of vocab_size={vocab_size}; give more text or a smaller size")
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|assistant_end|>", pad_token="<|output_end|>",
+        model_max_length=max_length, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def token_bytes(tokenizer):
+    """LongTensor (V,): length in bytes of each token's raw bytes, 0 for specials. A byte-level token has one letter a byte."""
+    sizes = torch.zeros(len(tokenizer), dtype=torch.long)
+    for token, i in tokenizer.get_vocab().items():
+        sizes[i] = len(token)
+    sizes[[i for i, t in tokenizer.added_tokens_decoder.items() if t.special]] = 0
+    return sizes
+
+
+def load_tokenizer(folder):
+    """The tokenizer saved in `folder` or under a Hub name; ValueError where there is none or it lacks the special tokens."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer {folder}: cannot be loaded ({str(error).splitlines()[0]}); train one with scripts.tok_train") from None
+    missing = [t for t in SPECIAL_TOKENS if t not in tokenizer.get_vocab()]
+    if missing:
+        raise ValueError(f"tokenizer {folder}: lacks {', '.join(missing)}; use one made by scripts.tok_train")
+    return tokenizer
