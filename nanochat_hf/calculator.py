@@ -3,7 +3,14 @@
 import ast
 import operator
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
 MAX_LENGTH, MAX_SIZE = 200, 10**18
 
 
@@ -12,7 +19,11 @@ def calculate(expression):
     if len(expression) > MAX_LENGTH:
         return None
     try:
-        value = _value(ast.parse(expression.strip().replace(",", "") if "'" not in expression and '"' not in expression else expression.strip(), mode="eval").body)
+        value = _value(
+            ast.parse(
+                expression.strip().replace(",", "") if "'" not in expression and '"' not in expression else expression.strip(), mode="eval"
+            ).body
+        )
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
     return str(value)

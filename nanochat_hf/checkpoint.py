@@ -120,3 +120,13 @@ def _fsync(path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def prepare_folder(path):
+    """Make the output folder and prove that it can be written to; returns its Path. OSError where it cannot."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.touch()
+    probe.unlink()
+    return folder

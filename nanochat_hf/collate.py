@@ -29,4 +29,8 @@ class PackingCollator:
                 places[r, part] = torch.arange(len(tokens)) + (0 if self.isolate else start)
                 start = part.stop
             places[r, start:] = torch.arange(shape[1] - start)
-        return {"input_ids": ids[:, :-1].contiguous(), "shift_labels": labels[:, 1:].contiguous(), "position_ids": places[:, :-1].contiguous()}
+        return {
+            "input_ids": ids[:, :-1].contiguous(),
+            "shift_labels": labels[:, 1:].contiguous(),
+            "position_ids": places[:, :-1].contiguous(),
+        }

@@ -48,7 +48,9 @@ def validate(conversation, where="conversation"):
         content = message.get("content")
         parts = role == "assistant" and isinstance(content, list)
         if not isinstance(content, str) and not (parts and all(p.get("type") in PARTS for p in content)):
-            raise ConversationError(f"{where}: turn {i + 1} has content of type {type(content).__name__}; give text (or parts of an assistant)")
+            raise ConversationError(
+                f"{where}: turn {i + 1} has content of type {type(content).__name__}; give text (or parts of an assistant)"
+            )
     if not turns:
         raise ConversationError(f"{where}: only a system message; add a user's message")
 
@@ -124,7 +126,9 @@ def convert_row(row, where="row"):
         return _pair(row["prompt"], row["completion"])
     if all(column in row for column in ALPACA):
         return _pair("\n\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"])
-    raise ConversationError(f"{where}: columns {', '.join(map(str, row))}; need messages, conversations, prompt+completion or instruction+output")
+    raise ConversationError(
+        f"{where}: columns {', '.join(map(str, row))}; need messages, conversations, prompt+completion or instruction+output"
+    )
 
 
 def _pair(question, answer):

@@ -7,16 +7,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from .conversation import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 # GPT-4's pattern with at most two digits together: small vocabularies cannot afford a thousand numbers
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 
 def train_tokenizer(texts, vocab_size, max_length=2048, progress=False):
     """Train on an iterable of str; the special tokens take the last 9 of `vocab_size` ids. ValueError below 265 or with too little text."""
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size={vocab_size} is smaller than 256 bytes + {len(SPECIAL_TOKENS)} special tokens; use at least {smallest}")
+        raise ValueError(
+            f"vocab_size={vocab_size} is smaller than 256 bytes + {len(SPECIAL_TOKENS)} special tokens; use at least {smallest}"
+        )
     backend = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), byte_level])
@@ -26,7 +26,9 @@ def train_tokenizer(texts, vocab_size, max_length=2048, progress=False):
     )
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() != vocab_size - len(SPECIAL_TOKENS):
-        raise ValueError(f"the text yields only {backend.get_vocab_size() + 9} tokens of vocab_size={vocab_size}; give more text or a smaller size")
+        raise ValueError(
+            f"the text yields only {backend.get_vocab_size() + 9} tokens of vocab_size={vocab_size}; give more text or a smaller size"
+        )
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|assistant_end|>", pad_token="<|output_end|>",

@@ -76,8 +76,7 @@ def test_muon_is_the_float64_formula(shape, weight_decay):
     for step in range(4):
         set_grads(params, step)
         expected = [
-            reference_muon(p, param.grad.double(), b, s, 0.02, weight_decay, 0.9)
-            for param, (p, b, s) in zip(params, expected, strict=True)
+            reference_muon(p, param.grad.double(), b, s, 0.02, weight_decay, 0.9) for param, (p, b, s) in zip(params, expected, strict=True)
         ]
         optimizer.step()
     for param, (value, buffer, second) in zip(params, expected, strict=True):
@@ -249,7 +248,7 @@ def test_refusals():
 
 
 def test_apply_schedule():
-    params, optimizer = mixed()
+    _, optimizer = mixed()
     apply_schedule(optimizer, 0.5, 0.87, 0.25)
     muon, adamw = optimizer.param_groups
     assert (muon["lr"], muon["momentum"], muon["weight_decay"]) == (0.01, 0.87, 0.025)

@@ -44,9 +44,7 @@ class NanochatConfig(PreTrainedConfig):
 
     def _check(self):
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}"
-            )
+            raise ValueError(f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns its halves against each other")
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:

@@ -240,9 +240,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         if shift_labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
             logits = self.logits(hidden if isinstance(keep, int) else hidden[:, keep])
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states)
 
     def _loss(self, hidden, targets, weights):
         hidden, targets = hidden.flatten(0, 1), targets.flatten()

@@ -67,9 +67,7 @@ class MuonStack:
         shape = tuple(self.params[0].shape)
         for param in self.params:
             if tuple(param.shape) != shape or len(shape) != 2:
-                raise ValueError(
-                    f"group {group['name']} mixes {tuple(param.shape)} with {shape}; Muon takes one matrix shape a group"
-                )
+                raise ValueError(f"group {group['name']} mixes {tuple(param.shape)} with {shape}; Muon takes one matrix shape a group")
         low, high = shard.span(len(self.params))
         self.owned = self.params[low:high]
         device, (rows, columns) = local(self.params[0]).device, shape

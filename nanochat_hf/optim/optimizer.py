@@ -24,9 +24,7 @@ class MuonAdamW(torch.optim.Optimizer):
         groups = list(groups)
         for group in groups:
             if not isinstance(group, dict) or group.get("kind") not in ("adamw", "muon"):
-                raise ValueError(
-                    "each group must be a dict with kind 'adamw' or 'muon'; build them with build_param_groups"
-                )
+                raise ValueError("each group must be a dict with kind 'adamw' or 'muon'; build them with build_param_groups")
         defaults = {"lr": 0.02, "momentum": 0.95, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
         super().__init__(groups, defaults)
         for group in self.param_groups:

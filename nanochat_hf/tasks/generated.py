@@ -96,7 +96,9 @@ def _split(expression):
     return int(a), op, int(b)
 
 
-SIMPLE_SPELLING = Task("simple_spelling", rows(draw_word), lambda row: pair(f"Spell the word: {row['word']}", spell(row["word"])), same_text)
+SIMPLE_SPELLING = Task(
+    "simple_spelling", rows(draw_word), lambda row: pair(f"Spell the word: {row['word']}", spell(row["word"])), same_text
+)
 SPELLING_BEE = Task("spelling_bee", rows(draw_bee), bee_conversation, same_number)
 CALCULATOR = Task("calculator", rows(draw_sum), sum_conversation, same_number)
 IDENTITY_TASK = Task("identity", rows(draw_identity), lambda row: pair(row["question"], row["answer"]), same_text)
