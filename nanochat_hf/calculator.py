@@ -26,6 +26,8 @@ def calculate(expression):
         )
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as GSM8K's marks write it: 10/2=5
     return str(value)
 
 
@@ -35,6 +37,8 @@ def _value(node):
             result = number
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             result = -_value(operand)
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            result = _value(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             result = OPERATORS[type(op)](_value(left), _value(right))
         case ast.Call(
