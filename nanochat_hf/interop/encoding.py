@@ -1,0 +1,130 @@
+"""nanochat's tokenizer.pkl, a pickled tiktoken.Encoding ↔ a fast tokenizer. Reading needs no tiktoken and runs nothing from the file."""
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ..conversation import CHAT_TEMPLATE, SPECIAL_TOKENS
+from ..tokenizer import token_bytes
+
+# byte-level tokens spell bytes as letters (GPT-2): a printable Latin-1 byte as itself, the other 68 as the letters from 256 on
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+LETTERS = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
+BYTES = {letter: byte for byte, letter in LETTERS.items()}
+
+
+class _Encoding:
+    """Stands where the pickle says tiktoken.core.Encoding, and only keeps what it is given."""
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) == ("tiktoken.core", "Encoding"):
+            return _Encoding
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_encoding(path):
+    """tokenizer.pkl → {"name", "pat_str", "mergeable_ranks": {bytes: rank}, "special_tokens": {str: id}}.
+
+    Only the name tiktoken.core.Encoding is allowed in the pickle, and even that is not imported: no code of the file or of
+    tiktoken runs. ValueError for everything else.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = _Unpickler(file).load()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise ValueError(f"{path}: not a pickled tiktoken.Encoding ({error}); give nanochat's tokenizer.pkl") from None
+    state = getattr(found, "state", None) if isinstance(found, _Encoding) else None
+    types = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in types.items()):
+        raise ValueError(f"{path}: not a tiktoken.Encoding with ranks of its own; give nanochat's tokenizer.pkl")
+    ranks, specials = state["mergeable_ranks"], state["special_tokens"]
+    if not all(type(k) is bytes and k and type(v) is int for k, v in ranks.items()):
+        raise ValueError(f"{path}: its ranks are not bytes with numbers; give nanochat's tokenizer.pkl")
+    if not all(type(k) is str and type(v) is int for k, v in specials.items()):
+        raise ValueError(f"{path}: its special tokens are not strings with numbers; give nanochat's tokenizer.pkl")
+    if sorted([*ranks.values(), *specials.values()]) != list(range(len(ranks) + len(specials))):
+        raise ValueError(f"{path}: its ids are not 0, 1, 2, … each once; a model cannot be laid out for it")
+    missing = [t for t in SPECIAL_TOKENS if t not in specials] + [f"byte {b}" for b in range(256) if bytes([b]) not in ranks]
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(missing[:9])}; give nanochat's tokenizer.pkl")
+    return {key: state[key] for key in types}
+
+
+def split_in_merging(token, ranks):
+    """The parts that merges of a lower rank leave of `token`; two for a token made by byte pair encoding.
+
+    split_in_merging(b"abc", {b"ab": 256, b"abc": 257}) → [b"ab", b"c"]
+    """
+    parts, limit = [token[i : i + 1] for i in range(len(token))], ranks[token]
+    while len(parts) > 2:
+        rank, i = min((ranks.get(a + b, limit), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)))
+        if rank >= limit:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def tokenizer_from_encoding(encoding, max_length=2048):
+    """What `read_encoding` returned → PreTrainedTokenizerFast with the same ids. ValueError where they cannot be kept."""
+    ranks = encoding["mergeable_ranks"]
+    spelled = {token: "".join(LETTERS[b] for b in token) for token in ranks}
+    ordered = sorted((t for t in ranks if len(t) > 1), key=ranks.get)
+    merges = [split for t in ordered if len(split := split_in_merging(t, ranks)) == 2]
+    # tiktoken takes a piece that is a token whole, without merging: so does ignore_merges
+    model = models.BPE({spelled[t]: i for t, i in ranks.items()}, [(spelled[a], spelled[b]) for a, b in merges], ignore_merges=True)
+    backend = Tokenizer(model)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    try:
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(encoding["pat_str"]), "isolated"), byte_level])
+    except Exception as error:
+        raise ValueError(f"the tokenizer's split pattern cannot be read ({error}); give nanochat's tokenizer.pkl") from None
+    backend.decoder = decoders.ByteLevel()
+    specials = sorted(encoding["special_tokens"], key=encoding["special_tokens"].get)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
+    moved = [t for t in specials if backend.token_to_id(t) != encoding["special_tokens"][t]]
+    if moved:
+        raise ValueError(f"special token {moved[0]} has the id {encoding['special_tokens'][moved[0]]}; special ids must follow the merges")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|assistant_end|>", pad_token="<|output_end|>",
+        model_max_length=max_length, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def encoding_from_tokenizer(tokenizer, name="rustbpe"):
+    """A fast tokenizer → the arguments of tiktoken.Encoding. ValueError where tiktoken would split or merge differently."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    steps = (parts["pre_tokenizer"] or {}).get("pretokenizers", [])
+    if parts["model"]["type"] != "BPE" or parts["normalizer"] or [s["type"] for s in steps] != ["Split", "ByteLevel"]:
+        raise ValueError("the tokenizer is no byte-level BPE with a split pattern; use one made by scripts.tok_train")
+    vocab = parts["model"]["vocab"]
+    merged = list(dict.fromkeys(vocab["".join(pair)] for pair in parts["model"]["merges"]))
+    if merged != sorted(merged):
+        raise ValueError("the tokenizer's ids do not follow its merges, so tiktoken would merge in another order; train one with tok_train")
+    specials = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ranks = {bytes(BYTES[letter] for letter in token): i for token, i in vocab.items() if token not in specials}
+    return {"name": name, "pat_str": steps[0]["pattern"]["Regex"], "mergeable_ranks": ranks, "special_tokens": specials}
+
+
+def write_encoding(tokenizer, folder, name="rustbpe"):
+    """Write `folder/tokenizer.pkl` and `folder/token_bytes.pt` (int32, (V,)) as nanochat reads them. ValueError without tiktoken."""
+    encoding = encoding_from_tokenizer(tokenizer, name)
+    try:
+        import tiktoken
+    except ImportError:
+        raise ValueError("writing tokenizer.pkl needs tiktoken; pip install tiktoken") from None
+    with open(Path(folder) / "tokenizer.pkl", "wb") as file:
+        pickle.dump(tiktoken.Encoding(**encoding), file)
+    torch.save(token_bytes(tokenizer).int(), Path(folder) / "token_bytes.pt")
