@@ -2,6 +2,7 @@
 
 import ast
 import operator
+import warnings
 
 OPERATORS = {
     ast.Add: operator.add,
@@ -18,12 +19,14 @@ def calculate(expression):
     """calculate("12*(3+4)") → "84"; calculate("'apple'.count('p')") → "2"; None for anything else, too big or undefined."""
     if len(expression) > MAX_LENGTH:
         return None
+    expression = expression.strip()
+    if "'" not in expression and '"' not in expression:
+        expression = expression.replace(",", "")
     try:
-        value = _value(
-            ast.parse(
-                expression.strip().replace(",", "") if "'" not in expression and '"' not in expression else expression.strip(), mode="eval"
-            ).body
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as "1and 2": the model wrote it, nobody at the console did
+            tree = ast.parse(expression, mode="eval")
+        value = _value(tree.body)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
     if isinstance(value, float) and value.is_integer():

@@ -41,18 +41,29 @@ def validate(conversation, where="conversation"):
     if not isinstance(messages, list) or not messages:
         raise ConversationError(f"{where}: no messages; give {{'messages': [{{'role', 'content'}}, …]}}")
     turns = messages[1:] if isinstance(messages[0], dict) and messages[0].get("role") == "system" else messages
+    if turns is not messages and not isinstance(messages[0].get("content"), str):
+        raise ConversationError(f"{where}: the system message has content of type {type(messages[0].get('content')).__name__}; give text")
     for i, message in enumerate(turns):
         role, expected = message.get("role") if isinstance(message, dict) else None, ("user", "assistant")[i % 2]
         if role != expected:
             raise ConversationError(f"{where}: turn {i + 1} has role {role!r}, must be {expected!r} (user and assistant alternate)")
         content = message.get("content")
-        parts = role == "assistant" and isinstance(content, list)
-        if not isinstance(content, str) and not (parts and all(p.get("type") in PARTS for p in content)):
+        if role == "assistant" and isinstance(content, list):
+            wrong = next((part for part in content if not _is_part(part)), None)
+            if wrong is not None or not content:
+                raise ConversationError(
+                    f"{where}: turn {i + 1} has the part {wrong!r:.80}; parts are {{'type': {' | '.join(PARTS)}, 'text'}}"
+                )
+        elif not isinstance(content, str):
             raise ConversationError(
                 f"{where}: turn {i + 1} has content of type {type(content).__name__}; give text (or parts of an assistant)"
             )
     if not turns:
         raise ConversationError(f"{where}: only a system message; add a user's message")
+
+
+def _is_part(part):
+    return isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] in PARTS and isinstance(part.get("text"), str)
 
 
 def encode_plain(tokenizer, text):
@@ -106,6 +117,7 @@ def _merged(content):
 
 def render_prompt(tokenizer, conversation):
     """Ids up to and including assistant_start: the last assistant message, if any, is dropped."""
+    validate(conversation)
     messages = conversation["messages"]
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     return [*render(tokenizer, {"messages": messages})[0], tokenizer.convert_tokens_to_ids("<|assistant_start|>")]
@@ -120,12 +132,19 @@ def convert_row(row, where="row"):
     if "messages" in row:
         return {"messages": row["messages"]}
     if "conversations" in row:
-        roles = {"human": "user", "gpt": "assistant"}
-        return {"messages": [{"role": roles.get(t["from"], t["from"]), "content": t["value"]} for t in row["conversations"]]}
+        turns, roles = row["conversations"], {"human": "user", "gpt": "assistant"}
+        if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("from"), str) and "value" in t for t in turns):
+            raise ConversationError(f"{where}: conversations must be a list of {{'from', 'value'}}")
+        return {"messages": [{"role": roles.get(t["from"], t["from"]), "content": t["value"]} for t in turns]}
     if "prompt" in row and "completion" in row:
+        if isinstance(row["prompt"], list) and isinstance(row["completion"], list):  # lists of messages, as TRL has them
+            return {"messages": row["prompt"] + row["completion"]}
         return _pair(row["prompt"], row["completion"])
     if all(column in row for column in ALPACA):
-        return _pair("\n\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"])
+        asked = [row["instruction"], row.get("input") or ""]
+        if not all(isinstance(text, str) for text in asked):
+            raise ConversationError(f"{where}: instruction and input must be text")
+        return _pair("\n\n".join(filter(None, asked)), row["output"])
     raise ConversationError(
         f"{where}: columns {', '.join(map(str, row))}; need messages, conversations, prompt+completion or instruction+output"
     )
