@@ -18,8 +18,20 @@ class NanochatConfig(PreTrainedConfig):
         intermediate_size=None, head_dim=None, max_position_embeddings=2048, window_pattern="SSSL", layer_types=None,
         sliding_window=None, rope_theta=10000.0, final_logit_softcapping=15.0, use_cache=True, **kwargs,
     ):  # fmt: skip
+        sizes = dict(
+            vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads, intermediate_size=intermediate_size, head_dim=head_dim,
+            max_position_embeddings=max_position_embeddings, rope_theta=rope_theta,
+        )  # fmt: skip
+        for name, size in sizes.items():
+            if size is not None and size <= 0:
+                raise ValueError(f"{name}={size} must be positive: give a size above 0")
+        if not final_logit_softcapping or final_logit_softcapping <= 0:
+            raise ValueError(f"final_logit_softcapping={final_logit_softcapping} must be positive: logits are always capped; try 15.0")
         if hidden_size % num_attention_heads and head_dim is None:
-            raise ValueError(f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads}")
+            raise ValueError(
+                f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads}; change one or give head_dim"
+            )
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
@@ -33,7 +45,13 @@ class NanochatConfig(PreTrainedConfig):
             kinds = {"S": "sliding_attention", "L": "full_attention"}
             tiled = [kinds[self.window_pattern[i % len(self.window_pattern)]] for i in range(num_hidden_layers)]
             layer_types = [*tiled[:-1], "full_attention"]
-        self.layer_types = layer_types
+        self.layer_types = list(layer_types)
+        if len(self.layer_types) != num_hidden_layers or set(self.layer_types) - {"sliding_attention", "full_attention"}:
+            raise ValueError(
+                f"layer_types={self.layer_types} must name sliding_attention or full_attention for each of num_hidden_layers={num_hidden_layers}"
+            )
+        if kwargs.pop("tie_word_embeddings", False):
+            raise ValueError("tie_word_embeddings=True must be False: the head and the embedding are initialised and trained apart")
         kwargs.setdefault("auto_map", {
             "AutoConfig": "configuration_nanochat_hf.NanochatConfig",
             "AutoModel": "modeling_nanochat_hf.NanochatModel",

@@ -183,30 +183,37 @@ class NanochatModel(NanochatPreTrainedModel):
             raise ValueError("inputs_embeds cannot replace input_ids: value embeddings are looked up by id; give input_ids")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         x = self.embed_tokens(input_ids)  # (B, T, C)
         own_positions = position_ids
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(input_ids.shape[1], device=x.device) + past).unsqueeze(0)
-        # a fresh cache takes part in mask making only when it is asked for: restarting positions isolate documents without one
         masking = dict(
             config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values,
             position_ids=own_positions,
         )  # fmt: skip
-        masks = {"full_attention": create_causal_mask(**masking)}
-        if "sliding_attention" in self.config.layer_types:
-            masks["sliding_attention"] = create_sliding_window_causal_mask(**masking)
+        masks = attention_mask  # generation with a static cache brings both masks ready made
+        if not isinstance(attention_mask, dict):
+            masks = {"full_attention": create_causal_mask(**masking)}
+            if "sliding_attention" in self.config.layer_types:
+                masks["sliding_attention"] = create_sliding_window_causal_mask(**masking)
+        if use_cache and past_key_values is None:
+            # made after the masks, which isolate documents only where no cache is given
+            past_key_values = DynamicCache(config=self.config)
         rope = self.rope(position_ids)
         x = x0 = norm(x)
-        hidden = (x,) if output_hidden_states else None
+        hidden = () if output_hidden_states else None
         for i, layer in enumerate(self.layers):
-            x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
-            table = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
-            x = layer(x, table, rope, masks[self.config.layer_types[i]], past_key_values, position_ids=position_ids, **kwargs)
             hidden = (*hidden, x) if output_hidden_states else None
-        return BaseModelOutputWithPast(last_hidden_state=norm(x), past_key_values=past_key_values, hidden_states=hidden)
+            # float32 scalars do not promote x, and cast to bfloat16 they would lose what training writes into them
+            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            table = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
+            mask = masks[self.config.layer_types[i]]
+            # the cache goes by keyword: gradient checkpointing drops it by name, lest the recomputation write it twice
+            x = layer(x, table, rope, mask, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
+        x = norm(x)
+        hidden = (*hidden, x) if output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, hidden_states=hidden)
 
 
 class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
@@ -236,7 +243,8 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         loss = logits = None
         if shift_labels is not None:
             loss = self._loss(hidden, shift_labels, loss_weights)
-            loss = loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+            # without a single valid target the loss is 0, not NaN
+            loss = loss / ((shift_labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if shift_labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
             logits = self.logits(hidden if isinstance(keep, int) else hidden[:, keep])
