@@ -5,7 +5,7 @@ import signal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, set_seed
 
 # Dense bf16 peaks in FLOP/s by a part of the device's name (vendors' data sheets); first match wins.
 PEAK_FLOPS = (
@@ -15,9 +15,10 @@ PEAK_FLOPS = (
 REFUSED = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 
 
-def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=None, seed=0):
+def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=None, seed=0, compile=False):
     """An Accelerator for `accumulation` micro-batches a step. `dtype`: None (the launcher's), float32, bfloat16 or float16.
 
+    `compile` lets Accelerate compile the prepared model, for fixed shapes.
     ValueError where `dtype` contradicts the launcher, or the launch type is one that does not carry this optimizer.
     """
     precision = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
@@ -29,6 +30,7 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         mixed_precision=precision, log_with=trackers or None, project_dir=output_dir, step_scheduler_with_optimizer=False,
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if compile else None,
         cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available(),
     )  # fmt: skip
     if accelerator.distributed_type in REFUSED:

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "nanochat_hf"
 LAYERS = [
     "model tokenizer conversation packing schedules config calculator __about__",
-    "scaling optim tasks data collate generation sandbox runtime streaming",
+    "scaling optim tasks data collate generation sandbox runtime attention streaming",
     "evals rollouts tracking checkpoint hub interop",
     "trainer callbacks",
 ]

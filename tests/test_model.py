@@ -202,9 +202,16 @@ def test_loss_counts_weights_and_items_as_defined(model, monkeypatch):
     assert empty == 0 and all(p.grad is None or not p.grad.any() for p in training.parameters())
 
 
-def test_chunked_loss_has_the_whole_gradient_and_never_all_logits(monkeypatch):
+class AdaptedHead(torch.nn.Linear):
+    """Stands for a head that an adapter has replaced: the loss must call it, not read its weight."""
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_chunked_loss_has_the_whole_gradient_and_never_all_logits(monkeypatch, adapted):
     ids = tokens(2, 24)
     model = build().train()
+    if adapted:
+        model.lm_head.__class__ = AdaptedHead
     shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
     hidden = model.model(ids).last_hidden_state
     F.cross_entropy(model.logits(hidden).flatten(0, 1), shifted.flatten()).backward()
@@ -217,9 +224,19 @@ def test_chunked_loss_has_the_whole_gradient_and_never_all_logits(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.shape), t)[1], lambda t: t):
         loss = model(ids, labels=ids).loss
     loss.backward()
-    assert max(widest) == 10 and not any(shape[-1:] == (100,) for shape in saved)
+    assert max(widest, default=0) == (10 if adapted else 0) and saved and not any(shape[-1:] == (100,) for shape in saved)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_loss_keeps_no_logits_in_bfloat16_either_and_agrees_with_float32():
+    ids, model = tokens(2, 24), build().train()
+    whole = model(ids, labels=ids).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(ids, labels=ids).loss
+    low.backward()
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, whole, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

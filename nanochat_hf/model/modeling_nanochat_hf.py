@@ -22,8 +22,8 @@ LOSS_CHUNK = 4096  # tokens whose float32 logits exist at one time: 512 MiB at V
 
 
 def norm(x):
-    """RMS norm over the last axis, without a weight, with the dtype's own epsilon."""
-    return F.rms_norm(x, (x.shape[-1],))
+    """RMS norm over the last axis, without a weight, with the dtype's own epsilon; autocast may not widen the stream."""
+    return F.rms_norm(x, (x.shape[-1],)).to(x.dtype)
 
 
 def rotate(x, cos, sin):
@@ -184,6 +184,9 @@ class NanochatModel(NanochatPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         x = self.embed_tokens(input_ids)  # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):
+            # the residual stream in the low precision too, as with the reference's bfloat16 table: half the bytes of every norm and sum
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         own_positions = position_ids
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -214,6 +217,45 @@ class NanochatModel(NanochatPreTrainedModel):
         x = norm(x)
         hidden = (*hidden, x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, hidden_states=hidden)
+
+
+class SoftcappedLoss(torch.autograd.Function):
+    """Σ weight·nll of soft-capped logits, whose gradient is taken in the forward pass, chunk by chunk.
+
+    The logits of a chunk are read while they exist and never made again: no (N, V) tensor, and no second product with the head.
+    hidden (N, C), head (rows, C), targets (N) with −100 ignored, weights (N) float32 → 0-d float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, weights, vocab_size, cap, chunk):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        with torch.autocast(kind, enabled=False):
+            table = head[:vocab_size].to(dtype)
+            classes = torch.arange(vocab_size, device=targets.device)
+            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            grad_head = torch.zeros(table.shape, dtype=torch.float32, device=hidden.device)
+            grads = []
+            for h, target, weight in zip(hidden.to(dtype).split(chunk), targets.split(chunk), weights.split(chunk), strict=True):
+                weight = torch.where(target == -100, 0.0, weight).unsqueeze(1)  # (n, 1)
+                target = target.clamp(min=0).unsqueeze(1)
+                squashed = torch.tanh((h @ table.mT).float() / cap)  # (n, V)
+                lse = torch.logsumexp(cap * squashed, dim=1, keepdim=True)
+                total = total + ((lse - cap * squashed.gather(1, target)) * weight).sum()
+                wrong = torch.exp(cap * squashed - lse) - (classes == target).float()
+                slope = (wrong * weight * (1 - squashed.square())).to(dtype)
+                grads.append((slope @ table).to(hidden.dtype))
+                grad_head += (slope.mT @ h).float()
+        ctx.save_for_backward(torch.cat(grads), grad_head)
+        ctx.head = head.shape[0] - vocab_size, head.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_hidden, grad_head = ctx.saved_tensors
+        padding, dtype = ctx.head
+        grad_head = F.pad((grad_head * grad_output).to(dtype), (0, 0, 0, padding))
+        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None, None
 
 
 class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
@@ -252,16 +294,19 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
 
     def _loss(self, hidden, targets, weights):
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        weights = None if weights is None else weights.flatten()
+        weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights.flatten().float()
+        if self.training and torch.is_grad_enabled() and type(self.lm_head) is nn.Linear:
+            return SoftcappedLoss.apply(
+                hidden, self.lm_head.weight, targets, weights, self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK
+            )
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(targets), LOSS_CHUNK):
             part = slice(start, start + LOSS_CHUNK)
-            arguments = hidden[part], targets[part], None if weights is None else weights[part]
-            # recomputed in backward, so that no more than one chunk of float32 logits ever exists
+            # a head that adapters or quantisation have replaced is recomputed in backward, one chunk of logits at a time
             save = self.training and len(targets) > LOSS_CHUNK
+            arguments = hidden[part], targets[part], weights[part]
             total = total + (checkpoint(self._chunk, *arguments, use_reentrant=False) if save else self._chunk(*arguments))
         return total
 
     def _chunk(self, hidden, targets, weights):
-        nll = F.cross_entropy(self.logits(hidden), targets, ignore_index=-100, reduction="none")
-        return (nll if weights is None else nll * weights).sum()
+        return (F.cross_entropy(self.logits(hidden), targets, ignore_index=-100, reduction="none") * weights).sum()

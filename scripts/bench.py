@@ -1,0 +1,22 @@
+"""Measure: python -m scripts.bench {train,optimizer,trainer,data,generate} [flags]; each prints a table and, with --json, a JSON file."""
+
+import importlib
+import sys
+from pathlib import Path
+
+
+def names():
+    """The benchmarks there are: one file each in scripts/benchmarks."""
+    return sorted(path.stem for path in (Path(__file__).parent / "benchmarks").glob("*.py") if path.stem not in ("__init__", "measure"))
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in names():
+        print(f"usage: python -m scripts.bench {{{','.join(names())}}} [flags]", file=sys.stderr)
+        sys.exit(0 if argv and argv[0] in ("-h", "--help") else 2)
+    importlib.import_module(f"scripts.benchmarks.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Training speed on random tokens: python -m scripts.bench train --depth 12 --depth 20 [--rows 32] [--attn auto] [--no-isolate]"""
+
+import argparse
+import gc
+import statistics
+import time
+
+import torch
+
+from nanochat_hf import NanochatForCausalLM
+from nanochat_hf.attention import KERNELS, choose_attention
+from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
+from nanochat_hf.runtime import build_accelerator, peak_flops
+from nanochat_hf.scaling import accumulation_steps, flops_per_token, model_config
+from nanochat_hf.schedules import muon_momentum
+from nanochat_hf.trainer import Trainer
+from scripts.benchmarks.measure import peak_memory, report, wait
+
+
+class RandomTokens:
+    """Endless micro-batches of random ids; documents of about `document` tokens, or one a row."""
+
+    epoch = 0
+
+    def __init__(self, vocab, rows, positions, document, pin):
+        self.vocab, self.shape, self.document, self.pin = vocab, (rows, positions), document, pin
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        rows, positions = self.shape
+        while True:
+            ids = torch.randint(self.vocab, (rows, positions + 1), generator=generator)
+            batch = {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}
+            if self.document:
+                starts = torch.rand(rows, positions, generator=generator) < 1 / self.document
+                starts[:, 0] = True
+                place = torch.arange(positions).expand(rows, -1)
+                batch["position_ids"] = place - torch.where(starts, place, 0).cummax(1).values
+            yield {key: value.pin_memory() if self.pin else value for key, value in batch.items()}
+
+
+class Timed:
+    """Milliseconds of a method, by device events where there are any."""
+
+    def __init__(self, owner, name, device):
+        self.times, self.device, self.call = [], device, getattr(owner, name)
+        setattr(owner, name, self)
+
+    def __call__(self, *args, **kwargs):
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            result = self.call(*args, **kwargs)
+            self.times.append((time.perf_counter() - start) * 1e3)
+            return result
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        result = self.call(*args, **kwargs)
+        events[1].record()
+        self.times.append(events)
+        return result
+
+    def milliseconds(self):
+        """All times so far; the device must be idle."""
+        return [t if isinstance(t, float) else t[0].elapsed_time(t[1]) for t in self.times]
+
+
+def measure(depth, rows, args):
+    """One configuration → a dict of figures."""
+    accelerator = build_accelerator(
+        accumulation_steps(args.total_batch_size, rows, args.positions, 1), dtype=args.dtype, compile=args.compile
+    )
+    device = accelerator.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    attention, _ = choose_attention(device, args.attn)
+    config = model_config(depth, args.vocab_size, args.positions)
+    with device:
+        model = NanochatForCausalLM(config)
+    model.set_attn_implementation(attention)
+    optimizer = MuonAdamW(build_param_groups(model))
+
+    def schedule(wrapped, step):
+        apply_schedule(wrapped.optimizer, 1.0, muon_momentum(step))
+        return 1.0
+
+    batches = RandomTokens(args.vocab_size, rows, args.positions, args.document, device.type == "cuda")
+    trainer = Trainer(accelerator, model, optimizer, batches, num_steps=args.steps + 2, schedule=schedule)
+    update = Timed(optimizer, "step", device)
+    marks = [time.perf_counter()]
+
+    def mark(trainer, info):
+        wait(device)
+        marks.append(time.perf_counter())
+
+    trainer.callbacks = [mark]
+    trainer.fit()
+    seconds = statistics.median(b - a for a, b in zip(marks[2:], marks[3:], strict=False))
+    updates = statistics.median(update.milliseconds()[-args.steps :])
+    tokens = args.total_batch_size
+    peak = peak_flops(device)
+    figures = {
+        "depth": depth, "rows": rows, "attention": attention, "documents": args.document, "compiled": args.compile,
+        "tok/s": tokens / seconds, "step ms": seconds * 1e3, "fwd+bwd ms": seconds * 1e3 - updates, "optimizer ms": updates,
+        "mfu": flops_per_token(model, args.positions) * tokens / seconds / peak if peak else float("nan"),
+        "peak GiB": peak_memory(device) or float("nan"), "first step s": marks[1] - marks[0],
+    }  # fmt: skip
+    if args.profile:
+        profile(trainer, batches, depth)
+    del trainer, model, optimizer, update
+    accelerator.free_memory()
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return figures
+
+
+def profile(trainer, batches, depth):
+    """Print the kernels of one step, the longest first."""
+    micro = list(zip(range(trainer.accumulation), batches, strict=False))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as run:
+        trainer.step([batch for _, batch in micro])
+        wait(trainer.accelerator.device)
+    print(f"one step of depth {depth}:")
+    print(run.key_averages().table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=90))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench train", description=__doc__)
+    parser.add_argument("--depth", type=int, action="append", help="layers; give it several times for several models (default 4)")
+    parser.add_argument("--rows", type=int, action="append", help="rows of a micro-batch, one for each --depth (default 32)")
+    parser.add_argument("--positions", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--total-batch-size", type=int, default=524288, help="tokens of an optimizer step")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
+    parser.add_argument("--document", type=int, default=0, help="mean tokens of a packed document, kept apart by the mask; 0: no mask")
+    parser.add_argument("--attn", choices=KERNELS, default="auto", help="attention kernel")
+    parser.add_argument("--dtype", default="bfloat16", help="autocast precision")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: ignore the accelerator")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA)")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
+    parser.add_argument("--json", help="also write the figures there")
+    args = parser.parse_args(argv)
+    if args.device == "cpu":
+        import os
+
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    if args.compile is None:
+        args.compile = args.device == "auto" and torch.cuda.is_available()
+    depths = args.depth or [4]
+    rows = args.rows or [32]
+    rows = rows * len(depths) if len(rows) == 1 else rows
+    report([measure(depth, n, args) for depth, n in zip(depths, rows, strict=True)], args.json)
+
+
+if __name__ == "__main__":
+    main()
