@@ -27,7 +27,7 @@ def norm(x):
 
 
 def rotate(x, cos, sin):
-    """Rotate the halves of x (B, H, T, D) by −θ, the reference's direction."""
+    """Rotate the halves of x (B, T, H, D) by −θ, the reference's direction."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
@@ -41,6 +41,22 @@ def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs
         scores = scores + attention_mask[..., : key.shape[-2]]
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _rope(position_ids: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
+    angle = position_ids[:, :, None, None].float() * frequency
+    # rounded to bfloat16 as the reference's tables are, with which its checkpoints were trained
+    return torch.stack((angle.cos().bfloat16(), angle.sin().bfloat16()))
+
+
+# An operator of its own, since torch.compile would otherwise compute cos and sin anew inside each kernel of each layer that reads them
+#. Registered once, though Hub and package may both bring this file.
+if not hasattr(torch.ops.nanochat_hf, "rope"):
+    torch.library.custom_op("nanochat_hf::rope", _rope, mutates_args=())
+    torch.library.register_fake(
+        "nanochat_hf::rope", lambda ids, head_dim, theta: ids.new_empty((2, *ids.shape, 1, head_dim // 2), dtype=torch.bfloat16)
+    )
 
 
 class NanochatAttention(nn.Module):
@@ -68,8 +84,8 @@ class NanochatAttention(nn.Module):
             v = v + gate.unsqueeze(-1).to(v.dtype) * value_embedding.view_as(v).to(v.dtype)
         cos, sin = (t.to(q.dtype) for t in rope)
         # norm after RoPE, so that attention logits stay bounded (arXiv:2302.05442)
-        q, k = (norm(rotate(t.transpose(1, 2), cos, sin)) for t in (q, k))  # (B, H, T, D), (B, K, T, D)
-        v = v.transpose(1, 2)
+        q, k = (norm(rotate(t, cos, sin)) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, K, T, D); views, after all that reads memory in order
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -167,13 +183,8 @@ class NanochatModel(NanochatPreTrainedModel):
         self.post_init()
 
     def rope(self, position_ids):
-        """cos and sin (B, 1, T, D/2) for any position; computed, not stored, so that no length is too long."""
-        D = self.config.head_dim
-        frequency = self.config.rope_theta ** (-torch.arange(0, D, 2, device=position_ids.device, dtype=torch.float32) / D)
-        with torch.autocast(position_ids.device.type, enabled=False):
-            angle = position_ids[:, None, :, None].float() * frequency
-        # rounded to bfloat16 as the reference's tables are, with which its checkpoints were trained
-        return angle.cos().bfloat16(), angle.sin().bfloat16()
+        """cos and sin (B, T, 1, D/2) for any position; computed, not stored, so that no length is too long."""
+        return torch.ops.nanochat_hf.rope(position_ids, self.config.head_dim, float(self.config.rope_theta)).unbind(0)
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
