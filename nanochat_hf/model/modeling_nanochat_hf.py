@@ -50,8 +50,8 @@ def _rope(position_ids: torch.Tensor, head_dim: int, theta: float) -> torch.Tens
     return torch.stack((angle.cos().bfloat16(), angle.sin().bfloat16()))
 
 
-# An operator of its own, since torch.compile would otherwise compute cos and sin anew inside each kernel of each layer that reads them
-#. Registered once, though Hub and package may both bring this file.
+# An operator of its own, since torch.compile would otherwise compute cos and sin anew inside each kernel of each layer that reads them.
+# Registered once, though Hub and package may both bring this file.
 if not hasattr(torch.ops.nanochat_hf, "rope"):
     torch.library.custom_op("nanochat_hf::rope", _rope, mutates_args=())
     torch.library.register_fake(

@@ -3,7 +3,10 @@
 import re
 from dataclasses import dataclass, fields
 
+import torch
 from torch import nn
+
+from nanochat_hf.optim.sharding import whole
 
 # First match wins. A parameter that no rule takes and a rule that takes no parameter are both errors, so that a
 # renamed module cannot silently change its optimizer.
@@ -63,7 +66,7 @@ def assign_rules(names, rules=RULES) -> dict[str, list[str]]:
 def build_param_groups(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict]:
     """Parameter groups for `MuonAdamW`: five of AdamW, then one of Muon per matrix shape.
 
-    Each group holds kind ("adamw" or "muon"), name, lr, initial_lr, momentum, betas, eps, weight_decay,
+    Each group holds kind ("adamw" or "muon"), name, param_names, lr, initial_lr, momentum, betas, eps, weight_decay,
     initial_weight_decay and params. Frozen parameters are left out. The width is read from `model.config.hidden_size`.
     Raises ValueError if a parameter has no rule, a rule no parameter, or a Muon parameter is not a matrix.
     """
@@ -82,30 +85,31 @@ def build_param_groups(model: nn.Module, config: OptimizerConfig | None = None) 
     }
     groups = []
     for owner, (lr, betas) in adamw.items():
-        params = [named[name] for name in owned[owner] if named[name].requires_grad]
-        groups.append(_group("adamw", owner, params, lr * config.batch_lr_scale, betas, 0.0))
-    for shape, params in _by_shape(named, owned["matrix"]).items():
+        trained = {name: named[name] for name in owned[owner] if named[name].requires_grad}
+        groups.append(_group("adamw", owner, trained, lr * config.batch_lr_scale, betas, 0.0))
+    for shape, trained in _by_shape(named, owned["matrix"]).items():
         lr, betas = config.matrix_lr * config.batch_lr_scale, (0.0, MUON_BETA2)
-        groups.append(_group("muon", f"matrix_{shape[0]}x{shape[1]}", params, lr, betas, config.weight_decay))
+        groups.append(_group("muon", f"matrix_{shape[0]}x{shape[1]}", trained, lr, betas, config.weight_decay))
     return [group for group in groups if group["params"]]
 
 
-def _by_shape(named, names) -> dict[tuple, list]:
+def _by_shape(named, names) -> dict[tuple, dict]:
     stacks = {}
     for name in names:
         param = named[name]
         if param.ndim != 2:
             raise ValueError(f"{name} has shape {tuple(param.shape)}, Muon takes matrices; give it an AdamW rule")
         if param.requires_grad:
-            stacks.setdefault(tuple(param.shape), []).append(param)
+            stacks.setdefault(tuple(param.shape), {})[name] = param
     return stacks
 
 
-def _group(kind, name, params, lr, betas, weight_decay) -> dict:
+def _group(kind, name, named, lr, betas, weight_decay) -> dict:
     return {
         "kind": kind,
         "name": name,
-        "params": params,
+        "params": list(named.values()),
+        "param_names": list(named),
         "lr": lr,
         "initial_lr": lr,
         "momentum": 0.95 if kind == "muon" else 0.0,
@@ -114,6 +118,16 @@ def _group(kind, name, params, lr, betas, weight_decay) -> dict:
         "weight_decay": weight_decay,
         "initial_weight_decay": weight_decay,
     }
+
+
+def gradient_norms(optimizer) -> dict[str, torch.Tensor]:
+    """Norm of each group's gradient, {group name: 0-d tensor on the device}; a collective where parameters are DTensors."""
+    norms = {}
+    for group in optimizer.param_groups:
+        grads = [param.grad for param in group["params"] if param.grad is not None]
+        if grads:
+            norms[group["name"]] = whole(torch.nn.utils.get_total_norm(grads))
+    return norms
 
 
 def apply_schedule(optimizer, lr_multiplier: float, momentum: float, weight_decay_multiplier: float = 1.0) -> None:

@@ -35,12 +35,28 @@ class MuonAdamW(torch.optim.Optimizer):
         self.compile = compile
         self._units = None
         self._kernels = {}
-        self._skipped = None
+        self._skipped = self._health = None
 
     @property
     def skipped_steps(self) -> int:
         """Steps skipped for non-finite gradients so far; reading it waits for the device."""
         return 0 if self._skipped is None else int(self._skipped.item())
+
+    def non_finite(self) -> tuple[int, str | None]:
+        """(steps skipped in a row until now, name of a parameter whose gradient was not finite at the last of them, or None).
+
+        Reading waits for the device. On several processes the name is known where the gradient was not finite.
+        """
+        if self._health is None:
+            return 0, None
+        row, culprit = (int(value) for value in self._health.tolist())
+        names = [self._name(group, i) for group in self.param_groups for i in range(len(group["params"]))]
+        return row, names[culprit] if row and culprit >= 0 else None
+
+    @staticmethod
+    def _name(group, i) -> str:
+        names = group.get("param_names")
+        return names[i] if names else f"{group['name']}[{i}]"
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -113,6 +129,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 f"optimizer state of rank {saved[0]} of {saved[1]} does not fit rank {shard.rank} of {shard.world}; "
                 "save full_state_dict() to change the number of processes"
             )
+        self._same_architecture(state_dict)
         super().load_state_dict({"param_groups": state_dict["param_groups"], "state": {}})
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -122,6 +139,29 @@ class MuonAdamW(torch.optim.Optimizer):
         skipped = state_dict.get("skipped_steps")
         self._skipped = None if skipped is None else skipped.clone()
         self._units = None
+
+    def _same_architecture(self, state_dict) -> None:
+        saved = {g.get("name", g.get("kind")): g for g in state_dict["param_groups"]}
+        own = {g["name"]: g for g in self.param_groups}
+        for name in [*own, *saved]:
+            if name not in saved or name not in own:
+                where = "this model" if name in own else "the saved state"
+                raise ValueError(f"optimizer state of another architecture: only {where} has the group {name}; load the state of this model")
+            counts = len(saved[name]["params"]), len(own[name]["params"])
+            if counts[0] != counts[1]:
+                raise ValueError(
+                    f"optimizer state of another architecture: group {name} has {counts[0]} parameters there and {counts[1]} here; "
+                    "load the state of this model"
+                )
+        for name, group in own.items():
+            for i, (key, param) in enumerate(zip(saved[name]["params"], group["params"], strict=True)):
+                values = state_dict["state"].get(key, {})
+                shapes = [tuple(v.shape) for k, v in values.items() if k in ("exp_avg", "momentum_buffer")]
+                if shapes and shapes[0][1:] != tuple(param.shape)[1:] or len(shapes) and "shard" not in state_dict and shapes[0] != tuple(param.shape):
+                    raise ValueError(
+                        f"optimizer state of another architecture: {self._name(group, i)} has shape {shapes[0]} there and "
+                        f"{tuple(param.shape)} here; load the state of this model"
+                    )
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -148,11 +188,25 @@ class MuonAdamW(torch.optim.Optimizer):
         return next(local(param).device for group in self.param_groups for param in group["params"])
 
     def _gradients_finite(self, device) -> torch.Tensor:
-        grads = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        grads = [(i, local(p.grad)) for i, p in enumerate(params) if p.grad is not None]
         ok = torch.ones((), dtype=torch.bool, device=device)
+        culprit = torch.full((), -1.0, device=device)
         if grads:  # a norm is not finite if one element is not; one fused pass over the gradients on CUDA
-            ok = torch.stack([norm.float() for norm in torch._foreach_norm(grads)]).isfinite().all()
-        return all_agree(ok, Shard.current())
+            bad = ~torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in grads])]).isfinite()
+            ok = ~bad.any()
+            culprit = torch.where(ok, culprit, self._places(grads, device)[bad.float().argmax()])
+        ok = all_agree(ok, Shard.current())
+        row = torch.zeros((), device=device) if self._health is None else self._health[0].to(device)
+        self._health = torch.stack((torch.where(ok, 0.0, row + 1.0), culprit))
+        return ok
+
+    def _places(self, grads, device) -> torch.Tensor:
+        # kept on the device: making it anew at each step would wait for the copy
+        key = tuple(i for i, _ in grads)
+        if self._kernels.get("places", (None,))[0] != key:
+            self._kernels["places"] = key, torch.tensor([float(i) for i in key]).to(device)
+        return self._kernels["places"][1]
 
     def _kernel(self, function, device):
         if not (device.type == "cuda" if self.compile is None else self.compile):
