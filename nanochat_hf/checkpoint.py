@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+
+from .runtime import load_whole_weights, whole_weights
 
 NAME = re.compile(r"checkpoint-(\d{6,})$")
 
@@ -31,68 +34,110 @@ def resolve(output_dir, resume):
     return Path(resume)
 
 
-def save(trainer, output_dir, tokenizer, settings, keep=2):
-    """Write `output_dir/checkpoint-{step}`, all ranks together; then prune to the newest `keep` (0 keeps all). Returns the folder."""
+def save(trainer, output_dir, tokenizer, settings, keep=2, trackers=None):
+    """Write `output_dir/checkpoint-{step}`, all ranks together; then prune to the newest `keep` (0 keeps all). Returns the folder.
+
+    The optimizer's state is written whole, so that any number of processes can go on from it. OSError names the folder where the disk
+    refuses; older checkpoints are untouched then.
+    """
     accelerator, step = trainer.accelerator, trainer.state.step
     final = Path(output_dir) / f"checkpoint-{step:06d}"
     partial = final.with_name(f".{final.name}.partial")
-    if accelerator.is_main_process:
+    try:
+        _write(trainer, partial, tokenizer, settings, trackers or {})
+        if accelerator.is_main_process:
+            for path in partial.iterdir():
+                _fsync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(partial, final)
+            _fsync(final.parent)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    rank = accelerator.process_index
-    optimizer = trainer.optimizer.optimizer.state_dict()  # a collective where the state is sharded
-    torch.save({"optimizer": optimizer, "data": trainer.batches.state_dict(), "rng": rng_state()}, partial / f"rank{rank}.pt")
+        raise OSError(f"{final} could not be written ({error}); older checkpoints are whole: free space, then --resume auto") from None
     if accelerator.is_main_process:
-        trainer.raw_model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        state = {"state": trainer.state_dict(), "num_processes": accelerator.num_processes, "settings": settings}
-        (partial / "trainer.json").write_text(json.dumps(state, indent=2, default=str))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for path in partial.iterdir():
-            _fsync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        _fsync(final.parent)
         for old in checkpoints(output_dir)[:-keep] if keep else ():
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
 
 
-def load(trainer, folder):
-    """Restore weights, optimizer, data position, generators and counters, exactly."""
-    from safetensors.torch import load_file
-
-    saved = json.loads((folder / "trainer.json").read_text())
+def _write(trainer, folder, tokenizer, settings, trackers):
     accelerator = trainer.accelerator
-    if saved["num_processes"] != accelerator.num_processes:
-        raise ValueError(
-            f"--resume {folder}: written by {saved['num_processes']} processes, this run has {accelerator.num_processes}; "
-            "launch with the same number"
-        )
-    weights = {}
-    for part in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(part)
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    # collectives where weights or state are split, so every rank asks
+    weights, optimizer = whole_weights(trainer.raw_model), trainer.optimizer.optimizer.full_state_dict(rank0_only=True)
+    own = {"data": trainer.batches.state_dict(), "rng": rng_state()}
+    torch.save(own, folder / f"rank{accelerator.process_index}.pt")
+    if accelerator.is_main_process:
+        trainer.raw_model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        torch.save({"optimizer": optimizer, "scaler": scaler}, folder / "optimizer.pt")
+        state = {"state": trainer.state_dict(), "num_processes": accelerator.num_processes, "settings": settings, "trackers": trackers}
+        (folder / "trainer.json").write_text(json.dumps(state, indent=2, default=str))
+    accelerator.wait_for_everyone()
+
+
+def trackers_of(folder):
+    """What a checkpoint remembers of its trackers, {"wandb": run id}; {} for None."""
+    return json.loads((Path(folder) / "trainer.json").read_text()).get("trackers", {}) if folder else {}
+
+
+def load(trainer, folder):
+    """Restore weights, optimizer, data position, generators and counters: exactly on as many processes as wrote it.
+
+    On another number the optimizer and the weights are the same, the data goes on where its own state can (else ValueError), and
+    the generators start anew. ValueError names the file of a damaged or foreign checkpoint.
+    """
+    saved, weights, optimizer = _read(folder)
+    accelerator = trainer.accelerator
     own = {name: (tuple(value.shape)) for name, value in trainer.raw_model.state_dict().items()}
     differing = sorted(n for n in own.keys() | weights.keys() if n not in own or n not in weights or own[n] != tuple(weights[n].shape))
     if differing:
         raise ValueError(f"--resume {folder}: another architecture; {differing[0]} and {len(differing) - 1} more tensors differ")
-    trainer.raw_model.load_state_dict(weights)
-    rank = torch.load(folder / f"rank{accelerator.process_index}.pt", weights_only=False, map_location="cpu")
-    trainer.optimizer.optimizer.load_state_dict(rank["optimizer"])
+    load_whole_weights(trainer.raw_model, weights)
+    trainer.optimizer.optimizer.load_state_dict(optimizer["optimizer"])
+    if accelerator.scaler is not None and optimizer["scaler"]:
+        accelerator.scaler.load_state_dict(optimizer["scaler"])
+    same = saved["num_processes"] == accelerator.num_processes
+    rank = _torch_load(folder / f"rank{accelerator.process_index if same else 0}.pt")
     trainer.batches.load_state_dict(rank["data"])
     trainer.load_state_dict(saved["state"])
-    set_rng_state(rank["rng"])
+    if same:
+        set_rng_state(rank["rng"])
 
 
-def export(model, tokenizer, folder):
-    """Write a model folder that `from_pretrained` loads, whole or not at all."""
+def _read(folder):
+    from safetensors.torch import load_file
+
+    try:
+        saved = json.loads((folder / "trainer.json").read_text())
+        weights = {}
+        for part in sorted(folder.glob("*.safetensors")):
+            weights |= load_file(part)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"--resume {folder}: damaged ({error}); give an older checkpoint") from None
+    if not weights:
+        raise ValueError(f"--resume {folder}: holds no model weights, so it is no checkpoint of this program; give another folder")
+    return saved, weights, _torch_load(folder / "optimizer.pt")
+
+
+def _torch_load(path):
+    try:
+        return torch.load(path, weights_only=False, map_location="cpu")  # our own file: numpy's and Python's generator states
+    except Exception as error:
+        raise ValueError(f"--resume {path}: damaged or missing ({error}); give an older checkpoint") from None
+
+
+def export(model, tokenizer, folder, weights=None):
+    """Write a model folder that `from_pretrained` loads, whole or not at all. `weights`: a state dict in place of the model's own."""
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)

@@ -39,6 +39,11 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
     return accelerator
 
 
+def on_cuda():
+    """Whether this run will use a CUDA device."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+
+
 def peak_flops(device):
     """Dense bf16 FLOP/s of the device, or None where unknown (then no MFU is printed)."""
     if device.type != "cuda":
@@ -65,8 +70,31 @@ class StopSignal:
 
     def agreed(self):
         """True on all ranks once any rank was asked to stop (one small collective when there are several)."""
-        wanted = bool(self.received) or os.getppid() != self.parent
-        if self.accelerator.num_processes == 1:
-            return wanted
-        flag = torch.tensor([float(wanted)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+        return agree(self.accelerator, bool(self.received) or os.getppid() != self.parent)
+
+
+def agree(accelerator, wanted):
+    """True on all ranks where any rank wants it: one small collective, none on one process."""
+    if accelerator.num_processes == 1:
+        return bool(wanted)
+    flag = torch.tensor([float(wanted)], device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum").item())
+
+
+def whole_weights(model):
+    """The state dict of `model` with whole tensors, on every rank that will write; a collective under FSDP2."""
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_whole_weights(model, weights):
+    """Fill `model`, split by FSDP2 or not, from whole tensors that every rank has read."""
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        model.load_state_dict(weights)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))

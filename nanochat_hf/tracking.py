@@ -1,8 +1,14 @@
-"""Numbers of a run: smoothed loss, throughput, the console's progress bar, metrics.jsonl and Accelerate's trackers."""
+"""Numbers of a run: smoothed loss, throughput, the console's progress, metrics.jsonl and what is logged once."""
 
 import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 
@@ -33,21 +39,69 @@ class MetricsFile:
             with self.path.open("a") as handle:
                 handle.write(json.dumps(values) + "\n")
 
+    def truncate(self, step):
+        """Forget entries after `step`: a resumed run writes them again."""
+        if self.path and self.path.is_file():
+            kept = [entry for entry in read_metrics(self.path) if entry.get("step", 0) <= step]
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def read_metrics(path):
+    """metrics.jsonl → list of dicts; a last line that a kill cut short is left out."""
+    entries = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
 
 class Progress:
-    """A tqdm bar on the main process: step, %, loss, tok/s, ETA."""
+    """On a terminal one bar with %, step, figures and ETA; elsewhere a plain line whenever there are new figures. Main process only."""
 
     def __init__(self, accelerator, total, initial, description):
+        self.total, self.description, self.shown = total, description, accelerator.is_main_process
+        self.terminal = sys.stderr.isatty()
+        self.start, self.initial = time.perf_counter(), initial
         self.bar = tqdm(
-            total=total, initial=initial, desc=description, unit="step", disable=not accelerator.is_main_process,
+            total=total, initial=initial, desc=description, unit="step", disable=not (self.shown and self.terminal),
             dynamic_ncols=True, mininterval=0.5,
         )  # fmt: skip
 
-    def update(self, step, **shown):
-        """Move to `step` and show the given figures."""
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(step - self.bar.n)
+    def update(self, step, fresh=False, **figures):
+        """Move to `step` and show the given figures; `fresh` says that they are new."""
+        if self.terminal:
+            self.bar.set_postfix(figures, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif fresh and self.shown:
+            left = (time.perf_counter() - self.start) / max(1, step - self.initial) * (self.total - step)
+            text = "  ".join(f"{key} {value}" for key, value in figures.items())
+            print(f"{self.description} step {step}/{self.total} ({step / self.total:.0%})  {text}  eta {left:.0f} s", flush=True)
 
     def close(self):
         """Leave the bar as it is."""
         self.bar.close()
+
+
+def environment(accelerator):
+    """What else a number depends on: versions, git revision, hardware."""
+    try:
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        revision = None
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "python": platform.python_version(), "git_revision": revision, "device": str(accelerator.device.type),
+        "device_name": torch.cuda.get_device_name(accelerator.device) if cuda else platform.processor() or platform.machine(),
+        "num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision,
+        **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate")},
+    }  # fmt: skip
+
+
+def wandb_run_id(accelerator):
+    """The id of the running W&B run, by which a resumed run continues it; None without one."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb" and accelerator.is_main_process:
+            return tracker.tracker.id
+    return None

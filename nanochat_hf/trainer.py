@@ -6,6 +6,8 @@ from itertools import islice
 
 import torch
 
+from .optim import gradient_norms
+
 
 @dataclass
 class TrainState:
@@ -26,7 +28,7 @@ class StepInfo:
     targets: int
     seconds: float
     lr_multiplier: float
-    grad_norm: torch.Tensor | None = None
+    grad_norms: dict | None = None  # of each parameter group, before clipping; only on the steps that are asked for
 
 
 class Trainer:
@@ -36,12 +38,15 @@ class Trainer:
     schedule(optimizer, step) sets lr, momentum and weight decay before the step. Each callback is called with (trainer, info).
     """
 
-    def __init__(self, accelerator, model, optimizer, batches, *, num_steps, schedule, callbacks=(), max_grad_norm=None, stop=None):
+    def __init__(
+        self, accelerator, model, optimizer, batches, *, num_steps, schedule, callbacks=(), max_grad_norm=None, stop=None,
+        norms_every=0,
+    ):  # fmt: skip
         self.accelerator, self.batches, self.num_steps, self.schedule = accelerator, batches, num_steps, schedule
         self.raw_model = model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.accumulation = accelerator.gradient_accumulation_steps
-        self.callbacks, self.max_grad_norm, self.stop = list(callbacks), max_grad_norm, stop
+        self.callbacks, self.max_grad_norm, self.stop, self.norms_every = list(callbacks), max_grad_norm, stop, norms_every
         self.state, self.stopped = TrainState(), False
 
     def fit(self):
@@ -62,13 +67,13 @@ class Trainer:
             raise ValueError(f"the data gave {len(micro_batches)} of {self.accumulation} micro-batches; it is shorter than one step")
         targets = self._valid_targets(micro_batches)
         multiplier = self.schedule(self.optimizer, self.state.step)
-        loss, norm = self._accumulate(micro_batches, targets) if targets else (torch.zeros(()), None)
+        loss, norms = self._accumulate(micro_batches, targets) if targets else (torch.zeros(()), None)
         self.state.skipped += targets == 0
         self.state.step += 1
         self.state.tokens += sum(b["input_ids"].numel() for b in micro_batches) * self.accelerator.num_processes
         seconds = time.perf_counter() - start
         self.state.seconds += seconds
-        return StepInfo(self.state.step, loss, targets, seconds, multiplier, norm)
+        return StepInfo(self.state.step, loss, targets, seconds, multiplier, norms)
 
     def _valid_targets(self, micro_batches):
         # counted on the host, where the batches still are: one process never waits for its device
@@ -79,7 +84,8 @@ class Trainer:
         return int(self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum").item())
 
     def _accumulate(self, micro_batches, targets):
-        device, total, norm = self.accelerator.device, 0.0, None
+        device, total, norms = self.accelerator.device, 0.0, None
+        observed = self.norms_every and (self.state.step + 1) % self.norms_every == 0
         # backward() divides by the accumulation, DDP by the processes: undo both
         scale = self.accumulation * self.accelerator.num_processes
         for batch in micro_batches:
@@ -87,12 +93,14 @@ class Trainer:
             with self.accelerator.accumulate(self.model):
                 loss = self.model(**batch, num_items_in_batch=targets).loss
                 self.accelerator.backward(loss * scale)
+                if self.accelerator.sync_gradients and observed and self.accelerator.scaler is None:  # scaled gradients have no norm
+                    norms = gradient_norms(self.optimizer)
                 if self.accelerator.sync_gradients and self.max_grad_norm:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             total = total + loss.detach()
-        return total, norm
+        return total, norms
 
     def state_dict(self):
         """The loop's own state, JSON-able."""

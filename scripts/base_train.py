@@ -1,14 +1,19 @@
 """Pretrain a base model: accelerate launch -m scripts.base_train --depth 12 --tokenizer DIR --data 'text/*.parquet' --output-dir runs/base"""
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from nanochat_hf import NanochatForCausalLM, scaling
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data import SourceConfig, TextBatches
 from nanochat_hf.runtime import build_accelerator
 from nanochat_hf.tokenizer import load_tokenizer
-from scripts.training import TrainConfig, run
+from scripts.training import TrainConfig, accelerate, run, smoke
+
+PROMPTS = (
+    "The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be", "The opposite of hot is",
+    "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class BaseConfig:
 @user_errors
 def main(argv=None):
     base, config, _ = parse([BaseConfig, TrainConfig], argv, description=__doc__)
+    config = smoke(config)
     tokenizer = load_tokenizer(base.tokenizer)
     model_config = scaling.model_config(
         base.depth, len(tokenizer), config.max_seq_len, aspect_ratio=base.aspect_ratio, head_dim=base.head_dim, window_pattern=base.window_pattern,
@@ -39,13 +45,7 @@ def main(argv=None):
     )  # fmt: skip
     processes = build_accelerator(1, dtype=config.dtype).num_processes
     accumulation = scaling.accumulation_steps(config.total_batch_size, config.device_batch_size, config.max_seq_len, processes)
-    accelerator = build_accelerator(
-        accumulation,
-        dtype=config.dtype,
-        trackers=None if config.report_to == "none" else config.report_to,
-        output_dir=config.output_dir,
-        seed=config.seed,
-    )
+    accelerator = accelerate(config, accumulation)
     tokens = accumulation * processes * config.device_batch_size * config.max_seq_len
     model = NanochatForCausalLM(model_config)
     counts = scaling.parameter_counts(model)
@@ -68,9 +68,10 @@ def main(argv=None):
     decay = replace(config, weight_decay=scaling.base_weight_decay(base.depth, config.weight_decay)) if config.weight_decay else config
     folder, _, _ = run(
         decay, accelerator, model, tokenizer, batches, validation, num_steps, description=f"base d{base.depth}", decay=True,
-        lr_scale=scaling.batch_lr_scale(tokens) if config.total_batch_size else 1.0,
+        lr_scale=scaling.batch_lr_scale(tokens) if config.total_batch_size else 1.0, settings=asdict(base),
+        prompts=[(text, [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS],
     )  # fmt: skip
-    sys.exit(0 if folder else 143)
+    sys.exit(143 if folder is None else 0)
 
 
 if __name__ == "__main__":

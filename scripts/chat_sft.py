@@ -1,21 +1,27 @@
 """Fine-tune on conversations: accelerate launch -m scripts.chat_sft --model DIR --data chats.jsonl --output-dir runs/sft"""
 
+import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from nanochat_hf import NanochatForCausalLM, scaling
 from nanochat_hf.config import parse, user_errors
+from nanochat_hf.conversation import render_prompt
 from nanochat_hf.data import SFTBatches, SourceConfig
 from nanochat_hf.runtime import build_accelerator
+from nanochat_hf.tasks.base import pair
 from nanochat_hf.tokenizer import load_tokenizer
-from scripts.training import TrainConfig, run
+from scripts.training import TrainConfig, accelerate, run, smoke
+
+PROMPTS = ("Why is the sky blue?", "Spell the word: elephant", "How many r are in strawberry?", "What is 12*7?")
 
 
 @dataclass(frozen=True)
 class SFTConfig:
     """Which model, on which conversations. A recipe (--config) may list several data sets as train_data and validation_data."""
 
-    model: str = field(metadata={"help": "folder or Hub name of the model to start from"})
+    model: str = field(metadata={"help": "folder or Hub name of the model to start from; newest: the base run under runs/ that ended last"})
     data: str | None = field(default=None, metadata={"help": "conversations: a Hub name or a file (jsonl, parquet, …)"})
     validation: str | None = field(default=None, metadata={"help": "held-out conversations (default: the training data)"})
     train_on_all_tokens: bool = field(default=False, metadata={"help": "learn the user's tokens too, as the reference does"})
@@ -26,6 +32,9 @@ class SFTConfig:
 @user_errors
 def main(argv=None):
     sft, config, lists = parse([SFTConfig, TrainConfig], argv, lists=("train_data", "validation_data"), description=__doc__)
+    config = smoke(config)
+    if sft.model == "newest":
+        sft = replace(sft, model=newest_base())
     train = [SourceConfig.from_recipe(entry) for entry in lists.get("train_data", [])]
     if sft.data:
         train = [SourceConfig(path=sft.data)]
@@ -41,28 +50,47 @@ def main(argv=None):
         raise ValueError(f"--model {sft.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
     processes = build_accelerator(1, dtype=config.dtype).num_processes
     accumulation = scaling.accumulation_steps(config.total_batch_size, config.device_batch_size, config.max_seq_len, processes)
-    accelerator = build_accelerator(
-        accumulation,
-        dtype=config.dtype,
-        trackers=None if config.report_to == "none" else config.report_to,
-        output_dir=config.output_dir,
-        seed=config.seed,
-    )
+    accelerator = accelerate(config, accumulation)
     shape = dict(
         rows=config.device_batch_size, positions=config.max_seq_len, rank=accelerator.process_index, world_size=processes,
         isolate=sft.isolate, train_on_all_tokens=sft.train_on_all_tokens, progress=accelerator.is_main_process,
     )  # fmt: skip
     batches = SFTBatches(train, tokenizer, **shape, seed=config.seed)
-    accelerator.print(
-        f"{len(batches.documents):,} conversations in {batches.num_rows:,} rows, padding {batches.padding_share:.2%}, "
-        f"{batches.truncated} truncated, {batches.untrained} without a target left out"
-    )
+    plan = {
+        "data": f"{len(batches.documents):,} conversations in {batches.num_rows:,} rows, padding {batches.padding_share:.2%}, "
+        f"{batches.truncated} truncated, {batches.untrained} without a target left out",
+        "start": sft.model,
+    }
     validation_batches = iter(SFTBatches(held_out or train, tokenizer, **shape, seed=config.seed + 1))
     validation = [next(validation_batches) for _ in range(config.eval_batches)]
+    base_rows = trained_rows(sft.model)
+    if base_rows and config.device_batch_size > base_rows:
+        accelerator.print(f"warning: --device-batch-size {config.device_batch_size} exceeds the base run's {base_rows}; watch the memory")
     num_steps = config.num_steps or max(1, round(sft.epochs * batches.steps_per_epoch(accumulation)))
     settings = asdict(sft) | {"train_data": [asdict(s) for s in train], "validation_data": [asdict(s) for s in held_out]}
-    folder, _, _ = run(config, accelerator, model, tokenizer, batches, validation, num_steps, description="sft", settings=settings)
-    sys.exit(0 if folder else 143)
+    prompts = [(text, render_prompt(tokenizer, pair(text, ""))) for text in PROMPTS]
+    folder, _, _ = run(
+        config, accelerator, model, tokenizer, batches, validation, num_steps, description="sft", settings=settings, prompts=prompts, plan=plan,
+    )  # fmt: skip
+    sys.exit(143 if folder is None else 0)
+
+
+def trained_rows(model):
+    """Rows a process took at once in the run that made the folder `model`; None where that is not known."""
+    settings = Path(model).parent / "config.json"
+    return json.loads(settings.read_text()).get("device_batch_size") if settings.is_file() else None
+
+
+def newest_base(root="runs"):
+    """The final folder of the base run under `root` that ended last; ValueError where there is none."""
+    finals = []
+    for final in Path(root).glob("**/final"):
+        settings = final.parent / "config.json"
+        if settings.is_file() and str(json.loads(settings.read_text()).get("stage", "")).startswith("base"):
+            finals.append(final)
+    if not finals:
+        raise ValueError(f"--model newest: no finished base run under {root}/; give the folder of a model")
+    return str(max(finals, key=lambda folder: folder.stat().st_mtime))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """What the training scripts share: flags, wiring of model, optimizer, callbacks and trainer."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from nanochat_hf import checkpoint, runtime
-from nanochat_hf.callbacks import Evaluate, Log, Save
+from nanochat_hf.attention import choose_attention
+from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
 from nanochat_hf.config import dump, resolved
 from nanochat_hf.optim import MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
+from nanochat_hf.report import write_report
 from nanochat_hf.scaling import flops_per_token, parameter_counts
 from nanochat_hf.schedules import base_lr, muon_momentum
 from nanochat_hf.tokenizer import token_bytes
+from nanochat_hf.tracking import environment
 from nanochat_hf.trainer import Trainer
 
 
@@ -17,12 +21,15 @@ from nanochat_hf.trainer import Trainer
 class TrainConfig:
     """How to train, whatever the data."""
 
-    output_dir: str = field(metadata={"help": "folder for checkpoints, metrics and the final model"})
+    output_dir: str = field(metadata={"help": "folder for checkpoints, metrics, report and the final model"})
     num_steps: int | None = field(default=None, metadata={"help": "optimizer steps (default: see the script)"})
     device_batch_size: int = field(default=32, metadata={"help": "rows a process takes at once"})
     total_batch_size: int | None = field(default=None, metadata={"help": "tokens of an optimizer step (default: one micro-batch)"})
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's)"})
+    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, sdpa or eager"})
+    compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA)"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in backward: less memory, about 30 %% slower"})
     embedding_lr: float = field(default=0.3, metadata={"help": "lr of token and value embeddings (AdamW)"})
     unembedding_lr: float = field(default=0.004, metadata={"help": "lr of the head (AdamW)"})
     matrix_lr: float = field(default=0.02, metadata={"help": "lr of the matrices (Muon)"})
@@ -32,30 +39,77 @@ class TrainConfig:
     warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up"})
     warmdown_ratio: float = field(default=0.2, metadata={"help": "last share of the run in which lr falls to 0"})
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip the gradient to this norm (default: off)"})
+    max_skipped: int = field(default=20, metadata={"help": "stop after so many steps in a row with non-finite gradients"})
     eval_every: int = field(default=150, metadata={"help": "steps between evaluations of bpb; 0: only at the end"})
     eval_batches: int = field(default=8, metadata={"help": "micro-batches of validation data per process"})
+    keep_best: bool = field(default=False, metadata={"help": "export the model of the lowest validation bpb to OUTPUT_DIR/best"})
+    sample_every: int = field(default=0, metadata={"help": "steps between answers to fixed prompts; 0: none"})
     save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only at the end"})
+    save_minutes: float = field(default=0.0, metadata={"help": "minutes between checkpoints; 0: off"})
     keep: int = field(default=2, metadata={"help": "newest checkpoints to keep; 0: all"})
     resume: str | None = field(default=None, metadata={"help": "auto, or a checkpoint folder"})
     report_to: str = field(default="none", metadata={"help": "wandb, trackio, tensorboard or none"})
     run_name: str = field(default="nanochat_hf", metadata={"help": "project name for the tracker"})
     log_every: int = field(default=10, metadata={"help": "steps between log entries"})
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    dry_run: bool = field(default=False, metadata={"help": "train and log, but write no checkpoint and no model"})
+    smoke_test: bool = field(default=False, metadata={"help": "5 steps of one row of 128 positions, nothing tracked or saved"})
+    plan_only: bool = field(default=False, metadata={"help": "print the plan of the run and stop"})
 
     def __post_init__(self):
-        for name in ("device_batch_size", "max_seq_len", "log_every", "eval_batches"):
+        for name in ("device_batch_size", "max_seq_len", "log_every", "eval_batches", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1".replace("_", "-"))
+        for name in ("eval_every", "sample_every", "save_every", "save_minutes", "keep", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 0; 0 is off".replace("_", "-"))
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"--num-steps {self.num_steps} must be at least 1; leave it out for the whole horizon")
         if not 0 <= self.warmdown_ratio <= 1:
             raise ValueError(f"--warmdown-ratio {self.warmdown_ratio} must lie between 0 and 1")
+        if self.report_to not in ("wandb", "trackio", "tensorboard", "none"):
+            raise ValueError(f"--report-to {self.report_to} is unknown; choose wandb, trackio, tensorboard or none")
 
 
-def run(config, accelerator, model, tokenizer, batches, validation, num_steps, *, description, settings=None, lr_scale=1.0, decay=False):
-    """Train `model` on `batches` for `num_steps`, evaluate, save; returns (final folder, Trainer, Evaluate), or None for the folder when stopped."""
-    if len(tokenizer) != model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; use the tokenizer it was made with"
-        )
+def smoke(config):
+    """The configuration as --smoke-test changes it: small, untracked, unsaved."""
+    if not config.smoke_test:
+        return config
+    return replace(
+        config, num_steps=5, device_batch_size=1, max_seq_len=128, total_batch_size=None, eval_every=0, eval_batches=1, sample_every=0, warmup_steps=0,
+        save_every=0, save_minutes=0.0, report_to="none", dry_run=True, log_every=1,
+    )  # fmt: skip
+
+
+def accelerate(config, accumulation):
+    """The Accelerator for `config`."""
+    return runtime.build_accelerator(
+        accumulation, dtype=config.dtype, trackers=None if config.report_to == "none" else config.report_to,
+        output_dir=config.output_dir, seed=config.seed, compile=runtime.on_cuda() if config.compile is None else config.compile,
+    )  # fmt: skip
+
+
+def announce(config, accelerator, model, description, num_steps, reason, details):
+    """Print the plan of the run; returns FLOPs per token."""
+    flops, counts = flops_per_token(model, config.max_seq_len), parameter_counts(model)
+    tokens = config.device_batch_size * config.max_seq_len * accelerator.num_processes * accelerator.gradient_accumulation_steps
+    parts = ", ".join(f"{kind} {number:,}" for kind, number in counts.items() if kind != "total")
+    lines = {
+        "parameters": f"{counts['total']:,} ({parts})",
+        "compute": f"{flops:.3g} FLOPs per token, {flops * tokens * num_steps:.3g} in all",
+        "steps": f"{num_steps:,} of {tokens:,} tokens ({accelerator.gradient_accumulation_steps} micro-batches of "
+        f"{config.device_batch_size} rows × {config.max_seq_len} positions on {accelerator.num_processes} processes), "
+        f"{tokens * num_steps:,} tokens in all",
+        "machine": f"{accelerator.device}, {accelerator.distributed_type.value}, mixed precision {accelerator.mixed_precision}, "
+        f"attention {model.config._attn_implementation} ({reason})",
+        **details,
+    }
+    accelerator.print(f"{description}:", *(f"  {name:<11} {text}" for name, text in lines.items()), sep="\n")
+    return flops
+
+
+def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay):
+    """Optimizer, schedule and Trainer."""
     optimizer_config = OptimizerConfig(
         embedding_lr=config.embedding_lr, unembedding_lr=config.unembedding_lr, matrix_lr=config.matrix_lr, scalar_lr=config.scalar_lr,
         weight_decay=config.weight_decay, batch_lr_scale=lr_scale * config.init_lr_frac,
@@ -68,40 +122,89 @@ def run(config, accelerator, model, tokenizer, batches, validation, num_steps, *
         apply_schedule(getattr(optimizer, "optimizer", optimizer), multiplier, muon_momentum(step), 1 - progress if decay else 1.0)
         return multiplier
 
-    trainer = Trainer(
+    return Trainer(
         accelerator, model, optimizer, batches, num_steps=num_steps, schedule=schedule, max_grad_norm=config.max_grad_norm,
-        stop=runtime.StopSignal(accelerator),
+        stop=runtime.StopSignal(accelerator), norms_every=config.log_every,
     )  # fmt: skip
+
+
+def run(
+    config, accelerator, model, tokenizer, batches, validation, num_steps, *, description, settings=None, lr_scale=1.0, decay=False,
+    prompts=(), plan=None,
+):  # fmt: skip
+    """Train `model` on `batches` for `num_steps`, evaluate, save. `plan`: more lines of the printed plan; `prompts`: see Sample.
+
+    Returns (final folder, Trainer, Evaluate); the folder is None when the run was stopped, and "" when there is nothing to write.
+    """
+    if len(tokenizer) != model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; use the tokenizer it was made with"
+        )
+    if config.warmup_steps + config.warmdown_ratio * num_steps > num_steps:
+        raise ValueError(
+            f"--warmup-steps {config.warmup_steps} and --warmdown-ratio {config.warmdown_ratio} overlap in a run of {num_steps} steps; "
+            f"lower --warmup-steps to at most {int(num_steps * (1 - config.warmdown_ratio))}"
+        )
+    kernel, reason = choose_attention(accelerator.device, config.attn)
+    model.set_attn_implementation(kernel)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    flops = announce(config, accelerator, model, description, num_steps, reason, plan or {})
+    if config.plan_only:
+        return "", None, None
+    output = None if config.dry_run else config.output_dir
+    trainer = build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay)
     resume = checkpoint.resolve(config.output_dir, config.resume)
     if resume:
         checkpoint.load(trainer, resume)
         accelerator.print(f"resumed from {resume} at step {trainer.state.step} of {num_steps}")
-    settings = resolved(config) | (settings or {}) | {"num_steps": num_steps}
-    if accelerator.is_main_process:
-        dump(checkpoint.prepare_folder(config.output_dir) / "config.json", settings)
-    flops, counts = flops_per_token(model, config.max_seq_len), parameter_counts(model)
-    tokens = config.device_batch_size * config.max_seq_len * accelerator.num_processes * accelerator.gradient_accumulation_steps
-    accelerator.print(
-        f"{description}: {counts['total']:,} parameters, {flops:.3g} FLOPs per token, {num_steps} steps of {tokens:,} tokens "
-        f"({accelerator.gradient_accumulation_steps} micro-batches on {accelerator.num_processes} processes), "
-        f"device {accelerator.device}, mixed precision {accelerator.mixed_precision}, attention {model.config._attn_implementation}"
-    )
+    settings = resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description} | environment(accelerator)
+    if accelerator.is_main_process and output:
+        dump(checkpoint.prepare_folder(output) / "config.json", settings)
     if config.report_to != "none":
-        accelerator.init_trackers(config.run_name, config=settings)
-    evaluate = Evaluate(validation, token_bytes(tokenizer), every=config.eval_every, output_dir=config.output_dir)
-    log = Log(trainer, description=description, flops_per_token=flops, every=config.log_every, output_dir=config.output_dir)
-    trainer.callbacks = [log, Save(config.output_dir, tokenizer, settings, every=config.save_every, keep=config.keep), evaluate]
-    trainer.fit()
-    if trainer.stopped:
-        accelerator.print(f"stopped at step {trainer.state.step}; continue with --resume auto")
-        return None, trainer, evaluate
-    if math.isinf(evaluate.best):  # the run was already finished when resumed
+        run_id = checkpoint.trackers_of(resume).get("wandb")
+        accelerator.init_trackers(config.run_name, config=flat(settings), init_kwargs={"wandb": {"id": run_id, "resume": "allow"} if run_id else {}})
+    evaluate = Evaluate(
+        validation, token_bytes(tokenizer), tokenizer, every=config.eval_every, output_dir=output,
+        best_dir=f"{output}/best" if output and config.keep_best else None,
+    )  # fmt: skip
+    log = Log(trainer, description=description, flops_per_token=flops, every=config.log_every, output_dir=output, max_skipped=config.max_skipped)
+    save = Save(output, tokenizer, settings, every=config.save_every, keep=config.keep, minutes=config.save_minutes)
+    samples = [Sample(tokenizer, prompts, every=config.sample_every, output_dir=output)] if prompts and config.sample_every else []
+    # saved before anything that could fail: evaluation and samples come after
+    trainer.callbacks = [log, *([save] if output else []), evaluate, *samples, CollectGarbage()]
+    if config.eval_every and not resume:
         evaluate.run(trainer)
-    if accelerator.is_main_process:
-        checkpoint.export(model, tokenizer, f"{config.output_dir}/final")
-        accelerator.print(
-            f"minimum validation bpb {evaluate.best:.4f}; {trainer.state.seconds:.0f} s of training; model in {config.output_dir}/final"
-        )
+    trainer.fit()
+    return finish(config, trainer, evaluate, log, tokenizer, settings, description, output), trainer, evaluate
+
+
+def finish(config, trainer, evaluate, log, tokenizer, settings, description, output):
+    """Export, report, say goodbye; returns the final folder, "" for a dry run, None for a stopped one."""
+    accelerator, state = trainer.accelerator, trainer.state
+    if trainer.stopped and state.step < trainer.num_steps:
+        accelerator.print(f"stopped at step {state.step}; continue with --resume auto")
+        accelerator.end_training()
+        return None
+    if math.isinf(evaluate.best) or math.isnan(evaluate.last):  # the run was already finished when resumed
+        evaluate.run(trainer)
+    folder = f"{output}/final" if output else ""
+    weights = runtime.whole_weights(trainer.raw_model)
+    figures = {
+        "steps": state.step, "tokens": state.tokens, "seconds of training": state.seconds, "minimum validation bpb": evaluate.best,
+        "last validation bpb": evaluate.last, "validation bpb before": evaluate.first, "steps without targets": state.skipped,
+        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps, **log.figures,
+    }  # fmt: skip
+    if accelerator.is_main_process and output:
+        checkpoint.export(trainer.raw_model, tokenizer, folder, weights)
+        write_report(output, f"{Path(output).name}: {description}", settings, figures)
+    where = f"model in {folder}, report in {output}/report.md" if output else "nothing written (dry run)"
+    accelerator.print(f"minimum validation bpb {evaluate.best:.4f}; {state.seconds:.0f} s of training; {where}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return f"{config.output_dir}/final", trainer, evaluate
+    return folder
+
+
+def flat(settings):
+    """Settings as trackers take them: scalars as they are, the rest as text."""
+    return {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()}

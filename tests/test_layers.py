@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "nanochat_hf"
 LAYERS = [
     "model tokenizer conversation packing schedules config calculator __about__",
     "scaling optim tasks data collate generation sandbox runtime attention streaming",
-    "evals rollouts tracking checkpoint hub interop",
+    "evals rollouts tracking report checkpoint hub interop",
     "trainer callbacks",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
