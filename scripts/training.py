@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from nanochat_hf import checkpoint, runtime
 from nanochat_hf.attention import choose_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
@@ -82,7 +84,8 @@ def smoke(config):
 
 
 def accelerate(config, accumulation):
-    """The Accelerator for `config`."""
+    """The Accelerator for `config`; transformers' own bars are silenced, since the run has its one."""
+    disable_progress_bar()
     return runtime.build_accelerator(
         accumulation, dtype=config.dtype, trackers=None if config.report_to == "none" else config.report_to,
         output_dir=config.output_dir, seed=config.seed, compile=runtime.on_cuda() if config.compile is None else config.compile,

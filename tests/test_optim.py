@@ -267,3 +267,96 @@ def test_closure_is_evaluated_with_gradients():
 
     assert optimizer.step(closure).item() > 0
     assert all(param.grad is not None for param in params)
+
+
+def test_ten_steps_on_a_whole_model_follow_the_formulas():
+    """Every parameter of a d4, against float64 Muon and torch's AdamW, with fixed gradients and moving schedules."""
+    torch.manual_seed(0)
+    model = NanochatForCausalLM(NanochatConfig(vocab_size=100, hidden_size=64, num_hidden_layers=4, num_attention_heads=2))
+    groups = build_param_groups(model, OptimizerConfig(weight_decay=0.1))
+    assert {name for group in groups for name in group["param_names"]} == {name for name, _ in model.named_parameters()}
+    optimizer = MuonAdamW(groups, orthogonalize_dtype=torch.float32)
+    plain, matrices = [], {}
+    for group in groups:
+        for param in group["params"]:
+            if group["kind"] == "muon":
+                reduced = (param.shape[0], 1) if param.shape[0] >= param.shape[1] else (1, param.shape[1])
+                zeros = torch.zeros(param.shape, dtype=torch.float64), torch.zeros(reduced, dtype=torch.float64)
+                matrices[param] = param.detach().double(), *zeros
+            else:
+                copy_ = nn.Parameter(param.detach().clone())
+                plain.append((group, param, copy_, torch.optim.AdamW([copy_], lr=group["lr"], betas=group["betas"], eps=1e-10, weight_decay=0.0)))
+    for step in range(10):
+        apply_schedule(optimizer, 1 - step / 20, 0.85 + step / 100, 1 - step / 10)
+        set_grads(model.parameters(), step)
+        for group in optimizer.param_groups:
+            for param in group["params"] if group["kind"] == "muon" else ():
+                values = group["lr"], group["weight_decay"], group["momentum"]
+                matrices[param] = reference_muon(matrices[param][0], param.grad.double(), *matrices[param][1:], *values)
+        for group, param, twin, reference in plain:
+            reference.param_groups[0]["lr"] = group["initial_lr"] * (1 - step / 20)
+            twin.grad = param.grad.clone()
+            reference.step()
+        optimizer.step()
+    for param, (expected, *_) in matrices.items():
+        # a norm: where update and weight nearly cancel, float32 may see the other sign and decay one weight more or less
+        assert (param.double() - expected).norm() < 1e-4 * expected.norm()
+    for _, param, twin, _ in plain:
+        torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
+
+
+def test_schedules_never_recompile(monkeypatch):
+    from functools import partial
+
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    params = parameters((8, 4), (8, 4), (256, 128))
+    optimizer = MuonAdamW([muon_group(params[:2], weight_decay=0.1), adamw_group(params[2:])], compile=True)
+    counts = []
+    for step in range(5):
+        apply_schedule(optimizer, 1 - step / 10, 0.85 + step / 100, 1 - step / 5)
+        set_grads(params, step)
+        optimizer.step()
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] == 2  # Muon's kernel and AdamW's, once each
+
+
+def test_the_parameter_with_a_non_finite_gradient_is_named():
+    model = tiny_model()
+    optimizer = MuonAdamW(build_param_groups(model))
+    name = "model.layers.1.mlp.up_proj.weight"
+    for step in range(3):
+        set_grads(model.parameters(), step)
+        if step:
+            dict(model.named_parameters())[name].grad[0, 0] = float("inf")
+        optimizer.step()
+        assert optimizer.non_finite() == ((step, name) if step else (0, None))
+    set_grads(model.parameters(), 9)
+    optimizer.step()
+    assert optimizer.non_finite() == (0, None) and optimizer.skipped_steps == 2
+
+
+def test_the_state_of_another_architecture_is_named():
+    state = MuonAdamW(build_param_groups(tiny_model())).state_dict()
+    other = NanochatForCausalLM(NanochatConfig(vocab_size=100, hidden_size=128, num_hidden_layers=2, num_attention_heads=2))
+    with pytest.raises(ValueError, match="group matrix_"):
+        MuonAdamW(build_param_groups(other)).load_state_dict(state)
+    deeper = NanochatForCausalLM(
+        NanochatConfig(vocab_size=100, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1)
+    )
+    with pytest.raises(ValueError, match="has 1 parameters there and 2 here"):
+        MuonAdamW(build_param_groups(deeper)).load_state_dict(state)
+
+
+def test_gradient_norms_are_those_of_each_group():
+    from nanochat_hf.optim import gradient_norms
+
+    model = tiny_model()
+    set_grads(model.parameters(), 0)
+    optimizer = MuonAdamW(build_param_groups(model))
+    norms = gradient_norms(optimizer)
+    assert norms["unembedding"] == pytest.approx(model.lm_head.weight.grad.norm().item())
+    total = sum(norm**2 for norm in norms.values()) ** 0.5
+    assert total == pytest.approx(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())

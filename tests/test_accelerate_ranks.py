@@ -1,0 +1,129 @@
+"""The real model under Accelerate on 1, 2 and 3 gloo processes, and split by FSDP2: 20 steps end at the same parameters."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nanochat_hf.model import NanochatConfig, NanochatForCausalLM
+from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
+from nanochat_hf.schedules import muon_momentum
+
+ROWS, POSITIONS, STEPS = 6, 16, 20
+
+
+def build():
+    torch.manual_seed(0)
+    return NanochatForCausalLM(NanochatConfig(vocab_size=100, hidden_size=64, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=16))
+
+
+def rows(step, rank, world):
+    """This rank's rows of the global batch; rows differ in how many targets count."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(100, (ROWS, POSITIONS + 1), generator=generator)
+    targets = ids[:, 1:].masked_fill(torch.rand(ROWS, POSITIONS, generator=generator) < torch.rand(ROWS, 1, generator=generator), -100)
+    share = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    return {"input_ids": ids[share, :-1], "shift_labels": targets[share]}, int((targets != -100).sum())
+
+
+def start(rank, world):
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+
+
+def ddp(rank, world, folder, precision):
+    start(rank, world)
+    from nanochat_hf.runtime import build_accelerator
+    from nanochat_hf.trainer import Trainer
+
+    accelerator = build_accelerator(1, dtype=precision)
+    assert accelerator.num_processes == world
+    model = build()
+    optimizer = MuonAdamW(build_param_groups(model), orthogonalize_dtype=torch.float32)
+
+    def schedule(wrapped, step):
+        apply_schedule(wrapped.optimizer, 1.0, muon_momentum(step))
+        return 1.0
+
+    class Batches:
+        epoch = 0
+
+        def __iter__(self):
+            return (rows(step, rank, world)[0] for step in range(STEPS))
+
+    trainer = Trainer(accelerator, model, optimizer, Batches(), num_steps=STEPS, schedule=schedule)
+    assert (type(trainer.model).__name__ == "DistributedDataParallel") == (world > 1)
+    trainer.fit()
+    held = sum(v.numel() * v.element_size() for values in optimizer.state.values() for v in values.values())
+    torch.save({"world": accelerator.num_processes, "params": dict(model.named_parameters()), "state_bytes": held}, f"{folder}/result_{rank}.pt")
+
+
+def fsdp2(rank, world, folder, precision):
+    """fully_shard on a CPU mesh, which Accelerate itself refuses to do on the CPU; everything else is as under DDP."""
+    start(rank, world)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from nanochat_hf.runtime import load_whole_weights, whole_weights
+
+    dist.init_process_group("gloo")
+    model = build()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = MuonAdamW(build_param_groups(model), orthogonalize_dtype=torch.float32)
+    for step in range(STEPS):
+        batch, targets = rows(step, rank, world)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = model.train()(**batch, num_items_in_batch=targets).loss
+        (loss * world).backward()  # FSDP2 averages over ranks
+        apply_schedule(optimizer, 1.0, muon_momentum(step))
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == STEPS // 2:  # a checkpoint in the middle, written whole and read back
+            optimizer.load_state_dict(optimizer.full_state_dict())
+            weights = [whole_weights(model)]
+            dist.broadcast_object_list(weights)
+            load_whole_weights(model, weights[0])
+    params = {name: param.full_tensor().detach() for name, param in model.named_parameters()}
+    held = sum((v.to_local() if hasattr(v, "to_local") else v).numel() * 4 for values in optimizer.state.values() for v in values.values())
+    torch.save({"world": world, "params": params, "state_bytes": held}, f"{folder}/result_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def launch(function, world, folder, precision="float32"):
+    folder.mkdir()
+    port = 20000 + int.from_bytes(os.urandom(2), "big") % 20000
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    mp.spawn(function, args=(world, str(folder), precision), nprocs=world)
+    return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    root = tmp_path_factory.mktemp("alone")
+    return {precision: launch(ddp, 1, root / precision, precision)[0] for precision in ("float32", "bfloat16")}
+
+
+def furthest(ours, expected):
+    return max(((ours[name] - value).norm() / value.norm()).item() for name, value in expected.items())
+
+
+# float32: the order of a sum of gradients is all that differs. bfloat16: activations are rounded by shapes that differ with the rows of a
+# rank, each to 2^-9, and twenty steps of a rate of 0.02 carry that into matrices that began at zero.
+@pytest.mark.parametrize("function, world, precision, limit", [
+    (ddp, 2, "float32", 1e-5), (ddp, 3, "float32", 1e-5), (ddp, 2, "bfloat16", 0.05), (fsdp2, 2, "float32", 1e-5),
+])  # fmt: skip
+def test_twenty_steps_end_where_one_process_ends(alone, tmp_path, function, world, precision, limit):
+    results = launch(function, world, tmp_path / "run", precision)
+    expected = alone[precision]
+    assert [result["world"] for result in results] == [world] * world
+    for result in results:
+        assert all(torch.equal(value, results[0]["params"][name]) for name, value in result["params"].items())
+        assert furthest(result["params"], expected["params"]) < limit
+        assert result["state_bytes"] < expected["state_bytes"] / world * 1.2
+    print(f"state of the optimizer: {expected['state_bytes']} bytes alone, {[r['state_bytes'] for r in results]} on {world} ranks")
