@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from nanochat_hf import NanochatForCausalLM, scaling
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data import SourceConfig, TextBatches
+from nanochat_hf.hub import HubConfig, HubPusher
 from nanochat_hf.runtime import build_accelerator
 from nanochat_hf.tokenizer import load_tokenizer
 from scripts.training import TrainConfig, accelerate, run, smoke
@@ -36,8 +37,9 @@ class BaseConfig:
 
 @user_errors
 def main(argv=None):
-    base, config, _ = parse([BaseConfig, TrainConfig], argv, description=__doc__)
+    base, config, hub, _ = parse([BaseConfig, TrainConfig, HubConfig], argv, description=__doc__)
     config = smoke(config)
+    pusher = HubPusher.from_config(hub, idle=config.dry_run or config.plan_only)
     tokenizer = load_tokenizer(base.tokenizer)
     model_config = scaling.model_config(
         base.depth, len(tokenizer), config.max_seq_len, aspect_ratio=base.aspect_ratio, head_dim=base.head_dim, window_pattern=base.window_pattern,
@@ -67,7 +69,7 @@ def main(argv=None):
     )
     decay = replace(config, weight_decay=scaling.base_weight_decay(base.depth, config.weight_decay)) if config.weight_decay else config
     folder, _, _ = run(
-        decay, accelerator, model, tokenizer, batches, validation, num_steps, description=f"base d{base.depth}", decay=True,
+        decay, accelerator, model, tokenizer, batches, validation, num_steps, description=f"base d{base.depth}", decay=True, pusher=pusher,
         lr_scale=scaling.batch_lr_scale(tokens) if config.total_batch_size else 1.0, settings=asdict(base),
         prompts=[(text, [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS],
     )  # fmt: skip

@@ -9,6 +9,7 @@ from nanochat_hf import NanochatForCausalLM, scaling
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.conversation import render_prompt
 from nanochat_hf.data import SFTBatches, SourceConfig
+from nanochat_hf.hub import HubConfig, HubPusher, fetch_model
 from nanochat_hf.runtime import build_accelerator
 from nanochat_hf.tasks.base import pair
 from nanochat_hf.tokenizer import load_tokenizer
@@ -21,7 +22,7 @@ PROMPTS = ("Why is the sky blue?", "Spell the word: elephant", "How many r are i
 class SFTConfig:
     """Which model, on which conversations. A recipe (--config) may list several data sets as train_data and validation_data."""
 
-    model: str = field(metadata={"help": "folder or Hub name of the model to start from; newest: the base run under runs/ that ended last"})
+    model: str = field(metadata={"help": "folder or Hub name (org/name[@revision]) of the model to start from; newest: the base run under runs/ that ended last"})
     data: str | None = field(default=None, metadata={"help": "conversations: a Hub name or a file (jsonl, parquet, …)"})
     validation: str | None = field(default=None, metadata={"help": "held-out conversations (default: the training data)"})
     train_on_all_tokens: bool = field(default=False, metadata={"help": "learn the user's tokens too, as the reference does"})
@@ -31,7 +32,7 @@ class SFTConfig:
 
 @user_errors
 def main(argv=None):
-    sft, config, lists = parse([SFTConfig, TrainConfig], argv, lists=("train_data", "validation_data"), description=__doc__)
+    sft, config, hub, lists = parse([SFTConfig, TrainConfig, HubConfig], argv, lists=("train_data", "validation_data"), description=__doc__)
     config = smoke(config)
     if sft.model == "newest":
         sft = replace(sft, model=newest_base())
@@ -43,9 +44,10 @@ def main(argv=None):
     held_out = (
         [SourceConfig(path=sft.validation)] if sft.validation else [SourceConfig.from_recipe(e) for e in lists.get("validation_data", [])]
     )
-    tokenizer = load_tokenizer(sft.model)
+    start, pusher = fetch_model(sft.model), HubPusher.from_config(hub, idle=config.dry_run or config.plan_only)
+    tokenizer = load_tokenizer(start)
     try:
-        model = NanochatForCausalLM.from_pretrained(sft.model)
+        model = NanochatForCausalLM.from_pretrained(start)
     except OSError as error:
         raise ValueError(f"--model {sft.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
     processes = build_accelerator(1, dtype=config.dtype).num_processes
@@ -71,6 +73,7 @@ def main(argv=None):
     prompts = [(text, render_prompt(tokenizer, pair(text, ""))) for text in PROMPTS]
     folder, _, _ = run(
         config, accelerator, model, tokenizer, batches, validation, num_steps, description="sft", settings=settings, prompts=prompts, plan=plan,
+        pusher=pusher,
     )  # fmt: skip
     sys.exit(143 if folder is None else 0)
 

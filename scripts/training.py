@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from nanochat_hf import checkpoint, runtime
+from nanochat_hf import callback_push, checkpoint, hub, runtime
 from nanochat_hf.attention import choose_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
 from nanochat_hf.config import dump, resolved
@@ -49,7 +49,7 @@ class TrainConfig:
     save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only at the end"})
     save_minutes: float = field(default=0.0, metadata={"help": "minutes between checkpoints; 0: off"})
     keep: int = field(default=2, metadata={"help": "newest checkpoints to keep; 0: all"})
-    resume: str | None = field(default=None, metadata={"help": "auto, or a checkpoint folder"})
+    resume: str | None = field(default=None, metadata={"help": "auto, a checkpoint folder, or org/name[@revision] of a pushed one"})
     report_to: str = field(default="none", metadata={"help": "wandb, trackio, tensorboard or none"})
     run_name: str = field(default="nanochat_hf", metadata={"help": "project name for the tracker"})
     log_every: int = field(default=10, metadata={"help": "steps between log entries"})
@@ -133,7 +133,7 @@ def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, deca
 
 def run(
     config, accelerator, model, tokenizer, batches, validation, num_steps, *, description, settings=None, lr_scale=1.0, decay=False,
-    prompts=(), plan=None,
+    prompts=(), plan=None, pusher=None,
 ):  # fmt: skip
     """Train `model` on `batches` for `num_steps`, evaluate, save. `plan`: more lines of the printed plan; `prompts`: see Sample.
 
@@ -157,7 +157,7 @@ def run(
         return "", None, None
     output = None if config.dry_run else config.output_dir
     trainer = build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay)
-    resume = checkpoint.resolve(config.output_dir, config.resume)
+    resume = checkpoint.resolve(config.output_dir, hub.fetch_checkpoint(config.resume))
     if resume:
         checkpoint.load(trainer, resume)
         accelerator.print(f"resumed from {resume} at step {trainer.state.step} of {num_steps}")
@@ -178,8 +178,11 @@ def run(
     trainer.callbacks = [log, *([save] if output else []), evaluate, *samples, CollectGarbage()]
     if config.eval_every and not resume:
         evaluate.run(trainer)
+    push = callback_push.attach(trainer, pusher if output else None, output)
     trainer.fit()
-    return finish(config, trainer, evaluate, log, tokenizer, settings, description, output), trainer, evaluate
+    folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output)
+    push.finish(folder, step=trainer.state.step)
+    return folder, trainer, evaluate
 
 
 def finish(config, trainer, evaluate, log, tokenizer, settings, description, output):

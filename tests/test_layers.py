@@ -7,8 +7,8 @@ PACKAGE = Path(__file__).parents[1] / "nanochat_hf"
 LAYERS = [
     "model tokenizer conversation packing schedules config calculator __about__",
     "scaling optim tasks data collate generation sandbox runtime attention streaming",
-    "evals rollouts tracking report checkpoint hub interop",
-    "trainer callbacks",
+    "evals rollouts tracking report checkpoint hub hub_folder hub_dataset model_card model_card_text interop",
+    "trainer callbacks callback_push",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
