@@ -1,0 +1,58 @@
+"""Logits → next tokens, each row by its own random numbers. Letters: N rows, V vocabulary."""
+
+import math
+import random
+
+import torch
+
+
+def check_sampling(*, max_new_tokens=1, temperature=0.0, top_k=None, top_p=None, num_samples=1):
+    """ValueError, naming value and remedy, unless the settings can be sampled with."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value} must be a whole number of at least 1")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or above; 1 samples from the model's own probabilities")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
+        raise ValueError(f"top_k={top_k} must be a whole number of at least 1; leave it out (or 0) to sample among all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must lie above 0 and up to 1; leave it out to sample among all tokens")
+
+
+def sample(logits, uniforms, temperature, top_k=None, top_p=None):
+    """Next ids (N,) from logits (N, V): greedy at temperature 0, else from the top_k and among them the nucleus top_p.
+
+    `uniforms` (N,) in [0, 1) decide, each only its own row, by inverting the cumulative distribution: a row's sample does not
+    depend on the rows beside it, as it does where all rows draw from one generator.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float()
+    # the greatest becomes 0 before the division, so that no temperature, however small, overflows
+    logits, candidates = (logits - logits.amax(-1, keepdim=True)) / temperature, None
+    nucleus = top_p is not None and top_p < 1
+    if top_k or nucleus:
+        size = logits.shape[-1]
+        logits, candidates = logits.topk(min(top_k or size, size))  # in falling order, as the nucleus needs them
+    # float64, where the device has it: over a large vocabulary float32 sums would lose the rare tokens
+    weights = logits.softmax(-1, dtype=torch.float32 if logits.device.type == "mps" else torch.float64)
+    if nucleus:
+        weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0)
+    cumulative = weights.cumsum(-1)
+    wanted = uniforms.to(weights).clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
+    # the first entry above `wanted` added to the sum, so a token of weight 0 is never taken
+    index = torch.searchsorted(cumulative, wanted, right=True).clamp(max=weights.shape[-1] - 1)
+    return (index if candidates is None else candidates.gather(-1, index))[:, 0]
+
+
+def draw_uniforms(seed, prompts, samples, steps):
+    """(prompts·samples, steps) uniforms; row (i, j) depends on `seed`, i and j only. A list of seeds, one a prompt, leaves i out."""
+    if not isinstance(seed, int) and len(seed) != prompts:
+        raise ValueError(f"seed has {len(seed)} entries for {prompts} prompts; give one int, or one for each prompt")
+    keys = [(seed, i) if isinstance(seed, int) else (seed[i], 0) for i in range(prompts)]
+    rows = []
+    for key, i in keys:
+        for j in range(samples):
+            generator = torch.Generator().manual_seed(random.Random(f"{key} {i} {j}").getrandbits(63))
+            rows.append(torch.rand(steps, generator=generator))
+    return torch.stack(rows)
