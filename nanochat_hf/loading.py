@@ -4,6 +4,7 @@ import atexit
 import queue
 import threading
 import weakref
+from itertools import islice
 
 import torch
 
@@ -105,3 +106,12 @@ def worker_loader(dataset, *, num_workers, collate=same, batch_sampler=None, pre
         dataset, **batching, collate_fn=collate, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
         prefetch_factor=max(1, prefetch), worker_init_fn=quiet_worker,
     )  # fmt: skip
+
+
+def first(batches, count):
+    """The first `count` items of an iterable as a list; what it had running ends."""
+    made = iter(batches)
+    try:
+        return list(islice(made, count))
+    finally:
+        made.close()
