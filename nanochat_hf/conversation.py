@@ -1,38 +1,62 @@
 """Conversations: validation, rendering to ids and loss mask, and the chat template that says the same to transformers."""
 
+import hashlib
+import json
+
+import numpy as np
+
+from .formats import PARTS, ConversationError, convert_row, row_format
+
+__all__ = [
+    "CHAT_TEMPLATE", "SPECIAL_TOKENS", "ConversationError", "PlainEncoder", "convert_row", "encode_plain", "render", "render_prompt",
+    "row_format", "validate",
+]  # fmt: skip
+
 SPECIAL_TOKENS = [
     "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
     "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
 ]  # fmt: skip
-PARTS = {"text": None, "python": ("<|python_start|>", "<|python_end|>"), "python_output": ("<|output_start|>", "<|output_end|>")}
-ALPACA = ("instruction", "output")
 
+# What the assistant says is collected in ns.run and marked in one piece, which ends in a special token wherever it can: transformers marks by
+# characters, and of a last character that takes several tokens it marks only the first. ns.text holds adjacent text parts, which are one text.
+# ns.next is what may come: user, assistant, tool (a call is open), or more (the tool answered, the same turn goes on).
 CHAT_TEMPLATE = (
     "{%- macro plain(text) -%}"
     "{%- for s in [" + ", ".join(repr(t) for t in SPECIAL_TOKENS) + "] -%}{%- if s in text -%}"
     "{{ raise_exception('special token ' ~ s ~ ' inside a message; encode it with nanochat_hf.conversation.render') }}"
     "{%- endif -%}{%- endfor -%}{{ text }}{%- endmacro -%}"
+    "{%- macro code(call) -%}{%- set a = call['function']['arguments'] if 'function' in call else call['arguments'] -%}"
+    "{%- if a is mapping and a['code'] is string -%}{{ plain(a['code']) }}"
+    "{%- elif a is mapping and a['expression'] is string -%}{{ plain(a['expression']) }}"
+    "{%- else -%}{{ raise_exception('a tool call must have an argument code or expression, as an object') }}{%- endif -%}{%- endmacro -%}"
     "{%- set system = messages[0]['content'] ~ '\\n\\n' if messages[0]['role'] == 'system' else '' -%}"
     "{%- set turns = messages[1:] if messages[0]['role'] == 'system' else messages -%}"
+    "{%- set ns = namespace(run='', text='', next='user') -%}"
     "{{ '<|bos|>' }}{%- for m in turns -%}"
-    "{%- if m['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
-    "{{ raise_exception('roles must alternate user, assistant after an optional system message') }}{%- endif -%}"
-    "{%- if m['role'] == 'user' -%}"
+    "{%- if m['role'] == 'user' and ns.next == 'user' -%}{%- set ns.next = 'assistant' -%}"
     "{{ '<|user_start|>' }}{{ plain((system if loop.first else '') ~ m['content']) }}{{ '<|user_end|>' }}"
-    "{%- else -%}{{ '<|assistant_start|>' }}"
-    "{%- if m['content'] is string -%}{% generation %}{{ plain(m['content']) }}{{ '<|assistant_end|>' }}{% endgeneration %}"
-    "{%- else -%}{%- for p in m['content'] -%}"
-    "{%- if p['type'] == 'text' -%}{% generation %}{{ plain(p['text']) }}{% endgeneration %}"
-    "{%- elif p['type'] == 'python' -%}{% generation %}{{ '<|python_start|>' }}{{ plain(p['text']) }}{{ '<|python_end|>' }}{% endgeneration %}"
-    "{%- else -%}{{ '<|output_start|>' }}{{ plain(p['text']) }}{{ '<|output_end|>' }}{%- endif -%}"
-    "{%- endfor -%}{% generation %}{{ '<|assistant_end|>' }}{% endgeneration %}{%- endif -%}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|assistant_start|>' }}{%- endif -%}"
+    "{%- elif m['role'] == 'tool' and ns.next == 'tool' -%}{%- set ns.next = 'more' -%}"
+    "{{ '<|output_start|>' }}{{ plain(m['content']) }}{{ '<|output_end|>' }}"
+    "{%- elif m['role'] == 'assistant' and ns.next in ['assistant', 'more'] -%}"
+    "{%- if ns.next == 'assistant' -%}{{ '<|assistant_start|>' }}{%- endif -%}"
+    "{%- if m['content'] is string -%}{%- set ns.text = m['content'] -%}"
+    "{%- elif m['content'] -%}{%- for p in m['content'] -%}"
+    "{%- if p['type'] == 'text' -%}{%- set ns.text = ns.text ~ p['text'] -%}"
+    "{%- else -%}{%- set ns.run = ns.run ~ plain(ns.text) -%}{%- set ns.text = '' -%}"
+    "{%- if p['type'] == 'python' -%}{%- set ns.run = ns.run ~ '<|python_start|>' ~ plain(p['text']) ~ '<|python_end|>' -%}"
+    "{%- else -%}{% generation %}{{ ns.run }}{% endgeneration %}{%- set ns.run = '' -%}"
+    "{{ '<|output_start|>' }}{{ plain(p['text']) }}{{ '<|output_end|>' }}{%- endif -%}"
+    "{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{%- set ns.run = ns.run ~ plain(ns.text) -%}{%- set ns.text = '' -%}"
+    "{%- if m['tool_calls'] -%}{%- if m['tool_calls'] | length > 1 -%}{{ raise_exception('one tool call at a time') }}{%- endif -%}"
+    "{%- set ns.run = ns.run ~ '<|python_start|>' ~ code(m['tool_calls'][0]) ~ '<|python_end|>' -%}{%- set ns.next = 'tool' -%}"
+    "{%- else -%}{%- set ns.run = ns.run ~ '<|assistant_end|>' -%}{%- set ns.next = 'user' -%}{%- endif -%}"
+    "{% generation %}{{ ns.run }}{% endgeneration %}{%- set ns.run = '' -%}"
+    "{%- else -%}{{ raise_exception('roles must alternate user, assistant after an optional system message') }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{%- if ns.next != 'more' -%}{{ '<|assistant_start|>' }}{%- endif -%}"
+    "{%- elif ns.next in ['tool', 'more'] -%}{% generation %}{{ '<|assistant_end|>' }}{% endgeneration %}{%- endif -%}"
 )
-
-
-class ConversationError(ValueError):
-    """A conversation that cannot be rendered; the message says where and why."""
 
 
 def validate(conversation, where="conversation"):
@@ -76,30 +100,87 @@ def encode_plain(tokenizer, text):
         backend.encode_special_tokens = False
 
 
+class PlainEncoder:
+    """A private copy of a tokenizer to which every string is text, special tokens' included; safe beside other threads' use of the
+    original, and picklable (tokenizers itself forgets the setting). `fingerprint` changes with the vocabulary and the template."""
+
+    def __init__(self, tokenizer):
+        self.special = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
+        self._load(tokenizer.backend_tokenizer.to_str())
+
+    def _load(self, text):
+        from tokenizers import Tokenizer
+
+        self.backend = Tokenizer.from_str(text)
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    def __getstate__(self):
+        return {"special": self.special, "text": self.backend.to_str()}
+
+    def __setstate__(self, state):
+        self.special = state["special"]
+        self._load(state["text"])
+
+    @property
+    def fingerprint(self):
+        """Hex digest of all that decides which ids and mask a conversation gets."""
+        return hashlib.sha256(json.dumps([self.backend.to_str(), CHAT_TEMPLATE, self.special]).encode()).hexdigest()
+
+    def encode(self, texts):
+        """encode(["hi", "you"]) → a list of ids for each text, without special tokens."""
+        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def render(self, conversations):
+        """Many conversations at once → (ids int32, mask uint8, lengths): `render` of each, one behind the other, in flat arrays."""
+        layouts = [list(layout(c)) for c in conversations]
+        encoded = iter(self.encode([piece for pieces in layouts for piece, special, _ in pieces if not special]))
+        ids, sizes, trained, lengths = [], [], [], []
+        for pieces in layouts:
+            before = len(ids)
+            for piece, special, learned in pieces:
+                start = len(ids)
+                if special:
+                    ids.append(self.special[piece])
+                else:
+                    ids += next(encoded)
+                sizes.append(len(ids) - start)
+                trained.append(learned)
+            lengths.append(len(ids) - before)
+        return np.array(ids, dtype=np.int32), np.repeat(np.array(trained, dtype=np.uint8), sizes), np.array(lengths, dtype=np.int64)
+
+
+def layout(conversation):
+    """The pieces of a valid conversation, in order: (special token's name or text, whether it is special, whether it is learned)."""
+    messages = conversation["messages"]
+    system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
+    yield "<|bos|>", True, 0
+    for i, message in enumerate(messages[1:] if system else messages):
+        if message["role"] == "user":
+            yield "<|user_start|>", True, 0
+            yield (system if i == 0 else "") + message["content"], False, 0
+            yield "<|user_end|>", True, 0
+            continue
+        yield "<|assistant_start|>", True, 0
+        for kind, text in _merged(message["content"]):
+            learned = int(kind != "python_output")
+            if PARTS[kind]:
+                yield PARTS[kind][0], True, learned
+            yield text, False, learned
+            if PARTS[kind]:
+                yield PARTS[kind][1], True, learned
+        yield "<|assistant_end|>", True, 1
+
+
 def render(tokenizer, conversation, max_tokens=None):
     """Conversation → (ids, mask), equally long; mask is 1 where the model is to learn, that is on the assistant's own tokens."""
     validate(conversation)
-    special = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
-    ids, mask = [special["<|bos|>"]], [0]
-
-    def add(tokens, trained):
-        ids.extend(tokens)
-        mask.extend([trained] * len(tokens))
-
-    messages = conversation["messages"]
-    system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
-    for i, message in enumerate(messages[1:] if system else messages):
-        if message["role"] == "user":
-            text = (system if i == 0 else "") + message["content"]
-            add([special["<|user_start|>"], *encode_plain(tokenizer, text), special["<|user_end|>"]], 0)
-            continue
-        add([special["<|assistant_start|>"]], 0)
-        for kind, text in _merged(message["content"]):
-            tokens = encode_plain(tokenizer, text)
-            if PARTS[kind]:
-                tokens = [special[PARTS[kind][0]], *tokens, special[PARTS[kind][1]]]
-            add(tokens, int(kind != "python_output"))
-        add([special["<|assistant_end|>"]], 1)
+    ids, mask = [], []
+    for piece, special, learned in layout(conversation):
+        tokens = [tokenizer.convert_tokens_to_ids(piece)] if special else encode_plain(tokenizer, piece)
+        ids += tokens
+        mask += [learned] * len(tokens)
     return ids[:max_tokens], mask[:max_tokens]
 
 
@@ -121,34 +202,3 @@ def render_prompt(tokenizer, conversation):
     messages = conversation["messages"]
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     return [*render(tokenizer, {"messages": messages})[0], tokenizer.convert_tokens_to_ids("<|assistant_start|>")]
-
-
-def convert_row(row, where="row"):
-    """A row as messages, a bare list of messages, ShareGPT, prompt/completion or Alpaca → a conversation."""
-    if isinstance(row, list):
-        return {"messages": row}
-    if not isinstance(row, dict):
-        raise ConversationError(f"{where}: holds {type(row).__name__}; give an object with messages")
-    if "messages" in row:
-        return {"messages": row["messages"]}
-    if "conversations" in row:
-        turns, roles = row["conversations"], {"human": "user", "gpt": "assistant"}
-        if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("from"), str) and "value" in t for t in turns):
-            raise ConversationError(f"{where}: conversations must be a list of {{'from', 'value'}}")
-        return {"messages": [{"role": roles.get(t["from"], t["from"]), "content": t["value"]} for t in turns]}
-    if "prompt" in row and "completion" in row:
-        if isinstance(row["prompt"], list) and isinstance(row["completion"], list):  # lists of messages, as TRL has them
-            return {"messages": row["prompt"] + row["completion"]}
-        return _pair(row["prompt"], row["completion"])
-    if all(column in row for column in ALPACA):
-        asked = [row["instruction"], row.get("input") or ""]
-        if not all(isinstance(text, str) for text in asked):
-            raise ConversationError(f"{where}: instruction and input must be text")
-        return _pair("\n\n".join(filter(None, asked)), row["output"])
-    raise ConversationError(
-        f"{where}: columns {', '.join(map(str, row))}; need messages, conversations, prompt+completion or instruction+output"
-    )
-
-
-def _pair(question, answer):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}

@@ -27,6 +27,8 @@ class BaseConfig:
     split: str = field(default="train", metadata={"help": "split, for a Hub name"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     packing: str = field(default="crop", metadata={"help": "crop: cut documents that do not fit; keep: put their rest into a later row"})
+    streaming: bool = field(default=False, metadata={"help": "read the training text as a stream, without downloading it first"})
+    num_workers: int = field(default=0, metadata={"help": "processes that tokenise and pack; 0: a thread"})
     depth: int = field(default=12, metadata={"help": "layers; everything else follows from it"})
     aspect_ratio: int = field(default=64, metadata={"help": "width per layer"})
     head_dim: int = field(default=128, metadata={"help": "width of an attention head"})
@@ -63,10 +65,11 @@ def main(argv=None):
         text_column=base.text_column,
     )
     source = SourceConfig(path=base.data, split=base.split)
-    batches = TextBatches(source, tokenizer, **shape, seed=config.seed, mode=base.packing)
-    validation = TextBatches(replace(source, path=base.validation or base.data), tokenizer, **shape, seed=config.seed + 1).take(
-        config.eval_batches
-    )
+    batches = TextBatches(source, tokenizer, **shape, seed=config.seed, mode=base.packing, streaming=base.streaming, num_workers=base.num_workers)
+    held_out = replace(source, path=base.validation or base.data)
+    validation = TextBatches(
+        held_out, tokenizer, **shape, seed=config.seed + 1, streaming=base.streaming and not base.validation, prefetch=0
+    ).take(config.eval_batches)
     decay = replace(config, weight_decay=scaling.base_weight_decay(base.depth, config.weight_decay)) if config.weight_decay else config
     folder, _, _ = run(
         decay, accelerator, model, tokenizer, batches, validation, num_steps, description=f"base d{base.depth}", decay=True, pusher=pusher,

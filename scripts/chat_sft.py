@@ -8,7 +8,7 @@ from pathlib import Path
 from nanochat_hf import NanochatForCausalLM, scaling
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.conversation import render_prompt
-from nanochat_hf.data import SFTBatches, SourceConfig
+from nanochat_hf.data import OVERLONG, SFTBatches, SourceConfig, StreamedConversations
 from nanochat_hf.hub import HubConfig, HubPusher, fetch_model
 from nanochat_hf.runtime import build_accelerator
 from nanochat_hf.tasks.base import pair
@@ -28,6 +28,10 @@ class SFTConfig:
     train_on_all_tokens: bool = field(default=False, metadata={"help": "learn the user's tokens too, as the reference does"})
     isolate: bool = field(default=True, metadata={"help": "packed conversations cannot attend to each other"})
     epochs: float = field(default=1.0, metadata={"help": "passes over the data, where --num-steps is not given"})
+    overlong: str = field(default="truncate", metadata={"help": f"conversations longer than a row: {', '.join(OVERLONG)}"})
+    streaming: bool = field(default=False, metadata={"help": "read the training data as streams, unplanned; needs --num-steps"})
+    num_workers: int = field(default=0, metadata={"help": "processes that make batches; 0: a thread"})
+    num_proc: int | None = field(default=None, metadata={"help": "processes that tokenise (default: one)"})
 
 
 @user_errors
@@ -41,6 +45,8 @@ def main(argv=None):
         train = [SourceConfig(path=sft.data)]
     if not train:
         raise ValueError("no training data; give --data or a recipe with train_data")
+    if sft.streaming and not config.num_steps:
+        raise ValueError("--streaming has no epoch's end to count steps by; give --num-steps")
     held_out = (
         [SourceConfig(path=sft.validation)] if sft.validation else [SourceConfig.from_recipe(e) for e in lists.get("validation_data", [])]
     )
@@ -55,16 +61,20 @@ def main(argv=None):
     accelerator = accelerate(config, accumulation)
     shape = dict(
         rows=config.device_batch_size, positions=config.max_seq_len, rank=accelerator.process_index, world_size=processes,
-        isolate=sft.isolate, train_on_all_tokens=sft.train_on_all_tokens, progress=accelerator.is_main_process,
+        isolate=sft.isolate, train_on_all_tokens=sft.train_on_all_tokens, overlong=sft.overlong,
     )  # fmt: skip
-    batches = SFTBatches(train, tokenizer, **shape, seed=config.seed)
-    plan = {
-        "data": f"{len(batches.documents):,} conversations in {batches.num_rows:,} rows, padding {batches.padding_share:.2%}, "
-        f"{batches.truncated} truncated, {batches.untrained} without a target left out",
-        "start": sft.model,
-    }
-    validation_batches = iter(SFTBatches(held_out or train, tokenizer, **shape, seed=config.seed + 1))
-    validation = [next(validation_batches) for _ in range(config.eval_batches)]
+    told = dict(progress=accelerator.is_main_process, num_proc=sft.num_proc)
+    if sft.streaming:
+        batches = StreamedConversations(train, tokenizer, **shape, seed=config.seed, num_workers=sft.num_workers)
+        data = f"{len(train)} streams, packed window by window"
+    else:
+        batches = SFTBatches(train, tokenizer, **shape, **told, seed=config.seed, num_workers=sft.num_workers)
+        data = (
+            f"{len(batches.documents):,} conversations in {batches.num_rows:,} rows, padding {batches.padding_share:.2%}, "
+            f"{batches.truncated} truncated, {batches.untrained} without a target left out"
+        )
+    plan = {"data": data, "start": sft.model}
+    validation = SFTBatches(held_out or train, tokenizer, **shape, **told, seed=config.seed + 1, prefetch=0).take(config.eval_batches)
     base_rows = trained_rows(sft.model)
     if base_rows and config.device_batch_size > base_rows:
         accelerator.print(f"warning: --device-batch-size {config.device_batch_size} exceeds the base run's {base_rows}; watch the memory")

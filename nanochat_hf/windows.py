@@ -1,0 +1,178 @@
+"""Endless batches of windows of documents: plain text, mapped or streamed, and streamed conversations."""
+
+import numpy as np
+
+from .collate import PackingCollator
+from .conversation import PlainEncoder
+from .loading import ahead, first, worker_loader
+from .sources import check_column, load_source, load_stream, parse_line, task_rows
+from .streaming import MapReader, MixedReader, PackConversations, PackedStream, PackText, StreamReader
+from .tokenised import OVERLONG, cut, to_conversation
+
+
+class _Windows:
+    """Endless micro-batches out of a PackedStream: the loader, and the state of what was handed out."""
+
+    def __init__(self, reader, pack, collate, *, rows, rank, world_size, seed, num_workers, prefetch, settings):
+        self.rank, self.world_size, self.seed, self.prefetch = rank, world_size, seed, prefetch
+        self.num_workers = reader.shares(num_workers) if num_workers else 0
+        if self.num_workers < num_workers:
+            print(f"{self.num_workers} of {num_workers} data workers: the data has no more shards for them", flush=True)
+        workers = max(1, self.num_workers)
+        self.stream = PackedStream(reader, pack, collate, rows=rows, rank=rank, world_size=world_size, workers=workers, seed=seed)
+        self.settings = settings | {"rows": rows, "seed": seed}
+        self.states, self.turn, self.epoch, self.counts = [None] * workers, 0, 0.0, [{}] * workers
+
+    def __iter__(self):
+        self.stream.states, self.stream.turn = list(self.states), self.turn
+        if self.num_workers:
+            made = worker_loader(self.stream, num_workers=self.num_workers, prefetch=self.prefetch)
+        else:
+            made = ahead(iter(self.stream), self.prefetch)
+        for item in made:
+            if item is None:
+                continue
+            batch, (worker, snapshot, emitted, self.epoch, self.counts[worker]) = item
+            self.states[worker] = (snapshot or self.states[worker]) | {"emitted": emitted}
+            self.turn = (worker + 1) % len(self.states)
+            yield batch
+
+    @property
+    def truncated(self):
+        """Conversations that lost their end, of the windows read since the start or the resume."""
+        return sum(counts.get("truncated", 0) for counts in self.counts)
+
+    @property
+    def untrained(self):
+        """Documents left out because no target is in them, of the same windows."""
+        return sum(counts.get("untrained", 0) for counts in self.counts)
+
+    def take(self, count):
+        """The next `count` micro-batches as a list: a validation set."""
+        return first(self, count)
+
+    def state_dict(self):
+        """Each worker's place in the stream, and how the stream was split."""
+        split = {"world_size": self.world_size, "workers": len(self.states)}
+        return {"states": list(self.states), "turn": self.turn, "epoch": self.epoch, "settings": self.settings} | split
+
+    def load_state_dict(self, state):
+        """Continue there; ValueError where the stream was split or packed in another way."""
+        for name, own, what in (("world_size", self.world_size, "processes"), ("workers", len(self.states), "data workers each")):
+            if state[name] != own:
+                raise ValueError(f"the checkpoint's stream is split over {state[name]} {what}, this run has {own}; resume with {state[name]}")
+        for name, value in self.settings.items():
+            if state["settings"].get(name) != value:
+                raise ValueError(f"the checkpoint's stream has {name}={state['settings'].get(name)}, this run {value}; resume with the former")
+        self.states, self.turn, self.epoch = list(state["states"]), state["turn"], state["epoch"]
+
+
+class TextBatches(_Windows):
+    """Endless micro-batches of plain text in full rows: best fit from a window; when nothing fits, the shortest document is cut.
+
+    `mode` "crop" drops the rest of a cut document, "keep" puts it back for a later row. `streaming` reads without downloading first.
+    Each document goes to one process (and worker) an epoch. ValueError for data without `text_column`, before the first batch.
+    """
+
+    def __init__(
+        self, source, tokenizer, *, rows, positions, rank=0, world_size=1, seed=0, mode="crop", text_column="text", isolate=True,
+        streaming=False, num_workers=0, prefetch=2,
+    ):  # fmt: skip
+        if mode not in ("crop", "keep"):
+            raise ValueError(f"mode={mode!r} must be crop or keep")
+        reader = _reader(source, streaming, seed, world_size)
+        if isinstance(reader, StreamReader) and _is_lines(source):
+            reader.stream = reader.stream.map(_JsonText(source.label, text_column))
+        check_column(reader.stream if streaming else reader.rows, text_column, source.label)
+        pack = PackText(PlainEncoder(tokenizer), positions + 1, mode, text_column, source.label)
+        super().__init__(
+            reader, pack, PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size,
+            seed=seed, num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "mode": mode, "streaming": streaming},
+        )  # fmt: skip
+
+
+class StreamedConversations(_Windows):
+    """Endless micro-batches of conversations that are read as a stream: nothing is downloaded or planned first, so there is no number of
+    rows and no epoch's end, and each source counts by its weight (or repeat). Sources that are tasks are read whole."""
+
+    def __init__(
+        self, sources, tokenizer, *, rows, positions, rank=0, world_size=1, seed=0, train_on_all_tokens=False, isolate=True,
+        overlong="truncate", num_workers=0, prefetch=2,
+    ):  # fmt: skip
+        if overlong not in OVERLONG:
+            raise ValueError(f"overlong={overlong!r} is unknown; choose from {', '.join(OVERLONG)}")
+        self.treat = _Treat(sources, PlainEncoder(tokenizer), positions + 1, overlong, train_on_all_tokens)
+        readers = [_reader(source, not source.task, seed, world_size) for source in sources]
+        for number, reader in enumerate(readers):  # the first row of each source is rendered now, so that a wrong form shows before training
+            rows_, _ = reader.open(rank, world_size, 0, 1)
+            self.treat([(number, next(rows_)[0])])
+        self.treat.counts = dict.fromkeys(self.treat.counts, 0)
+        super().__init__(
+            MixedReader(readers, [source.copies for source in sources]), PackConversations(self.treat, positions + 1),
+            PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size, seed=seed,
+            num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "overlong": overlong, "sources": len(sources)},
+        )  # fmt: skip
+
+
+class _Treat:
+    """(source's number, row) pairs → documents: converted, rendered, and cut by the policy; those without a target are left out."""
+
+    def __init__(self, sources, encoder, capacity, overlong, train_on_all_tokens):
+        self.sources, self.encoder, self.capacity, self.overlong, self.all = sources, encoder, capacity, overlong, train_on_all_tokens
+        self.counts = {"truncated": 0, "split": 0, "dropped": 0, "untrained": 0}
+
+    def __call__(self, rows):
+        ids, mask, lengths = self.encoder.render([to_conversation(self._parsed(n, row), self.sources[n].label, self.sources[n]) for n, row in rows])
+        ends, documents = np.cumsum(lengths), []
+        for start, end in zip(ends - lengths, ends, strict=True):
+            documents += self._pieces(ids[start:end], mask[start:end])
+        return documents
+
+    def _parsed(self, number, row):
+        lines = not self.sources[number].task and _is_lines(self.sources[number])
+        return parse_line(row["text"], f"{self.sources[number].label}: the line {row['text'][:60]!r}") if lines else row
+
+    def _pieces(self, ids, mask):
+        spans = [(0, len(ids))]
+        if len(ids) > self.capacity:
+            turns = [0, *np.flatnonzero(ids == self.encoder.special["<|user_start|>"])[1:]]
+            spans = cut(len(ids), turns, self.capacity, self.overlong)
+            self.counts["dropped"] += not spans
+            self.counts["split"] += len(spans) > 1
+            self.counts["truncated"] += bool(spans) and sum(b - a for a, b in spans) < len(ids)
+        for a, b in spans:
+            if self.all or mask[a:b].any():
+                head = [self.encoder.special["<|bos|>"]] if a else []
+                yield {"ids": [*head, *ids[a:b].tolist()], "mask": None if self.all else [*[0] * len(head), *mask[a:b].tolist()]}
+            else:
+                self.counts["untrained"] += 1
+
+
+class _JsonText:
+    """Makes {text_column: …} of a streamed line of JSON."""
+
+    def __init__(self, label, column):
+        self.label, self.column = label, column
+
+    def __call__(self, row):
+        value = parse_line(row["text"], f"{self.label}: the line {row['text'][:60]!r}")
+        if not isinstance(value, dict) or self.column not in value:
+            has = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{self.label}: no column {self.column!r}; it has {has}")
+        return {self.column: value[self.column]}
+
+
+def _is_lines(source):
+    return any(ending in str(source.path) for ending in (".jsonl",))
+
+
+def _reader(source, streaming, seed, world_size):
+    if not streaming:
+        return MapReader(task_rows(source) if source.task else load_source(source), source.label, seed)
+    stream = load_stream(source)
+    if stream.num_shards % world_size:
+        print(
+            f"{source.label}: {stream.num_shards} shards do not divide by {world_size} processes, so each reads all of them and takes its share",
+            flush=True,
+        )
+    return StreamReader(stream, source.label, seed)
