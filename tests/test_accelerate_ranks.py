@@ -136,5 +136,5 @@ def test_twenty_steps_end_where_one_process_ends(alone, tmp_path, function, worl
     for result in results:
         assert all(torch.equal(value, results[0]["params"][name]) for name, value in result["params"].items())
         assert furthest(result["params"], expected["params"]) < limit
-        assert result["state_bytes"] < expected["state_bytes"] / world * 1.2
+        assert result["state_bytes"] < expected["state_bytes"] / world * 1.3
     print(f"state of the optimizer: {expected['state_bytes']} bytes alone, {[r['state_bytes'] for r in results]} on {world} ranks")
