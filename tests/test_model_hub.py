@@ -37,9 +37,7 @@ def test_the_base_model_alone_is_saved_with_the_same_border(tmp_path):
 
 
 def test_settings_survive_saving(tmp_path):
-    settings = dict(
-        window_pattern="SL", sliding_window=5, rope_theta=500.0, final_logit_softcapping=30.0, head_dim=32, intermediate_size=96
-    )
+    settings = dict(window_pattern="SL", sliding_window=5, rope_theta=500.0, final_logit_softcapping=30.0, head_dim=32, intermediate_size=96)
     before = build(**settings)
     before.save_pretrained(tmp_path)
     after = NanochatForCausalLM.from_pretrained(tmp_path)
