@@ -16,7 +16,7 @@ from nanochat_hf import NanochatForCausalLM
 from nanochat_hf.conversation import render
 from nanochat_hf.hub_dataset import write_dataset
 from nanochat_hf.tokenizer import load_tokenizer
-from scripts import push_dataset
+from scripts import push_dataset, push_to_hub
 
 pytest_plugins = ["hub_fixtures"]
 ROOT = Path(__file__).parents[1]
@@ -183,3 +183,28 @@ print("module", type(model).__module__)
     assert "assistant" in said and "module transformers_modules" in said
     model = NanochatForCausalLM.from_pretrained(run / "final")
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(torch.tensor(ids)).logits)
+
+
+def test_the_script_pushes_a_run_or_a_model_folder(hub, run, tmp_path, capsys):
+    (tmp_path / "answers.json").write_text(json.dumps([{"name": "spelling_bee", "accuracy": 0.75, "total": 4, "correct": 3}]))
+    for code in (run / "final").glob("*_nanochat_hf.py"):
+        code.unlink()  # as exports by older versions are
+    for folder, repo_id in ((run, "user/one"), (run / "final", "user/two")):
+        with pytest.raises(SystemExit, match="0"):
+            push_to_hub.main([str(folder), "--hub-model-id", repo_id, "--results", str(tmp_path / "answers.json"), "--license", "mit"])
+        files = hub.files(repo_id)
+        assert {"metrics.jsonl", "training_config.json", "modeling_nanochat_hf.py", "configuration_nanochat_hf.py"} <= files.keys()
+        data = ModelCard(files["README.md"].decode()).data
+        assert data.license == "mit" and ("accuracy", 0.75) in {(r.metric_type, r.metric_value) for r in data.eval_results}
+    capsys.readouterr()
+    for argv, message in (
+        (["nowhere", "--hub-model-id", "user/x"], "neither a run"),
+        ([str(run), "--hub-model-id", "a/b/c"], "give org/name"),
+        ([str(run), "--hub-model-id", "user/x", "--results", str(run / "metrics.jsonl")], "cannot be read"),
+        ([str(run), "--hub-model-id", "user/x", "--with-checkpoint"], "no whole checkpoint"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            push_to_hub.main(argv)
+        error = capsys.readouterr().err.strip()
+        assert message in error and "\n" not in error
+    assert ("models", "user/x") not in hub.repos
