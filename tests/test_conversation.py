@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_hf.conversation import SPECIAL_TOKENS, ConversationError, convert_row, render, render_prompt, validate
+from nanochat_hf.conversation import (
+    SPECIAL_TOKENS,
+    ConversationError,
+    PlainEncoder,
+    convert_row,
+    render,
+    render_prompt,
+    row_format,
+    validate,
+)
 from nanochat_hf.tokenizer import train_tokenizer
 
 BOS, USER, USER_END, ASSISTANT, ASSISTANT_END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(256, 265)
@@ -129,3 +138,154 @@ def test_whatever_is_given_it_renders_or_raises_conversation_error(tokenizer, th
         except ConversationError:
             continue
         assert len(ids) == len(mask)
+
+
+def call(name, arguments, number=None):
+    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls(*called, content=None):
+    return {"role": "assistant", "content": content, "tool_calls": list(called)}
+
+
+def answer(content, number=None):
+    return {"role": "tool", "content": content, "tool_call_id": number}
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ([], "list"), ({"messages": []}, "messages"), ({"conversations": []}, "sharegpt"), ({"prompt": 1, "completion": 2}, "prompt_completion"),
+        ({"instruction": 1, "output": 2}, "alpaca"), ({"messages": [], "prompt": 1, "completion": 1}, "messages"),
+    ],
+)  # fmt: skip
+def test_the_form_of_a_row_is_told(row, form):
+    assert row_format(row) == form
+
+
+def test_tool_calls_become_python_parts_of_one_turn():
+    messages = [
+        {"role": "developer", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+        calls(call("calculator", '{"expression": "2*3"}', "a"), call("look_up", {"city": "Rome", "n": 2}, "b"), content="Let me see."),
+        answer("sunny", "b"), answer("6", "a"), say("Six."), ASK, calls(call("python", "print(1)")),
+    ]  # fmt: skip
+    assert convert_row({"messages": messages})["messages"] == [
+        {"role": "system", "content": "s"}, ASK,
+        say([
+            {"type": "text", "text": "Let me see."}, {"type": "python", "text": "look_up(city='Rome', n=2)"},
+            {"type": "python_output", "text": "sunny"}, {"type": "python", "text": "2*3"}, {"type": "python_output", "text": "6"},
+            {"type": "text", "text": "Six."},
+        ]),
+        ASK, say([{"type": "python", "text": "print(1)"}]),
+    ]  # fmt: skip
+
+
+def test_sharegpt_with_tools_and_a_system_column():
+    row = {"system": "s", "conversations": [
+        {"from": "human", "value": "hi"}, {"from": "function_call", "value": '{"name": "python", "arguments": {"code": "1"}}'},
+        {"from": "observation", "value": "1"}, {"from": "gpt", "value": "one"},
+    ]}  # fmt: skip
+    parts = [{"type": "python", "text": "1"}, {"type": "python_output", "text": "1"}, {"type": "text", "text": "one"}]
+    assert convert_row(row)["messages"] == [{"role": "system", "content": "s"}, ASK, say(parts)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([ASK, answer("x")], "a tool message answers no call"),
+        ([ASK, calls(call("python", "1", "a")), answer("x", "b")], "tool_call_id 'b' is none of the open calls"),
+        ([ASK, calls(call("look up", {"a": 1}))], "the call of 'look up' cannot be written as Python"),
+        ([ASK, calls(call("look_up", "no json"))], "the call of 'look_up' cannot be written as Python"),
+        ([ASK, calls(call("python", {"language": "C"}))], "the call of python has no code; give arguments with one of code"),
+        ([ASK, calls({"id": 1})], "a tool call without a function's name"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "a message has a part that is not text"),
+    ],
+)
+def test_calls_without_a_text_form_say_why(messages, reason):
+    with pytest.raises(ConversationError, match=f"row 3: {reason}"):
+        convert_row({"messages": messages}, "row 3")
+
+
+plain = st.text(max_size=12).filter(lambda t: not any(s in t for s in SPECIAL_TOKENS))
+code = st.text(st.characters(codec="utf-8", exclude_characters="{"), max_size=12).filter(lambda t: not any(s in t for s in SPECIAL_TOKENS))
+steps = st.lists(st.tuples(plain, code, plain), max_size=3)  # words, a call, its answer
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(plain, steps, plain), min_size=1, max_size=3), st.one_of(st.none(), plain))
+def test_tool_messages_through_the_template_equal_the_converted_row(tokenizer, turns, system):
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for question, called, last in turns:
+        messages.append({"role": "user", "content": question})
+        for words, expression, result in called:
+            messages += [calls(call("python", {"code": expression}), content=words), answer(result)]
+        messages.append(say(last))
+    ids, mask = render(tokenizer, convert_row({"messages": messages}))
+    said = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    assert said["input_ids"] == ids and said["assistant_masks"] == mask
+    assert PlainEncoder(tokenizer).render([convert_row({"messages": messages})])[0].tolist() == ids
+
+
+def test_after_a_tool_the_template_goes_on_with_the_same_turn(tokenizer):
+    messages = [ASK, calls(call("calculator", {"expression": "1+1"})), answer("2")]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert prompt[-1] == OUTPUT_END and prompt.count(ASSISTANT) == 1
+    assert tokenizer.apply_chat_template([*messages, say("two")], return_dict=True)["input_ids"][: len(prompt)] == prompt
+
+
+def part(kind, text):
+    return {"type": kind, "text": text}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "<|bos|>"}, say("a")],
+        [ASK, say("<|assistant_end|>")],
+        [{"role": "system", "content": "<|user_end|>"}, ASK, say("a")],
+        [ASK, say([part("text", "<|bos"), part("text", "|>")])],  # only together are they a special token
+        [ASK, say([part("python", "<|python_end|>")])],
+        [ASK, say([part("python", "1"), part("python_output", "<|output_end|>")])],
+        [ASK, calls(call("python", {"code": "<|bos|>"})), answer("1")],
+        [ASK, calls(call("python", {"code": "1"})), answer("<|bos|>")],
+    ],
+)
+def test_the_template_raises_on_special_strings_which_render_keeps_as_text(tokenizer, messages):
+    with pytest.raises(Exception, match="special token <.* inside a message"):
+        tokenizer.apply_chat_template(messages)
+    ids, _ = render(tokenizer, convert_row({"messages": messages}))
+    assert ids.count(BOS) == ids.count(ASSISTANT_END) == ids.count(USER_END) == 1
+
+
+@pytest.mark.parametrize("messages", [[say("a")], [ASK, ASK], [ASK, answer("x")], [ASK, calls(call("python", {"code": "1"})), ASK]])
+def test_the_template_raises_where_the_roles_do_not_alternate(tokenizer, messages):
+    with pytest.raises(Exception, match="roles must alternate"):
+        tokenizer.apply_chat_template(messages)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(plain, st.lists(st.tuples(st.sampled_from(["text", "python"]), plain), min_size=1, max_size=5)), min_size=1, max_size=3))
+def test_text_of_any_alphabet_before_a_call_is_marked_as_render_marks_it(tokenizer, turns):
+    messages = []
+    for question, parts in turns:
+        messages += [{"role": "user", "content": question}, say([part(kind, text) for kind, text in parts])]
+    if any(s in t for s in SPECIAL_TOKENS for _, parts in turns for t in ["".join(x for k, x in parts if k == "text")]):
+        return
+    ids, mask = render(tokenizer, {"messages": messages})
+    said = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    assert said["input_ids"] == ids and said["assistant_masks"] == mask
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(plain, plain), min_size=1, max_size=4))
+def test_rendering_many_equals_rendering_each(tokenizer, pairs):
+    import pickle
+
+    conversations = [{"messages": [{"role": "user", "content": q}, say(a)]} for q, a in pairs]
+    encoder = pickle.loads(pickle.dumps(PlainEncoder(tokenizer)))  # as a process that tokenises gets it
+    ids, mask, lengths = encoder.render(conversations)
+    each = [render(tokenizer, c) for c in conversations]
+    assert ids.tolist() == [i for part, _ in each for i in part] and mask.tolist() == [m for _, part in each for m in part]
+    assert lengths.tolist() == [len(i) for i, _ in each]
+    hostile = encoder.render([{"messages": [{"role": "user", "content": "<|bos|>"}, say("a")]}])[0].tolist()
+    assert hostile.count(BOS) == 1
