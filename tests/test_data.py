@@ -246,69 +246,6 @@ def test_what_is_made_ahead_keeps_order_errors_and_ends():
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "source", "reason"),
-    [
-        ("a.jsonl", b'[]\n{"a": \n', {}, "a.jsonl line 1: no messages|a.jsonl line 2: not JSON"),
-        ("a.jsonl", b"", {}, "a.jsonl: no rows from 0 on in split 'train', which has 0"),
-        ("a.jsonl", b'{"prompt": "x"}\n', {}, "a.jsonl line 1: columns prompt; need messages"),
-        ("a.jsonl", b'{"prompt": "x"}\n', {"converter": "alpaca"}, "a.jsonl line 1: no column instruction for the form alpaca; it has prompt"),
-        ("a.json", b'{"prompt": "x"\n', {}, "a.json: cannot be loaded .*not JSON, Expecting .*line 2"),
-        ("a.csv", b"x,y\n1,2\n", {"columns": {"prompt": "q"}}, "a.csv: no column 'q'; it has x, y"),
-        ("a.csv", b"x,y\n1,2\n", {}, "columns x, y; need messages"),
-        ("a.parquet", b"PAR1 and no more", {}, "a.parquet: no parquet file"),
-        ("a.jsonl.gz", b"no gzip", {}, "a.jsonl.gz: cannot be read"),
-        ("a.jsonl", b'[{"role": "user", "content": "q"}]\n', {}, "no conversation has an assistant turn .*1 without a target"),
-        ("a.jsonl", b"[1]\n", {"start": 3}, "no rows from 3 on in split 'train', which has 1"),
-        ("saved", None, {"split": "test"}, "no split 'test', it has train"),
-    ],
-)
-def test_what_is_wrong_with_the_data_is_one_line_before_training(tokenizer, tmp_path, name, content, source, reason):
-    path = tmp_path / name
-    if content is None:
-        from datasets import Dataset, DatasetDict
-
-        DatasetDict(train=Dataset.from_dict({"x": [1]})).save_to_disk(path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=reason) as caught:
-        make([SourceConfig(path=str(path), **source)], tokenizer)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_corrupt_shard_is_named_with_its_rows(tokenizer, tmp_path):
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    for name in ("a", "b"):
-        parquet.write_table(pa.table({"text": [f"{i} {name} " * 50 for i in range(300)]}), tmp_path / f"{name}.parquet", row_group_size=100)
-    damaged = bytearray((tmp_path / "b.parquet").read_bytes())
-    place = parquet.ParquetFile(tmp_path / "b.parquet").metadata.row_group(1).column(0).data_page_offset
-    damaged[place : place + 40] = b"\xff" * 40
-    (tmp_path / "b.parquet").write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"b\.parquet: rows 101 to 200 are corrupt"):
-        load_source(SourceConfig(path=str(tmp_path / "*.parquet")))
-
-
-@pytest.mark.parametrize(
-    ("entry", "reason"),
-    [
-        ({}, "needs path or task"),
-        ({"path": "x", "repeat": 0}, "repeat=0 must be a whole number from 1"),
-        ({"path": "x", "weight": 0}, "weight=0 must be above 0"),
-        ({"path": "x", "weight": 2, "repeat": 2}, "say the same thing twice"),
-        ({"path": "x", "rows": 0}, "rows=0 is no range"),
-        ({"path": "x", "converter": "y"}, "converter='y' is unknown; choose from messages"),
-        ({"path": "x", "columns": ["y"]}, "must map new names"),
-        ({"path": "x", "weigth": 1}, "unknown keys weigth; known are path"),
-        ("x", "must be a mapping"),
-    ],
-)
-def test_a_wrong_entry_of_a_recipe_says_what_is_wrong(entry, reason):
-    with pytest.raises(ValueError, match=reason):
-        SourceConfig.from_recipe(entry)
-
-
 @pytest.mark.skipif(not REAL.is_file(), reason="the real conversations are not at hand (../shared/data)")
 def test_real_conversations_leave_little_padding(tokenizer):
     texts = (m["content"] for row in load_source(SourceConfig(path=str(REAL), rows=800)) for m in row["messages"])
