@@ -8,9 +8,11 @@ import torch
 
 from nanochat_hf import NanochatForCausalLM
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.evals.chat import evaluate_task
+from nanochat_hf.evals.chat import chat_core, evaluate_task
 from nanochat_hf.tasks import get_task
 from nanochat_hf.tokenizer import load_tokenizer
+
+CHAT_CORE = {"mmlu", "arc_easy", "arc_challenge", "gsm8k", "humaneval", "spelling_bee"}
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,25 @@ class EvalConfig:
 
 @user_errors
 def main(argv=None):
-    config, _ = parse([EvalConfig], argv, description=__doc__)
-    tasks = [get_task(name) for name in config.tasks.split(",")]
+    config, lists = parse([EvalConfig], argv, lists=("eval_data",), description=__doc__)
+    entries = lists.get("eval_data") or [{"task": name} for name in config.tasks.split(",")]
+    tasks = [(get_task(entry["task"]), entry.get("path")) for entry in entries]
+    if config.limit < 1 or config.batch_size < 1 or config.max_new_tokens < 1:
+        raise ValueError(f"--limit {config.limit}, --batch-size {config.batch_size}, --max-new-tokens {config.max_new_tokens}: each must be at least 1")
     tokenizer = load_tokenizer(config.model)
     model = NanochatForCausalLM.from_pretrained(config.model).eval()
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     results = []
-    for task in tasks:
-        rows = task.load("test", limit=config.limit)
+    for task, path in tasks:
+        rows = task.load("test", path=path, limit=config.limit)
         results.append(evaluate_task(model, tokenizer, task, rows, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens))
     print(f"{'task':<18}{'accuracy':>10}{'± stderr':>10}{'questions':>11}")
     for r in results:
         print(f"{r.name:<18}{r.accuracy:>10.1%}{r.stderr:>10.1%}{r.total:>11}")
+    core = [(result, task.baseline) for (task, _), result in zip(tasks, results, strict=True) if task.name in CHAT_CORE]
+    if core:
+        missing = sorted(CHAT_CORE - {result.name for result, _ in core})
+        print(f"ChatCORE {chat_core(core):.4f}" + (f", partial: without {', '.join(missing)}" if missing else ""))
     if config.output:
         Path(config.output).write_text(json.dumps([asdict(r) | {"accuracy": r.accuracy} for r in results], indent=1) + "\n")
 

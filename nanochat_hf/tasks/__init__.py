@@ -1,10 +1,12 @@
 """The registry: one line a task."""
 
 from .base import Task
+from .chats import CUSTOM_JSON, SMOLTALK
 from .generated import CALCULATOR, IDENTITY_TASK, SIMPLE_SPELLING, SPELLING_BEE
 from .gsm8k import GSM8K
+from .multiple_choice import ARC_CHALLENGE, ARC_EASY, MMLU
 
-TASKS = {task.name: task for task in (SIMPLE_SPELLING, SPELLING_BEE, CALCULATOR, IDENTITY_TASK, GSM8K)}
+TASKS = {task.name: task for task in (SIMPLE_SPELLING, SPELLING_BEE, CALCULATOR, IDENTITY_TASK, GSM8K, MMLU, ARC_EASY, ARC_CHALLENGE, SMOLTALK, CUSTOM_JSON)}
 __all__ = ["TASKS", "Task", "get_task"]
 
 

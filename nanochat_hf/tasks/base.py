@@ -3,8 +3,9 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 
-NUMBER = re.compile(r"####\s*(-?[\d.,]*\d)")
+NUMBER = re.compile(r"####\s*\$?\s*(-?\s*\$?\s*[\d.,]*\d)")
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,12 @@ class Task:
 
 
 def final_number(text):
-    """final_number("so #### 1,200") → "1200"; None where there is no mark."""
+    """final_number("so #### $1,200.0") → Decimal("1200"); None where no number follows the mark."""
     found = NUMBER.findall(text)
-    return found[-1].replace(",", "") if found else None
+    try:
+        return Decimal(re.sub(r"[,$\s]", "", found[-1])) if found else None
+    except InvalidOperation:  # such as 1.2.3
+        return None
 
 
 def answer_text(conversation):
@@ -44,3 +48,17 @@ def same_text(conversation, completion):
 def pair(question, answer):
     """A conversation of one question and one answer."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def load_rows(name, config, split, path, limit):
+    """Rows of a local file (json, jsonl, parquet, …, maybe compressed) where `path` is given, else of the Hub's `name`; at most `limit`."""
+    from datasets import load_dataset
+
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: must be at least 1; leave it out for all rows")
+    if path:
+        kind = "parquet" if str(path).endswith(".parquet") else "csv" if str(path).endswith(".csv") else "json"
+        data = load_dataset(kind, data_files=str(path), split="train")
+    else:
+        data = load_dataset(name, config, split=split) if config else load_dataset(name, split=split)
+    return data if limit is None else data.select(range(min(limit, len(data))))

@@ -2,17 +2,14 @@
 
 import re
 
-from .base import Task, pair, same_number
+from .base import Task, load_rows, pair, same_number
 
 MARK = re.compile(r"<<([^=>]*)=([^>]*)>>")
 
 
 def load(split="train", path=None, limit=None):
     """Rows {question, answer} from the Hub (openai/gsm8k) or a local json(.gz) file."""
-    from datasets import load_dataset
-
-    data = load_dataset("json", data_files=path, split="train") if path else load_dataset("openai/gsm8k", "main", split=split)
-    return data.select(range(min(limit or len(data), len(data))))
+    return load_rows("openai/gsm8k", "main", split, path, limit)
 
 
 def to_conversation(row):
