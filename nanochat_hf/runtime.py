@@ -5,7 +5,7 @@ import signal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, is_torch_xla_available, set_seed
 
 # Dense bf16 peaks in FLOP/s by a part of the device's name (vendors' data sheets); first match wins.
 PEAK_FLOPS = (
@@ -31,7 +31,7 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         mixed_precision=precision, log_with=trackers or None, project_dir=output_dir, step_scheduler_with_optimizer=False,
         dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if compile else None,
-        cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available(),
+        cpu=not is_torch_xla_available() and not on_accelerator(),  # where torch_xla is importable Accelerate takes it, whatever is asked
     )  # fmt: skip
     if accelerator.distributed_type in REFUSED:
         raise ValueError(f"{accelerator.distributed_type} keeps its own optimizer and cannot run Muon; use DDP or FSDP2")
@@ -39,9 +39,14 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
     return accelerator
 
 
+def on_accelerator():
+    """Whether this run may use a GPU: there is one, and the launcher did not ask for the CPU."""
+    return torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+
+
 def on_cuda():
     """Whether this run will use a CUDA device."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+    return torch.cuda.is_available() and on_accelerator()
 
 
 def peak_flops(device):
@@ -84,7 +89,9 @@ def agree(accelerator, wanted):
 def whole_weights(model):
     """The state dict of `model` with whole tensors, on every rank that will write; a collective under FSDP2."""
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
-        return model.state_dict()
+        weights = model.state_dict()
+        # safetensors reads storages, which XLA tensors do not have
+        return {name: value.cpu() for name, value in weights.items()} if model.device.type == "xla" else weights
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

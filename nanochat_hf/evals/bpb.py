@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, which XLA tensors refuse
 def evaluate_bpb(model, batches, token_bytes, reduce=None):
     """Σ nats ÷ (ln 2 · Σ bytes) over the counted targets of `batches` (dicts as collate.py makes them).
 

@@ -50,7 +50,7 @@ def evaluate_task(model, tokenizer, task, rows, *, batch_size=64, max_new_tokens
     return result
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, which XLA tensors refuse
 def evaluate_categorical(model, tokenizer, task, rows, *, batch_size=64, progress=True):
     """Choose the letter with the largest logit at the end of each prompt → TaskResult; prompts of like length share a batch."""
     conversations = [task.to_conversation(row) for row in rows]
