@@ -1,4 +1,4 @@
-"""Measure: python -m scripts.bench {train,optimizer,trainer,data,generate} [flags]; each prints a table and, with --json, a JSON file."""
+"""Measure: python -m scripts.bench NAME [flags], without a name it lists them; each prints a table."""
 
 import importlib
 import sys

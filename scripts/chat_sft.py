@@ -75,7 +75,7 @@ def main(argv=None):
         )
     plan = {"data": data, "start": sft.model}
     validation = SFTBatches(held_out or train, tokenizer, **shape, **told, seed=config.seed + 1, prefetch=0).take(config.eval_batches)
-    base_rows = trained_rows(sft.model)
+    base_rows = trained_rows(start)
     if base_rows and config.device_batch_size > base_rows:
         accelerator.print(f"warning: --device-batch-size {config.device_batch_size} exceeds the base run's {base_rows}; watch the memory")
     num_steps = config.num_steps or max(1, round(sft.epochs * batches.steps_per_epoch(accumulation)))

@@ -76,6 +76,21 @@ def test_training_pushes_through_faults_and_resumes_elsewhere_to_the_same_bits(h
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_base_training_pushes_its_checkpoints_and_its_model(hub, run, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"why is the sky {i} and the sea green? " * 3}) + "\n" for i in range(60)))
+    said = python(
+        hub, tmp_path / "home", "-m", "scripts.base_train", "--depth", "2", "--data", str(text), "--tokenizer", str(run / "final"),
+        "--output-dir", str(tmp_path / "a"), "--num-steps", "4", "--save-every", "2", "--device-batch-size", "2", "--max-seq-len", "64",
+        "--eval-every", "0", "--eval-batches", "1", "--push-to-hub", "--hub-model-id", "user/base", "--hub-strategy", "every_save",
+    )  # fmt: skip
+    files = hub.files("user/base")
+    assert hub.repos["models", "user/base"].titles[-1] == "Final model, step 4" and "pushed to" in said
+    assert files["model.safetensors"] == (tmp_path / "a/final/model.safetensors").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model is None and [r.metric_type for r in card.data.eval_results] == ["bits_per_byte"]
+
+
 def test_two_processes_push_once(hub, run, chats, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = sft(chats, tmp_path / "a", "--push-to-hub", "--hub-model-id", "chat", "--hub-private", model=str(run / "final"))

@@ -229,7 +229,7 @@ def test_chunked_loss_has_the_whole_gradient_and_never_all_logits(monkeypatch, a
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_loss_keeps_no_logits_in_bfloat16_either_and_agrees_with_float32():
+def test_the_loss_under_bfloat16_autocast_is_float32_and_near():
     ids, model = tokens(2, 24), build().train()
     whole = model(ids, labels=ids).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
