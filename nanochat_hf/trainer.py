@@ -93,11 +93,12 @@ class Trainer:
         device, total, norms = self.accelerator.device, 0.0, None
         observed = self.norms_every and (self.state.step + 1) % self.norms_every == 0
         # backward() divides by the accumulation, DDP by the processes: undo both
-        scale = self.accumulation * self.accelerator.num_processes
+        scale = self.accumulation * self.accelerator.num_processes / targets
         for batch in micro_batches:
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with self.accelerator.accumulate(self.model):
-                loss = self.model(**batch, num_items_in_batch=targets).loss
+                # a sum, divided outside: a compiled model would be compiled anew for every other number of targets
+                loss = self.model(**batch, num_items_in_batch=1).loss
                 self.accelerator.backward(loss * scale)
                 if self.accelerator.sync_gradients and observed:
                     scaled = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()  # until step() unscales
@@ -106,7 +107,7 @@ class Trainer:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            total = total + loss.detach()
+            total = total + loss.detach() / targets
         return total, norms
 
     def state_dict(self):

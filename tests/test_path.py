@@ -212,6 +212,17 @@ def test_the_gradient_does_not_depend_on_the_split_into_micro_batches(tokenizer,
             assert (other[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
+def test_a_compiled_model_is_compiled_once_whatever_the_number_of_targets(tokenizer, chats):
+    from torch._dynamo.testing import CompileCounter
+
+    counter, targets = CompileCounter(), set()
+    trainer = make_trainer(tokenizer, chats, 2, 1, steps=5)
+    trainer.model = torch.compile(trainer.model, backend=counter, dynamic=False, fullgraph=True)
+    trainer.callbacks = [lambda trainer, info: targets.add(info.targets)]
+    trainer.fit()
+    assert len(targets) > 2 and counter.frame_count == 1
+
+
 def test_resumed_training_is_bit_identical(tokenizer, chats, tmp_path):
     whole = make_trainer(tokenizer, chats, 2, 2)
     whole.fit()
