@@ -175,8 +175,11 @@ def _fsync(path):
 def prepare_folder(path):
     """Make the output folder and prove that it can be written to; returns its Path. OSError where it cannot."""
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
-    probe.touch()
-    probe.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--output-dir {path}: cannot be written to ({error.strerror}); give a folder that can") from None
     return folder

@@ -5,6 +5,8 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from nanochat_hf import NanochatForCausalLM, scaling
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.conversation import render_prompt
@@ -38,6 +40,7 @@ class SFTConfig:
 def main(argv=None):
     sft, config, hub, lists = parse([SFTConfig, TrainConfig, HubConfig], argv, lists=("train_data", "validation_data"), description=__doc__)
     config = smoke(config)
+    disable_progress_bar()  # the run has its own
     if sft.model == "newest":
         sft = replace(sft, model=newest_base())
     train = [SourceConfig.from_recipe(entry) for entry in lists.get("train_data", [])]
