@@ -2,7 +2,9 @@
 
 import math
 
-from .model import NanochatConfig
+import torch
+
+from .model import NanochatConfig, NanochatForCausalLM
 
 
 def model_config(depth, vocab_size, sequence_len=2048, *, aspect_ratio=64, head_dim=128, window_pattern="SSSL", **overrides):
@@ -19,6 +21,12 @@ def model_config(depth, vocab_size, sequence_len=2048, *, aspect_ratio=64, head_
         vocab_size=vocab_size, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
         max_position_embeddings=sequence_len, window_pattern=window_pattern, **settings,
     )  # fmt: skip
+
+
+def skeleton(config):
+    """The model of `config` without memory (on the meta device): shapes to count with, in milliseconds at any depth."""
+    with torch.device("meta"):
+        return NanochatForCausalLM(config)
 
 
 def parameter_counts(model):

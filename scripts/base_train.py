@@ -8,6 +8,7 @@ from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data import SourceConfig, TextBatches
 from nanochat_hf.hub import HubConfig, HubPusher
 from nanochat_hf.runtime import build_accelerator
+from nanochat_hf.sources import is_remote
 from nanochat_hf.tokenizer import load_tokenizer
 from scripts.training import TrainConfig, accelerate, run, smoke
 
@@ -21,13 +22,15 @@ PROMPTS = (
 class BaseConfig:
     """Which model, on which text."""
 
-    data: str = field(metadata={"help": "a Hub name, a file, or a pattern of files with text"})
     tokenizer: str = field(metadata={"help": "folder or Hub name of the tokenizer"})
+    data: str = field(
+        default="karpathy/fineweb-edu-100b-shuffle", metadata={"help": "a Hub name, a folder, a file, or a pattern of files with text"}
+    )
     validation: str | None = field(default=None, metadata={"help": "validation text, as --data (default: other rows of the training text)"})
     split: str = field(default="train", metadata={"help": "split, for a Hub name"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     packing: str = field(default="crop", metadata={"help": "crop: cut documents that do not fit; keep: put their rest into a later row"})
-    streaming: bool = field(default=False, metadata={"help": "read the training text as a stream, without downloading it first"})
+    streaming: bool | None = field(default=None, metadata={"help": "read as a stream, without downloading first (default: the Hub's data, yes)"})
     num_workers: int = field(default=0, metadata={"help": "processes that tokenise and pack; 0: a thread"})
     depth: int = field(default=12, metadata={"help": "layers; everything else follows from it"})
     aspect_ratio: int = field(default=64, metadata={"help": "width per layer"})
@@ -37,9 +40,21 @@ class BaseConfig:
     target_param_data_ratio: float = field(default=10.5, metadata={"help": "horizon in tokens per matrix and head parameter, else"})
 
 
+@dataclass(frozen=True)
+class BaseTrainConfig(TrainConfig):
+    """How to pretrain: what differs from fine-tuning's defaults."""
+
+    weight_decay: float = field(
+        default=0.2, metadata={"help": "cautious weight decay of the matrices at depth 12: × (12/depth)² (Muon), falls linearly to 0"}
+    )
+    warmdown_ratio: float = field(default=0.5, metadata={"help": "last share of the run in which lr falls to 0"})
+    eval_every: int = field(default=250, metadata={"help": "steps between evaluations of bpb; 0: only at the end"})
+    sample_every: int = field(default=2000, metadata={"help": "steps between the seven prompts, also answered at the end; 0: none"})
+
+
 @user_errors
 def main(argv=None):
-    base, config, hub, _ = parse([BaseConfig, TrainConfig, HubConfig], argv, description=__doc__)
+    base, config, hub, _ = parse([BaseConfig, BaseTrainConfig, HubConfig], argv, description=__doc__)
     config = smoke(config)
     pusher = HubPusher.from_config(hub, idle=config.dry_run or config.plan_only)
     tokenizer = load_tokenizer(base.tokenizer)
@@ -51,32 +66,37 @@ def main(argv=None):
     accumulation = scaling.accumulation_steps(config.total_batch_size, config.device_batch_size, config.max_seq_len, processes)
     accelerator = accelerate(config, accumulation)
     tokens = accumulation * processes * config.device_batch_size * config.max_seq_len
-    model = NanochatForCausalLM(model_config)
-    counts = scaling.parameter_counts(model)
-    num_steps = scaling.training_horizon(
-        counts["matrix"] + counts["head"], scaling.flops_per_token(model, config.max_seq_len), tokens,
-        num_steps=config.num_steps, target_flops=base.target_flops, ratio=base.target_param_data_ratio,
-    )  # fmt: skip
+    num_steps = horizon(base, config, model_config, tokens)
     shape = dict(
-        rows=config.device_batch_size,
-        positions=config.max_seq_len,
-        rank=accelerator.process_index,
-        world_size=processes,
+        rows=config.device_batch_size, positions=config.max_seq_len, rank=accelerator.process_index, world_size=processes,
         text_column=base.text_column,
-    )
+    )  # fmt: skip
     source = SourceConfig(path=base.data, split=base.split)
+    base = replace(base, streaming=is_remote(source) if base.streaming is None else base.streaming)
     batches = TextBatches(source, tokenizer, **shape, seed=config.seed, mode=base.packing, streaming=base.streaming, num_workers=base.num_workers)
     held_out = replace(source, path=base.validation or base.data)
     validation = TextBatches(
         held_out, tokenizer, **shape, seed=config.seed + 1, streaming=base.streaming and not base.validation, prefetch=0
     ).take(config.eval_batches)
-    decay = replace(config, weight_decay=scaling.base_weight_decay(base.depth, config.weight_decay)) if config.weight_decay else config
+    model = NanochatForCausalLM(model_config)
+    if config.matrix_optimizer == "muon":  # the rule is Muon's; another optimizer takes the weight decay as it is given
+        config = replace(config, weight_decay=scaling.base_weight_decay(base.depth, config.weight_decay))
     folder, _, _ = run(
-        decay, accelerator, model, tokenizer, batches, validation, num_steps, description=f"base d{base.depth}", decay=True, pusher=pusher,
+        config, accelerator, model, tokenizer, batches, validation, num_steps, description=f"base d{base.depth}", decay=True, pusher=pusher,
         lr_scale=scaling.batch_lr_scale(tokens) if config.total_batch_size else 1.0, settings=asdict(base),
         prompts=[(text, [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS],
     )  # fmt: skip
     sys.exit(143 if folder is None else 0)
+
+
+def horizon(base, config, model_config, tokens):
+    """Optimizer steps of the run, from sizes alone: ValueError before a weight is made or a document read."""
+    model = scaling.skeleton(model_config)
+    counts = scaling.parameter_counts(model)
+    return scaling.training_horizon(
+        counts["matrix"] + counts["head"], scaling.flops_per_token(model, config.max_seq_len), tokens,
+        num_steps=config.num_steps, target_flops=base.target_flops, ratio=base.target_param_data_ratio,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from nanochat_hf import callback_push, checkpoint, hub, runtime
 from nanochat_hf.attention import choose_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
 from nanochat_hf.config import dump, resolved
-from nanochat_hf.optim import MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
+from nanochat_hf.optim import MATRIX_OPTIMIZERS, MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
 from nanochat_hf.report import write_report
 from nanochat_hf.scaling import flops_per_token, parameter_counts
 from nanochat_hf.schedules import base_lr, muon_momentum
@@ -35,6 +35,7 @@ class TrainConfig:
     embedding_lr: float = field(default=0.3, metadata={"help": "lr of token and value embeddings (AdamW)"})
     unembedding_lr: float = field(default=0.004, metadata={"help": "lr of the head (AdamW)"})
     matrix_lr: float = field(default=0.02, metadata={"help": "lr of the matrices (Muon)"})
+    matrix_optimizer: str = field(default="muon", metadata={"help": "muon, or adamw: a baseline that wants about --matrix-lr 0.002"})
     scalar_lr: float = field(default=0.5, metadata={"help": "lr of the residual scalars (AdamW)"})
     weight_decay: float = field(default=0.0, metadata={"help": "cautious weight decay of the matrices"})
     init_lr_frac: float = field(default=1.0, metadata={"help": "factor on every lr"})
@@ -69,6 +70,8 @@ class TrainConfig:
             raise ValueError(f"--num-steps {self.num_steps} must be at least 1; leave it out for the whole horizon")
         if not 0 <= self.warmdown_ratio <= 1:
             raise ValueError(f"--warmdown-ratio {self.warmdown_ratio} must lie between 0 and 1")
+        if self.matrix_optimizer not in MATRIX_OPTIMIZERS:
+            raise ValueError(f"--matrix-optimizer {self.matrix_optimizer} is unknown; choose from {', '.join(MATRIX_OPTIMIZERS)}")
         if self.report_to not in ("wandb", "trackio", "tensorboard", "none"):
             raise ValueError(f"--report-to {self.report_to} is unknown; choose wandb, trackio, tensorboard or none")
 
@@ -115,7 +118,7 @@ def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, deca
     """Optimizer, schedule and Trainer."""
     optimizer_config = OptimizerConfig(
         embedding_lr=config.embedding_lr, unembedding_lr=config.unembedding_lr, matrix_lr=config.matrix_lr, scalar_lr=config.scalar_lr,
-        weight_decay=config.weight_decay, batch_lr_scale=lr_scale * config.init_lr_frac,
+        weight_decay=config.weight_decay, batch_lr_scale=lr_scale * config.init_lr_frac, matrix_optimizer=config.matrix_optimizer,
     )  # fmt: skip
     optimizer = MuonAdamW(build_param_groups(model, optimizer_config))
 
