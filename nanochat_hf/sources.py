@@ -130,11 +130,6 @@ def local_files(source):
     return files
 
 
-def is_remote(source):
-    """Whether the path is a Hub name: neither a folder here nor files. is_remote(SourceConfig(path="karpathy/x")) → True."""
-    return not Path(source.path).exists() and not local_files(source)
-
-
 def load_source(source, check=True):
     """The rows of a path as a sequence of dicts or lists: JsonLines for .jsonl(.gz), else a datasets.Dataset. ValueError where it
     cannot be read or is empty; `check` parses every line of JSON now, so that no bad one shows up in the middle of training."""

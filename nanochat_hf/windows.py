@@ -7,6 +7,7 @@ from .conversation import PlainEncoder
 from .loading import ahead, first, worker_loader
 from .sources import check_column, load_source, load_stream, parse_line, task_rows
 from .streaming import MapReader, MixedReader, PackConversations, PackedStream, PackText, StreamReader
+from .texts import JsonText
 from .tokenised import OVERLONG, cut, to_conversation
 
 
@@ -82,7 +83,7 @@ class TextBatches(_Windows):
             raise ValueError(f"mode={mode!r} must be crop or keep")
         reader = _reader(source, streaming, seed, world_size)
         if isinstance(reader, StreamReader) and _is_lines(source):
-            reader.stream = reader.stream.map(_JsonText(source.label, text_column))
+            reader.stream = reader.stream.map(JsonText(source.label, text_column))
         check_column(reader.stream if streaming else reader.rows, text_column, source.label)
         pack = PackText(PlainEncoder(tokenizer), positions + 1, mode, text_column, source.label)
         super().__init__(
@@ -146,20 +147,6 @@ class _Treat:
                 yield {"ids": [*head, *ids[a:b].tolist()], "mask": None if self.all else [*[0] * len(head), *mask[a:b].tolist()]}
             else:
                 self.counts["untrained"] += 1
-
-
-class _JsonText:
-    """Makes {text_column: …} of a streamed line of JSON."""
-
-    def __init__(self, label, column):
-        self.label, self.column = label, column
-
-    def __call__(self, row):
-        value = parse_line(row["text"], f"{self.label}: the line {row['text'][:60]!r}")
-        if not isinstance(value, dict) or self.column not in value:
-            has = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{self.label}: no column {self.column!r}; it has {has}")
-        return {self.column: value[self.column]}
 
 
 def _is_lines(source):

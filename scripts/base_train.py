@@ -8,7 +8,7 @@ from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data import SourceConfig, TextBatches
 from nanochat_hf.hub import HubConfig, HubPusher
 from nanochat_hf.runtime import build_accelerator
-from nanochat_hf.sources import is_remote
+from nanochat_hf.texts import is_remote
 from nanochat_hf.tokenizer import load_tokenizer
 from scripts.training import TrainConfig, accelerate, run, smoke
 

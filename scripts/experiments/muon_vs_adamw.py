@@ -200,10 +200,10 @@ def summary(folder, name, flags):
 def table(runs):
     """Print one line a run."""
     for run in runs:
-        best = min(value for _, value in run["bpb"])
+        best, mfu = min(value for _, value in run["bpb"]), f"MFU {run['mfu']:.1%}" if "mfu" in run else "MFU unknown"
         print(
             f"{run['name']:<18} {run['bpb'][-1][1]:.4f} bpb at the end, {best:.4f} at best; {run['tokens'] / 1e6:.1f} M tokens "
-            f"({run['epochs']:.1f} epochs) in {run['seconds']:.0f} s; {run['tokens_per_second']:,.0f} tok/s, MFU {run.get('mfu', float('nan')):.1%}, "
+            f"({run['epochs']:.1f} epochs) in {run['seconds']:.0f} s; {run['tokens_per_second']:,.0f} tok/s, {mfu}, "
             f"peak {run['peak_memory_gib']:.1f} GiB", flush=True,
         )  # fmt: skip
 
