@@ -134,38 +134,42 @@ def command(config, name, differing, tokenizer):
 
 
 def run_all(config, arms, tokenizer, started):
-    """Run every arm, one on each GPU at a time; past the limit they are asked to stop. ValueError where one fails."""
-    gpus, waiting, running, told = max(1, torch.cuda.device_count()), list(arms.items()), {}, time.monotonic()
-    free = list(range(gpus))
-    while waiting or running:
-        while waiting and free:
-            name, differing = waiting.pop(0)
-            folder, gpu = Path(config.output) / name, free.pop(0)
-            shutil.rmtree(folder, ignore_errors=True)
-            log = (Path(config.output) / f"{name}.log").open("w")
-            environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"} | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.is_available() else {})
-            process = subprocess.Popen(command(config, name, differing, tokenizer), stdout=log, stderr=subprocess.STDOUT, env=environment)
-            running[name] = process, gpu
-            print(f"{time.monotonic() - started:.0f} s: {name} starts on {'GPU' if torch.cuda.is_available() else 'CPU'} {gpu}", flush=True)
-        time.sleep(0.2)
-        over = time.monotonic() - started > config.limit_minutes * 60
-        for name, (process, gpu) in list(running.items()):
-            if over and process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-            if process.poll() is not None:
-                finish(config, name, process.returncode)
-                free.append(gpu)
-                del running[name]
-                print(f"{time.monotonic() - started:.0f} s: {name} done", flush=True)
-        if over and waiting:
-            print(f"no time left for {', '.join(name for name, _ in waiting)}", flush=True)
-            for name, _ in waiting:
-                arms.pop(name)
-            waiting = []
-        if time.monotonic() - told > 20:
-            told = time.monotonic()
-            for name in running:
-                print(f"  {name}: {last_line(config, name)}", flush=True)
+    """Run every arm, one on each GPU at a time; past the limit they are asked to stop. ValueError where one fails, and the others end too."""
+    cuda, waiting, running, told = torch.cuda.is_available(), list(arms), {}, time.monotonic()
+    free = list(range(max(1, torch.cuda.device_count())))
+    try:
+        while waiting or running:
+            while waiting and free:
+                name, gpu = waiting.pop(0), free.pop(0)
+                running[name] = launch(config, name, arms[name], tokenizer, gpu if cuda else None), gpu
+                print(f"{time.monotonic() - started:.0f} s: {name} starts on {'GPU' if cuda else 'CPU'} {gpu}", flush=True)
+            time.sleep(0.5)
+            over = time.monotonic() - started > config.limit_minutes * 60
+            for name, (process, gpu) in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    finish(config, name, process.returncode)
+                    free.append(gpu)
+                    print(f"{time.monotonic() - started:.0f} s: {name} done: {last_line(config, name)}", flush=True)
+                elif over:
+                    process.send_signal(signal.SIGTERM)
+            while over and waiting:
+                print(f"no time is left for {waiting[-1]}", flush=True)
+                arms.pop(waiting.pop())
+            if time.monotonic() - told > 20:
+                told = time.monotonic()
+                print(*(f"  {name}: {last_line(config, name)}" for name in running), sep="\n", flush=True)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+
+
+def launch(config, name, differing, tokenizer, gpu):
+    """Start one arm, on the GPU of that number; its output goes into OUTPUT/name.log."""
+    shutil.rmtree(Path(config.output) / name, ignore_errors=True)
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+    with (Path(config.output) / f"{name}.log").open("w") as log:
+        return subprocess.Popen(command(config, name, differing, tokenizer), stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def finish(config, name, code):
