@@ -1,5 +1,7 @@
 """Endless batches of windows of documents: plain text, mapped or streamed, and streamed conversations."""
 
+import copy
+
 import numpy as np
 
 from .collate import PackingCollator
@@ -90,6 +92,29 @@ class TextBatches(_Windows):
             reader, pack, PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size,
             seed=seed, num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "mode": mode, "streaming": streaming},
         )  # fmt: skip
+        self.plain, self.label = reader.stream if streaming else reader.rows, source.label
+
+    def outlook(self, tokens):
+        """The share of tokens that cropping drops, from the first documents that hold `tokens` tokens; 0 in mode "keep".
+
+        ValueError where the whole data holds fewer: a step would meet its documents twice.
+        """
+        pack, rows, waiting = copy.copy(self.stream.pack), iter(self.plain), []
+        pack.counts = dict.fromkeys(pack.counts, 0)
+        while pack.counts["read"] < tokens:
+            window, size = [], 0
+            for row in rows:
+                window.append(row)
+                size += pack.size(row)
+                if len(window) >= pack.documents or size >= pack.characters:
+                    break
+            if not window:
+                raise ValueError(
+                    f"{self.label}: {pack.counts['read']:,} tokens are fewer than the {tokens:,} of one step; "
+                    "give more text or lower --total-batch-size, --device-batch-size or --max-seq-len"
+                )
+            _, waiting = pack(waiting, window)
+        return pack.counts["cropped"] / pack.counts["read"]
 
 
 class StreamedConversations(_Windows):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from nanochat_hf import NanochatForCausalLM, scaling
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.data import SourceConfig, TextBatches
+from nanochat_hf.data import SourceConfig, TextBatches, load_source
 from nanochat_hf.hub import HubConfig, HubPusher
 from nanochat_hf.runtime import build_accelerator
 from nanochat_hf.texts import is_remote
@@ -16,6 +16,7 @@ PROMPTS = (
     "The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be", "The opposite of hot is",
     "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is",
 )  # fmt: skip
+HELD_OUT = 4096  # documents, where no validation data is named
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class BaseConfig:
     data: str = field(
         default="karpathy/fineweb-edu-100b-shuffle", metadata={"help": "a Hub name, a folder, a file, or a pattern of files with text"}
     )
-    validation: str | None = field(default=None, metadata={"help": "validation text, as --data (default: other rows of the training text)"})
+    validation: str | None = field(default=None, metadata={"help": "validation text, as --data (default: the first documents, a twentieth or 4096, are held out)"})
     split: str = field(default="train", metadata={"help": "split, for a Hub name"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     packing: str = field(default="crop", metadata={"help": "crop: cut documents that do not fit; keep: put their rest into a later row"})
@@ -36,6 +37,9 @@ class BaseConfig:
     aspect_ratio: int = field(default=64, metadata={"help": "width per layer"})
     head_dim: int = field(default=128, metadata={"help": "width of an attention head"})
     window_pattern: str = field(default="SSSL", metadata={"help": "attention windows, tiled over the layers: S half, L whole"})
+    scale_lr_to_batch: bool = field(
+        default=True, metadata={"help": "lrs × √(tokens of a step / 2^19), near which the rule was found; false: as they are, for toy batches"}
+    )
     target_flops: float | None = field(default=None, metadata={"help": "horizon in FLOPs, where --num-steps is not given"})
     target_param_data_ratio: float = field(default=10.5, metadata={"help": "horizon in tokens per matrix and head parameter, else"})
 
@@ -71,22 +75,37 @@ def main(argv=None):
         rows=config.device_batch_size, positions=config.max_seq_len, rank=accelerator.process_index, world_size=processes,
         text_column=base.text_column,
     )  # fmt: skip
-    source = SourceConfig(path=base.data, split=base.split)
-    base = replace(base, streaming=is_remote(source) if base.streaming is None else base.streaming)
+    base, source, held_out = sources(base, processes)
     batches = TextBatches(source, tokenizer, **shape, seed=config.seed, mode=base.packing, streaming=base.streaming, num_workers=base.num_workers)
-    held_out = replace(source, path=base.validation or base.data)
+    cropped = batches.outlook(tokens)
+    plan = {"data": f"{base.data}, {base.packing} mode, {cropped:.1%} of its first tokens cropped away"} if base.packing == "crop" else {}
+    # held-out rows are taken by the same split as training leaves them out, so with as many workers
     validation = TextBatches(
-        held_out, tokenizer, **shape, seed=config.seed + 1, streaming=base.streaming and not base.validation, prefetch=0
-    ).take(config.eval_batches)
+        held_out, tokenizer, **shape, seed=config.seed + 1, streaming=base.streaming and not base.validation, prefetch=0,
+        num_workers=0 if base.validation else base.num_workers,
+    ).take(config.eval_batches)  # fmt: skip
     model = NanochatForCausalLM(model_config)
     if config.matrix_optimizer == "muon":  # the rule is Muon's; another optimizer takes the weight decay as it is given
         config = replace(config, weight_decay=scaling.base_weight_decay(base.depth, config.weight_decay))
     folder, _, _ = run(
-        config, accelerator, model, tokenizer, batches, validation, num_steps, description=f"base d{base.depth}", decay=True, pusher=pusher,
-        lr_scale=scaling.batch_lr_scale(tokens) if config.total_batch_size else 1.0, settings=asdict(base),
+        config, accelerator, model, tokenizer, batches, validation, num_steps, description=f"base d{base.depth}", decay=True, pusher=pusher, plan=plan,
+        lr_scale=scaling.batch_lr_scale(tokens) if base.scale_lr_to_batch else 1.0, settings=asdict(base),
         prompts=[(text, [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS],
     )  # fmt: skip
     sys.exit(143 if folder is None else 0)
+
+
+def sources(base, processes):
+    """(base with `streaming` decided, training source, validation source): without --validation the first documents are held out."""
+    source = SourceConfig(path=base.data, split=base.split)
+    base = replace(base, streaming=is_remote(source) if base.streaming is None else base.streaming)
+    if base.validation:
+        return base, source, replace(source, path=base.validation)
+    rows = None if base.streaming else len(load_source(source, check=False))
+    count = HELD_OUT if rows is None else max(processes * max(1, base.num_workers), min(HELD_OUT, rows // 20))
+    if rows is not None and count >= rows:
+        raise ValueError(f"{base.data}: of {rows} documents none can be held out for {processes} processes; give --validation")
+    return base, replace(source, start=count), replace(source, rows=count)
 
 
 def horizon(base, config, model_config, tokens):

@@ -12,7 +12,7 @@ from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
 from nanochat_hf.config import dump, resolved
 from nanochat_hf.optim import MATRIX_OPTIMIZERS, MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
 from nanochat_hf.report import write_report
-from nanochat_hf.scaling import flops_per_token, parameter_counts
+from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, shown_hours, training_hours
 from nanochat_hf.schedules import base_lr, muon_momentum
 from nanochat_hf.tokenizer import token_bytes
 from nanochat_hf.tracking import environment
@@ -96,21 +96,22 @@ def accelerate(config, accumulation):
 
 
 def announce(config, accelerator, model, description, num_steps, reason, details):
-    """Print the plan of the run; returns FLOPs per token."""
-    flops, counts = flops_per_token(model, config.max_seq_len), parameter_counts(model)
-    tokens = config.device_batch_size * config.max_seq_len * accelerator.num_processes * accelerator.gradient_accumulation_steps
-    parts = ", ".join(f"{kind} {number:,}" for kind, number in counts.items() if kind != "total")
-    lines = {
-        "parameters": f"{counts['total']:,} ({parts})",
-        "compute": f"{flops:.3g} FLOPs per token, {flops * tokens * num_steps:.3g} in all",
-        "steps": f"{num_steps:,} of {tokens:,} tokens ({accelerator.gradient_accumulation_steps} micro-batches of "
-        f"{config.device_batch_size} rows × {config.max_seq_len} positions on {accelerator.num_processes} processes), "
-        f"{tokens * num_steps:,} tokens in all",
-        "machine": f"{accelerator.device}, {accelerator.distributed_type.value}, mixed precision {accelerator.mixed_precision}, "
-        f"attention {model.config._attn_implementation} ({reason})",
-        **details,
-    }
-    accelerator.print(f"{description}:", *(f"  {name:<11} {text}" for name, text in lines.items()), sep="\n")
+    """Print the plan of the run, with the numbers of scripts.plan; returns FLOPs per token."""
+    rows, positions, processes = config.device_batch_size, config.max_seq_len, accelerator.num_processes
+    tokens = rows * positions * processes * accelerator.gradient_accumulation_steps
+    flops, peak = flops_per_token(model, positions), runtime.peak_flops(accelerator.device)
+    lines = describe(model, rows, positions, processes, tokens, num_steps)
+    if peak:
+        hours = training_hours(flops * tokens * num_steps, peak, processes, PLANNED_MFU)
+        lines["time"] = f"about {shown_hours(hours)} at {PLANNED_MFU:.0%} MFU"
+    # the estimate is calibrated on compiled bfloat16 training without recomputation
+    if accelerator.device.type != "cuda" or config.gradient_checkpointing:
+        del lines["memory"]
+    lines["machine"] = (
+        f"{accelerator.device}, {accelerator.distributed_type.value}, mixed precision {accelerator.mixed_precision}, "
+        f"attention {model.config._attn_implementation} ({reason})"
+    )
+    accelerator.print(f"{description}:", *(f"  {name:<11} {text}" for name, text in (lines | details).items()), sep="\n")
     return flops
 
 
