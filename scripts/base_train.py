@@ -8,6 +8,7 @@ from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data import SourceConfig, TextBatches, load_source
 from nanochat_hf.hub import HubConfig, HubPusher
 from nanochat_hf.runtime import build_accelerator
+from nanochat_hf.sources import load_stream
 from nanochat_hf.texts import is_remote
 from nanochat_hf.tokenizer import load_tokenizer
 from scripts.training import TrainConfig, accelerate, run, smoke
@@ -16,7 +17,7 @@ PROMPTS = (
     "The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be", "The opposite of hot is",
     "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is",
 )  # fmt: skip
-HELD_OUT = 4096  # documents, where no validation data is named
+HELD_OUT = 1000  # documents, where no validation data is named
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class BaseConfig:
     data: str = field(
         default="karpathy/fineweb-edu-100b-shuffle", metadata={"help": "a Hub name, a folder, a file, or a pattern of files with text"}
     )
-    validation: str | None = field(default=None, metadata={"help": "validation text, as --data (default: the first documents, a twentieth or 4096, are held out)"})
+    validation: str | None = field(default=None, metadata={"help": "validation text, as --data (default: the first documents, a twentieth or 1000, are held out)"})
     split: str = field(default="train", metadata={"help": "split, for a Hub name"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     packing: str = field(default="crop", metadata={"help": "crop: cut documents that do not fit; keep: put their rest into a later row"})
@@ -78,7 +79,8 @@ def main(argv=None):
     base, source, held_out = sources(base, processes)
     batches = TextBatches(source, tokenizer, **shape, seed=config.seed, mode=base.packing, streaming=base.streaming, num_workers=base.num_workers)
     cropped = batches.outlook(tokens)
-    plan = {"data": f"{base.data}, {base.packing} mode, {cropped:.1%} of its first tokens cropped away"} if base.packing == "crop" else {}
+    lost = f"{cropped:.0%} of a step's tokens cropped away (--packing keep loses none)" if base.packing == "crop" else "no token lost"
+    plan = {"data": f"{base.data}, packing {base.packing}: {lost}"}
     # held-out rows are taken by the same split as training leaves them out, so with as many workers
     validation = TextBatches(
         held_out, tokenizer, **shape, seed=config.seed + 1, streaming=base.streaming and not base.validation, prefetch=0,
@@ -101,9 +103,13 @@ def sources(base, processes):
     base = replace(base, streaming=is_remote(source) if base.streaming is None else base.streaming)
     if base.validation:
         return base, source, replace(source, path=base.validation)
-    rows = None if base.streaming else len(load_source(source, check=False))
-    count = HELD_OUT if rows is None else max(processes * max(1, base.num_workers), min(HELD_OUT, rows // 20))
-    if rows is not None and count >= rows:
+    if base.streaming:  # a long stream is not counted to its end
+        rows = sum(1 for _ in load_stream(source).take(2 * HELD_OUT))
+        rows = 20 * HELD_OUT if rows >= 2 * HELD_OUT else rows
+    else:
+        rows = len(load_source(source, check=False))
+    count = max(processes * max(1, base.num_workers), min(HELD_OUT, rows // 20))
+    if count >= rows:
         raise ValueError(f"{base.data}: of {rows} documents none can be held out for {processes} processes; give --validation")
     return base, replace(source, start=count), replace(source, rows=count)
 

@@ -14,7 +14,7 @@ from nanochat_hf.optim import MATRIX_OPTIMIZERS, MuonAdamW, OptimizerConfig, app
 from nanochat_hf.report import write_report
 from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, shown_hours, training_hours
 from nanochat_hf.schedules import base_lr, muon_momentum
-from nanochat_hf.tokenizer import token_bytes
+from nanochat_hf.tokenizer import load_tokenizer, token_bytes
 from nanochat_hf.tracking import environment
 from nanochat_hf.trainer import Trainer
 
@@ -163,6 +163,7 @@ def run(
     trainer = build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay)
     resume = checkpoint.resolve(config.output_dir, hub.fetch_checkpoint(config.resume))
     if resume:
+        same_tokenizer(tokenizer, resume)
         checkpoint.load(trainer, resume)
         accelerator.print(f"resumed from {resume} at step {trainer.state.step} of {num_steps}")
     settings = resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description} | environment(accelerator)
@@ -187,6 +188,15 @@ def run(
     folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output)
     push.finish(folder, step=trainer.state.step)
     return folder, trainer, evaluate
+
+
+def same_tokenizer(tokenizer, folder):
+    """ValueError where a checkpoint was trained with another vocabulary, which tables padded to the same size would hide."""
+    saved = load_tokenizer(folder)
+    if saved.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{folder}: its tokenizer's vocabulary ({len(saved)} tokens) is not that of this run's ({len(tokenizer)}); give --tokenizer {folder}"
+        )
 
 
 def finish(config, trainer, evaluate, log, tokenizer, settings, description, output):
