@@ -31,7 +31,9 @@ def same_letter(conversation, completion):
 
 
 def _mmlu_rows(split="test", path=None, limit=None):
-    return load_rows("cais/mmlu", "auxiliary_train" if split == "auxiliary_train" else "all", split, path, limit)
+    if split == "auxiliary_train":  # on the Hub a configuration of its own, whose only split is train
+        return load_rows("cais/mmlu", "auxiliary_train", "train", path, limit)
+    return load_rows("cais/mmlu", "all", split, path, limit)
 
 
 def _arc_rows(name):
