@@ -17,7 +17,7 @@ import struct
 import sys
 import time
 
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+NEW_MOUNTS_PIDS_NETWORK_IPC_NAMES, NEW_USERS = 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000, 0x10000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -30,8 +30,7 @@ REFUSED = {
     "x86_64": (0xC000003E, 234, (41, 62, 101, 129, 200, 297, 302, 310, 311, 424, 425, 438), (56, 57, 58, 435)),
     "aarch64": (0xC00000B7, 131, (198, 129, 117, 138, 130, 240, 261, 270, 271, 424, 425, 438), (220, 435)),
 }
-OTHER_USERS = 2_000_000_000  # root runs each program as a user of its own from here on, so that their processes are counted apart
-NOBODY = 65534
+OTHER_USERS, NOBODY = 2_000_000_000, 65534  # root runs each program as a user of its own, so that their processes are counted apart
 LINUX = sys.platform == "linux"
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -55,13 +54,12 @@ def prctl(option, value, pointer=0):
 
 def enter_namespaces():
     """No processes, network, mounts or shared memory but one's own. Root takes no user namespace, which would keep it root outside."""
-    flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # root of a container may lack the right: then it goes on as another user
-            return call("unshare", flags)
+            return call("unshare", NEW_MOUNTS_PIDS_NETWORK_IPC_NAMES)
         become_other_user()
     uid, gid = os.geteuid(), os.getegid()
-    call("unshare", flags | CLONE_NEWUSER)
+    call("unshare", NEW_MOUNTS_PIDS_NETWORK_IPC_NAMES | NEW_USERS)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
@@ -105,14 +103,11 @@ def new_root(root, disk):
 
 def read_only(path, recursive):
     """Mark a mount, with those beneath it when `recursive` is AT_RECURSIVE, read-only and without set-user-id programs."""
-    attributes = struct.pack("4Q", 1 | 2, 0, 0, 0)  # MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID
-    call(MOUNT_SETATTR, -100, path, recursive, attributes, len(attributes))
+    call(MOUNT_SETATTR, -100, path, recursive, struct.pack("4Q", 1 | 2, 0, 0, 0), 32)  # MOUNT_ATTR_RDONLY and MOUNT_ATTR_NOSUID
 
 
 def become_other_user():
-    """From root to a user that owns nothing; PermissionError where it could not read the interpreter. Nothing for others."""
-    if os.geteuid() != 0:
-        return False
+    """From root to a user that owns nothing; PermissionError where there is none or it could not read the interpreter."""
     for uid in (OTHER_USERS + os.getpid(), NOBODY):
         try:
             os.setegid(uid)
@@ -128,18 +123,12 @@ def become_other_user():
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-        prctl(PR_SET_DUMPABLE, 1)  # or the files in /proc/self stay root's
-        return True
+        return prctl(PR_SET_DUMPABLE, 1)  # or the files in /proc/self stay root's
     raise PermissionError(errno.EPERM, "no other user can be taken here")
 
 
-def drop_capabilities():
-    """Give up what root, or a user namespace, gave."""
-    call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", 0, 0, 0, 0, 0, 0))
-
-
-def landlock(folder):
-    """Landlock (Linux 5.13): read the interpreter, write in `folder`, nothing else; returns its version. OSError where the kernel lacks it.
+def landlock():
+    """Landlock (Linux 5.13): read the interpreter, write in the current folder, nothing else; returns its version. OSError where the kernel lacks it.
 
     From version 4 it refuses TCP, from 6 signals and abstract sockets to the outside; reading another's /proc/PID/environ it always refuses.
     """
@@ -148,7 +137,7 @@ def landlock(folder):
     everything = (1 << (13 + (version >= 2) + (version >= 3) + (version >= 5))) - 1
     attributes = struct.pack("3Q", everything, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     ruleset = call(LANDLOCK_CREATE, attributes, 8 if version < 4 else 16 if version < 6 else 24, 0)
-    for path, access in [*((p, read) for p in readable_paths()), *((d, everything) for d in DEVICES), (folder, everything)]:
+    for path, access in [*((p, read) for p in readable_paths()), *((d, everything) for d in DEVICES), (".", everything)]:
         if not os.path.exists(path):
             continue
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -163,14 +152,12 @@ def landlock(folder):
 def filter_calls():
     """A seccomp filter against sockets and against signals to, and the memory of, other processes; KeyError on an unknown architecture.
 
-    Root may not start processes either, for the kernel holds root to no number of them.
-    """
+    Root may not start processes either, for the kernel holds root to no number of them."""
     architecture, tgkill, numbers, starts = REFUSED[platform.machine()]
     numbers += starts if os.geteuid() == 0 else ()
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, 0x80000000), (load, 0, 0, 0)]  # another architecture: kill
-    checks = len(numbers)
-    steps += [(equal, checks - i + 4, 0, number) for i, number in enumerate(numbers)]
+    steps += [(equal, len(numbers) - i + 4, 0, number) for i, number in enumerate(numbers)]
     # x32's numbers; then tgkill, which abort() needs, to itself only
     steps += [(at_least, 4, 0, 0x40000000), (equal, 0, 2, tgkill), (load, 0, 0, 16), (equal, 0, 1, os.getpid())]
     steps += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x50000 | errno.EPERM)]
@@ -194,23 +181,20 @@ def limit(job):
 
 def confine(job, namespaces):
     """Build the walls around this process; returns the names of those that stand."""
-    walls, folder = (["namespaces for processes, network and files"] if namespaces else []), job["folder"]
+    walls, folder = (["namespaces for processes, network and files"] if namespaces else []), "/tmp" if namespaces else job["folder"]
     if namespaces:
-        new_root(folder, job["disk"])
-        folder = "/tmp"
+        new_root(job["folder"], job["disk"])
     os.chdir(folder)
-    root = os.geteuid() == 0
-    if root:
+    if os.geteuid() == 0:
+        os.chmod(folder, 0o777)
         with contextlib.suppress(PermissionError):
-            if not namespaces:
-                os.chmod(folder, 0o777)
-            if become_other_user():
-                walls.append("another user")
-    if LINUX:
-        drop_capabilities()
+            become_other_user()
+            walls.append("another user")
+    if LINUX:  # give up what root, or a user namespace, gave
+        call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", 0, 0, 0, 0, 0, 0))
     if LINUX and job["landlock"]:
         with contextlib.suppress(OSError):
-            walls.append(f"Landlock {landlock(folder)}")
+            walls.append(f"Landlock {landlock()}")
     limits = limit(job)
     if os.geteuid() == 0:
         limits.remove("processes")  # which the kernel does not hold root to
@@ -247,15 +231,12 @@ def child(job, namespaces, report, message, nonce):
         os.write(report, json.dumps({"setup": f"{type(error).__name__}: {error}"}).encode())
         os._exit(1)
     os.write(report, json.dumps({"walls": walls}).encode())
-    null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
-        os.dup2(null, stream)
+        os.dup2(os.open(os.devnull, os.O_RDWR), stream)
     kept = os.dup2(message, 3)
     os.closerange(4, 1024)
     program = os.fork() if namespaces else 0
     if program == 0:
-        if namespaces:
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         execute(job["source"], kept, nonce)
     while os.wait()[0] != program:
         pass
@@ -274,17 +255,10 @@ def end(leader):
                 continue
         except ChildProcessError:
             return
-        for pid in children():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as children:
+            for pid in children.read().split():
+                os.kill(int(pid), signal.SIGKILL)
         time.sleep(0.002)
-
-
-def children():
-    """Process ids of this process's children (Linux)."""
-    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
-        return [int(word) for word in file.read().split()]
-    return []
 
 
 def main():
@@ -319,7 +293,7 @@ def main():
     timeout = None if ended else f"no end within {job['seconds']:g} s"
     killed = "killed: too much memory or CPU time, or a crash" if not text else text.decode(errors="replace")
     result.update(passed=bool(ended) and text == nonce, error=timeout or killed)
-    return print(json.dumps(result))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
