@@ -74,8 +74,9 @@ def main():
     )  # fmt: skip
     model = str(ROOT / "sft/final")
     stage(
-        "evaluation", "answers.json", "-m", "scripts.chat_eval", "--model", model, "--limit", "200", "--output", str(ROOT / "answers.json")
-    )
+        "evaluation", "answers.json", *LAUNCH, "-m", "scripts.chat_eval", "--model", model, "--tasks", "simple_spelling,spelling_bee,calculator,identity",
+        "--limit", "200", "--output", str(ROOT / "answers.json"),
+    )  # fmt: skip
     for prompt in PROMPTS:
         print(f"\n> {prompt}", flush=True)
         subprocess.run([sys.executable, "-m", "scripts.chat_cli", "--model", model, "-p", prompt], check=True)
