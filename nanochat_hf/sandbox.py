@@ -4,16 +4,17 @@ What holds where (`protections()` says it for this machine):
 
 | | Linux with namespaces | Linux without | other |
 |---|---|---|---|
-| memory, CPU and wall time, size of a file, number of processes | yes | yes | as far as setrlimit is obeyed: macOS ignores the limit of memory |
+| memory, CPU and wall time, size of a file, processes | yes | yes | what setrlimit holds to: not memory on macOS |
 | the caller's environment | not given, not to be read | not given; not to be read with Landlock or as another user | not given |
-| files | reads the Python installation, writes a tmpfs of bounded size | the same with Landlock (Linux 5.13), its own folder not bounded | what the user may |
+| files | reads Python, writes a tmpfs of bounded size | with Landlock (Linux 5.13): reads Python, writes its folder | what the user may |
 | signals to others | none is visible | refused by a filter of system calls | what the user may |
 | network | none | refused by the filter | open |
 | what the program started | ends with it | ends with it | its process group ends |
 
 Namespaces need the right to make user namespaces, or root with CAP_SYS_ADMIN; containers often refuse both. There, and on macOS, run
 programs of models you do not trust in a virtual machine. Root runs the program as a user that owns nothing; without
-namespaces only where that user can read the Python installation. A program that looks for it in the interpreter's memory can fake its success.
+namespaces only where that user can read the Python installation. A program that looks for it in the interpreter's memory can fake
+its success.
 """
 
 import contextlib

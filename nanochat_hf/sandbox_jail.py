@@ -23,9 +23,9 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SE
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 442, 444, 445, 446
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-# Where there are no namespaces these are refused: (AUDIT_ARCH, tgkill, the others, those that start processes). In the order of the numbers of
-# x86_64 the others are socket, kill, ptrace, rt_sigqueueinfo, tkill, rt_tgsigqueueinfo, prlimit64, process_vm_readv, process_vm_writev,
-# pidfd_send_signal, io_uring_setup, pidfd_getfd; then clone, fork, vfork, clone3.
+# Where there are no namespaces these are refused: (AUDIT_ARCH, tgkill, the others, those that start processes). In the order of
+# x86_64's numbers the others are socket, kill, ptrace, rt_sigqueueinfo, tkill, rt_tgsigqueueinfo, prlimit64, process_vm_readv,
+# process_vm_writev, pidfd_send_signal, io_uring_setup, pidfd_getfd; then clone, fork, vfork, clone3.
 REFUSED = {
     "x86_64": (0xC000003E, 234, (41, 62, 101, 129, 200, 297, 302, 310, 311, 424, 425, 438), (56, 57, 58, 435)),
     "aarch64": (0xC00000B7, 131, (198, 129, 117, 138, 130, 240, 261, 270, 271, 424, 425, 438), (220, 435)),
@@ -128,10 +128,9 @@ def become_other_user():
 
 
 def landlock():
-    """Landlock (Linux 5.13): read the interpreter, write in the current folder, nothing else; returns its version. OSError where the kernel lacks it.
+    """Landlock (Linux 5.13): read the interpreter, write in the current folder, nothing else. Returns its version; OSError without it.
 
-    From version 4 it refuses TCP, from 6 signals and abstract sockets to the outside; reading another's /proc/PID/environ it always refuses.
-    """
+    From version 4 it refuses TCP, from 6 signals and abstract sockets to the outside; another's /proc/PID/environ always."""
     version = call(LANDLOCK_CREATE, None, 0, 1)
     read, of_files = 0b1101, 0b111 | (1 << 14 if version >= 3 else 0) | (1 << 15 if version >= 5 else 0)
     everything = (1 << (13 + (version >= 2) + (version >= 3) + (version >= 5))) - 1
@@ -168,8 +167,8 @@ def filter_calls():
 def limit(job):
     """Resource limits, soft and hard; returns the names of those that this system takes."""
     wanted = {
-        "memory": ("RLIMIT_AS", job["memory"]), "CPU": ("RLIMIT_CPU", max(1, round(job["seconds"]))), "file size": ("RLIMIT_FSIZE", job["disk"]),
-        "processes": ("RLIMIT_NPROC", job["processes"]), "open files": ("RLIMIT_NOFILE", 64), "core": ("RLIMIT_CORE", 0),
+        "memory": ("RLIMIT_AS", job["memory"]), "CPU": ("RLIMIT_CPU", max(1, round(job["seconds"]))), "core": ("RLIMIT_CORE", 0),
+        "file size": ("RLIMIT_FSIZE", job["disk"]), "processes": ("RLIMIT_NPROC", job["processes"]), "open files": ("RLIMIT_NOFILE", 64),
     }  # fmt: skip
     taken = []
     for name, (constant, value) in wanted.items():

@@ -21,7 +21,9 @@ class EvalConfig:
     """Which model, on what."""
 
     model: str = field(metadata={"help": "folder or Hub name: ours, or any causal language model with a chat template"})
-    tasks: str | None = field(default=None, metadata={"help": "task names, with commas (default: those of the recipe, or the six of ChatCORE)"})
+    tasks: str | None = field(
+        default=None, metadata={"help": "task names, with commas (default: those of the recipe, or the six of ChatCORE)"}
+    )
     limit: int | None = field(default=None, metadata={"help": "held-out questions a task (default: all)"})
     batch_size: int = field(default=64, metadata={"help": "questions that a process answers at once"})
     max_new_tokens: int = field(default=512, metadata={"help": "longest answer in tokens"})
@@ -59,15 +61,15 @@ def main(argv=None):
         summary = [(result, baseline) for result, baseline in results if result.name in CHAT_CORE]
         print(table(results) + ("\n" + core_line(summary, config.limit) if summary else ""), flush=True)
         if config.output:
-            write(config, results, summary)
+            write(config, results, summary, accelerator.num_processes)
     accelerator.end_training()
 
 
 def chosen_tasks(config, entries):
-    """[(Task, path or None)] of --tasks, with the recipe's paths; without --tasks all of the recipe's `entries`. ValueError for unknown ones."""
+    """[(Task, path or None)] of --tasks with the recipe's paths, else all of the recipe's `entries`; ValueError for unknown ones."""
     for entry in entries:
         if not isinstance(entry, dict) or "task" not in entry or set(entry) - {"task", "path"}:
-            raise ValueError(f"eval_data: {entry!r} must be a mapping such as {{task: gsm8k, path: test.jsonl.gz}}, where path may be left out")
+            raise ValueError(f"eval_data: {entry!r} must be a mapping such as {{task: gsm8k, path: test.jsonl.gz}}; path may be left out")
     paths = {entry["task"]: entry.get("path") for entry in entries}
     names = config.tasks.split(",") if config.tasks else list(paths) or CHAT_CORE
     return [(get_task(name.strip()), paths.get(name.strip())) for name in names]
@@ -78,7 +80,8 @@ def load(name, dtype):
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name}: cannot be loaded ({str(error).splitlines()[0]}); give the folder or the Hub name of a model") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--model {name}: cannot be loaded ({reason}); give the folder or the Hub name of a model") from None
 
 
 def table(results):
@@ -89,20 +92,27 @@ def table(results):
 
 def core_line(summary, limit=None):
     """ChatCORE, called partial where tasks are missing, with the limit where there is one."""
-    missing = [name for name in CHAT_CORE if name not in {result.name for result, _ in summary}]
+    missing = missing_tasks(summary)
     partial = f", partial: {len(summary)} of {len(CHAT_CORE)} tasks, without {', '.join(missing)}" if missing else ""
     sampled = f", at most {limit} questions a task" if limit else ""
     return f"ChatCORE {chat_core(summary):.4f} ± {chat_core_stderr(summary):.4f}{partial}{sampled}"
 
 
-def write(config, results, summary):
+def missing_tasks(summary):
+    """The tasks of ChatCORE that were not evaluated."""
+    return [name for name in CHAT_CORE if name not in {result.name for result, _ in summary}]
+
+
+def write(config, results, summary, processes):
     """Results and all answers as JSON, and the table as Markdown where asked; each file appears whole."""
-    complete = len(summary) == len(CHAT_CORE)
-    found = {"model": config.model, "settings": asdict(config)}
-    if summary:
-        found |= {"chatcore" if complete else "chatcore_partial": chat_core(summary), "stderr": {"chatcore": chat_core_stderr(summary)}}
+    found, missing = {"model": config.model, "settings": asdict(config) | {"processes": processes}}, missing_tasks(summary)
+    if summary and not missing:
+        found["chatcore"] = chat_core(summary)
+    if summary:  # in a mapping of its own, which model cards do not quote
+        found["chatcore_of_these_tasks"] = {"value": chat_core(summary), "stderr": chat_core_stderr(summary), "missing": missing}
     found["tasks"] = [
-        {"name": r.name, "accuracy": r.accuracy, "stderr": r.stderr, "baseline": baseline, "correct": r.correct, "total": r.total, "answers": r.answers}
+        {"name": r.name, "accuracy": r.accuracy, "stderr": r.stderr, "baseline": baseline, "correct": r.correct, "total": r.total,
+        "answers": r.answers}
         for r, baseline in results
     ]  # fmt: skip
     texts = {Path(config.output): json.dumps(found, indent=1, ensure_ascii=False)}

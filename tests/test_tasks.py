@@ -29,31 +29,48 @@ def test_the_prompt_is_the_documented_one():
 
 
 LETTERS = [
-    ("B", True), (" B ", True), ("B.", True), ("B)", True), ("(B)", True), ("B:", True), ("\nB\n", True), ("b", False), ("A", False), ("", False), (" ", False),
-    ("B or C", False), ("BB", False), ("The answer is B", False), ("Because", False), ("B B", False), (".", False), ("()", False), ("B\0", False), ("Ｂ", False),
+    ("B", True), (" B ", True), ("B.", True), ("B)", True), ("(B)", True), ("B:", True), ("\nB\n", True), ("b", False), ("A", False),
+    ("", False), (" ", False),
+    ("B or C", False), ("BB", False), ("The answer is B", False), ("Because", False), ("B B", False), (".", False), ("()", False),
+    ("B\0", False), ("Ｂ", False),
 ]  # fmt: skip
 NUMBERS = [
-    ("#### 18", True), ("so #### 18.0", True), ("#### $18", True), ("#### 18.", True), ("####18", True), ("#### 18 dollars", True), ("#### 18\n\nQ: more", True),
-    ("#### 17 #### 18", True), ("#### 018", True), ("#### 18.00", True), ("#### 1,8", True), ("#### -18", False), ("#### 18 #### 17", False),
-    ("#### 1.8.0", False), ("#### 180", False), ("#### 1800", False), ("#### 1 8", False), ("18", False), ("The answer is 18", False), ("### 18", False),
-    ("####", False), ("#### ", False), ("#### eighteen", False), ("", False), ("#### ,", False), ("#### $", False), ("#### x18", False), ("#### 18,5", False),
+    ("#### 18", True), ("so #### 18.0", True), ("#### $18", True), ("#### 18.", True), ("####18", True), ("#### 18 dollars", True),
+    ("#### 18\n\nQ: more", True),
+    ("#### 17 #### 18", True), ("#### 018", True), ("#### 18.00", True), ("#### 1,8", True), ("#### -18", False),
+    ("#### 18 #### 17", False),
+    ("#### 1.8.0", False), ("#### 180", False), ("#### 1800", False), ("#### 1 8", False), ("18", False), ("The answer is 18", False),
+    ("### 18", False),
+    ("####", False), ("#### ", False), ("#### eighteen", False), ("", False), ("#### ,", False), ("#### $", False), ("#### x18", False),
+    ("#### 18,5", False),
 ]  # fmt: skip
 CODE = "def double(x):\n    return 2 * x"
 PROGRAMS = [
     (f"```python\n{CODE}\n```", True), (f"```\n{CODE}\n```", True), (f"Here:\n\n```py\n{CODE}\n```\nIt doubles.", True), (CODE, True),
     (f"```python\n{CODE}", True), (f"```python\n{CODE}\n```\n```python\ndef double(x): return 0\n```", True),
-    (f"```python\ndef double(x): return 0\n```\n```python\n{CODE}\n```", False), ("```python\ndef double(x):\n    return Tuple[0]\n```", False),
+    (f"```python\ndef double(x): return 0\n```\n```python\n{CODE}\n```", False),
+    ("```python\ndef double(x):\n    return Tuple[0]\n```", False),
     ("def double(x: List[int]):\n    return x + x", True), ("```python\ndef twice(x): return 2 * x\n```", False), ("", False),
     ("I cannot do that.", False), ("    return 2 * x", False), ("import sys\nsys.exit(0)", False), ("import os\nos._exit(0)", False),
-    ("```python\n```", False), (f"{CODE}\nif __name__ == '__main__':\n    raise SystemExit", True), ("def double(x): return 2 * x  # é", True),
+    ("```python\n```", False), (f"{CODE}\nif __name__ == '__main__':\n    raise SystemExit", True),
+    ("def double(x): return 2 * x  # é", True),
 ]  # fmt: skip
 SPELLED = [
-    ("apple:a,p,p,l,e", True), (" apple:a,p,p,l,e\n", True), ("apple:a,p,l,e", False), ("a,p,p,l,e", False), ("apple: a, p, p, l, e", False),
+    ("apple:a,p,p,l,e", True), (" apple:a,p,p,l,e\n", True), ("apple:a,p,l,e", False), ("a,p,p,l,e", False),
+    ("apple: a, p, p, l, e", False),
     ("Apple:A,P,P,L,E", False), ("apple:a,p,p,l,e,", False), ("apple:a,p,p,l,e and more", False), ("", False),
 ]  # fmt: skip
-SAID = [("Hello, you!", True), ("  Hello, you!\n", True), ("Hello, you", False), ("hello, you!", False), ("Hello, you! And more", False), ("", False)]
+SAID = [
+    ("Hello, you!", True),
+    ("  Hello, you!\n", True),
+    ("Hello, you", False),
+    ("hello, you!", False),
+    ("Hello, you! And more", False),
+    ("", False),
+]
 TABLES = {
-    "gsm8k": NUMBERS, "spelling_bee": NUMBERS, "calculator": NUMBERS, "mmlu": LETTERS, "arc_easy": LETTERS, "arc_challenge": LETTERS, "humaneval": PROGRAMS,
+    "gsm8k": NUMBERS, "spelling_bee": NUMBERS, "calculator": NUMBERS, "mmlu": LETTERS, "arc_easy": LETTERS, "arc_challenge": LETTERS,
+    "humaneval": PROGRAMS,
     "simple_spelling": SPELLED, "identity": SAID, "smoltalk": SAID, "custom_json": SAID,
 }  # fmt: skip
 
@@ -61,19 +78,27 @@ TABLES = {
 @pytest.fixture(scope="module")
 def conversations():
     """For every task the conversation whose answers the tables grade."""
-    parts = [{"type": "text", "text": "9+9="}, {"type": "python", "text": "9+9"}, {"type": "python_output", "text": "18"}, {"type": "text", "text": "18\n#### 18"}]
+    parts = [
+        {"type": "text", "text": "9+9="},
+        {"type": "python", "text": "9+9"},
+        {"type": "python_output", "text": "18"},
+        {"type": "text", "text": "18\n#### 18"},
+    ]
     bee = {"word": "b" * 18 + "a", "letter": "b", "question": "How many {l} in {w}{q}"}
     lettered = {"question": "q", "choices": list("wxyz"), "answer": 1}
     arced = {"question": "q", "choices": {"text": list("wxyz"), "label": list("ABCD")}, "answerKey": "B"}
     human = {
-        "prompt": "from typing import List\n\n\ndef double(x):\n    'Twice x.'\n", "canonical_solution": "    return 2 * x\n", "entry_point": "double",
+        "prompt": "from typing import List\n\n\ndef double(x):\n    'Twice x.'\n", "canonical_solution": "    return 2 * x\n",
+        "entry_point": "double",
         "test": "def check(candidate):\n    assert candidate(3) == 6 and candidate(0) == 0\n",
     }  # fmt: skip
     said = pair("hi", "Hello, you!")
     return {
         "gsm8k": pair("q", parts), "spelling_bee": get_task("spelling_bee").to_conversation(bee), "calculator": pair("q", "9+9#### 18"),
-        "mmlu": mmlu(lettered), "arc_easy": arc(arced), "arc_challenge": arc(arced), "humaneval": get_task("humaneval").to_conversation(human),
-        "simple_spelling": get_task("simple_spelling").to_conversation({"word": "apple"}), "identity": said, "smoltalk": said, "custom_json": said,
+        "mmlu": mmlu(lettered), "arc_easy": arc(arced), "arc_challenge": arc(arced),
+        "humaneval": get_task("humaneval").to_conversation(human),
+        "simple_spelling": get_task("simple_spelling").to_conversation({"word": "apple"}), "identity": said, "smoltalk": said,
+        "custom_json": said,
     }  # fmt: skip
 
 
@@ -90,8 +115,10 @@ def test_right_wrong_and_odd_answers(name, conversations):
 
 
 @pytest.mark.parametrize("answer, number", [
-    ("so #### $1,200.0", "1200"), ("#### -3", "-3"), ("#### - 3", "-3"), ("#### $-3", "-3"), ("#### -$3", "-3"), ("#### .5", "0.5"), ("#### 0", "0"),
-    ("#### -0", "0"), ("#### 1,000,000", "1000000"), ("#### 1\n#### 2", "2"), ("#### 70,000 km", "70000"), ("no mark 7", None), ("#### none", None),
+    ("so #### $1,200.0", "1200"), ("#### -3", "-3"), ("#### - 3", "-3"), ("#### $-3", "-3"), ("#### -$3", "-3"), ("#### .5", "0.5"),
+    ("#### 0", "0"),
+    ("#### -0", "0"), ("#### 1,000,000", "1000000"), ("#### 1\n#### 2", "2"), ("#### 70,000 km", "70000"), ("no mark 7", None),
+    ("#### none", None),
 ])  # fmt: skip
 def test_the_number_behind_the_mark(answer, number):
     assert final_number(answer) == (None if number is None else Decimal(number))
@@ -130,7 +157,9 @@ def test_spelling_questions_vary_and_are_those_of_their_index(tmp_path):
     task, spelling = get_task("spelling_bee"), get_task("simple_spelling")
     rows, held_out = (task.load(split, path=str(path), limit=1500) for split in ("train", "test"))
     assert rows[:40] == task.load("train", path=str(path), limit=40) and rows[:40] != held_out[:40]
-    assert rows[7] == draw_bee(random.Random(7), "train", str(path)) and held_out[7] == draw_bee(random.Random(10_000_007), "test", str(path))
+    assert rows[7] == draw_bee(random.Random(7), "train", str(path)) and held_out[7] == draw_bee(
+        random.Random(10_000_007), "test", str(path)
+    )
     assert not {row["word"] for row in rows} & {row["word"] for row in held_out}
     within = sum(row["letter"] in row["word"] for row in rows) / len(rows)
     assert 0.9 < within < 0.96  # nine times out of ten, and by chance

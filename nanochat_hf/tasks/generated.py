@@ -9,11 +9,16 @@ TEST_OFFSET = 10_000_000
 # {l} and {w} are letter and word, each in the quotes of the row; {q} is "?" or nothing
 BEE_QUESTIONS = (
     "How many {l} are in {w}{q}", "How many {l} are there in {w}{q}", "How many {l} does {w} have{q}", "How many {l} does {w} contain{q}",
-    "How many times does {l} appear in {w}{q}", "How often does {l} occur in {w}{q}", "How often is {l} in {w}{q}", "In {w}, how many {l} are there{q}",
-    "How many of the letters of {w} are {l}{q}", "What is the number of {l} in {w}{q}", "Number of {l} in {w}{q}", "Do you know how many {l} are in {w}{q}",
-    "Can you tell me how many times {l} occurs in the word {w}{q}", "Count the {l} in {w}", "Count the letter {l} in {w}", "Please count {l} in {w}",
-    "Tell me how many {l} are in {w}", "In {w}, count the {l}", "Find out how often {l} is used in {w}", "Letter {l}, word {w}: how many{q}",
-    "Wie viele {l} sind in {w}{q}", "Wie oft kommt {l} in {w} vor{q}", "Zähle die {l} in {w}", "Wie oft steht der Buchstabe {l} im Wort {w}{q}",
+    "How many times does {l} appear in {w}{q}", "How often does {l} occur in {w}{q}", "How often is {l} in {w}{q}",
+    "In {w}, how many {l} are there{q}",
+    "How many of the letters of {w} are {l}{q}", "What is the number of {l} in {w}{q}", "Number of {l} in {w}{q}",
+    "Do you know how many {l} are in {w}{q}",
+    "Can you tell me how many times {l} occurs in the word {w}{q}", "Count the {l} in {w}", "Count the letter {l} in {w}",
+    "Please count {l} in {w}",
+    "Tell me how many {l} are in {w}", "In {w}, count the {l}", "Find out how often {l} is used in {w}",
+    "Letter {l}, word {w}: how many{q}",
+    "Wie viele {l} sind in {w}{q}", "Wie oft kommt {l} in {w} vor{q}", "Zähle die {l} in {w}",
+    "Wie oft steht der Buchstabe {l} im Wort {w}{q}",
     "Combien de {l} y a-t-il dans {w}{q}", "Combien de fois {l} apparaît dans {w}{q}", "Compte les {l} dans {w}",
     "¿Cuántas {l} hay en {w}{q}", "¿Cuántas veces aparece {l} en {w}{q}", "Cuenta las {l} en {w}",
     "Quante {l} ci sono in {w}{q}", "Quante volte compare {l} in {w}{q}", "Quantas {l} há em {w}{q}", "Quantas vezes aparece {l} em {w}{q}",
@@ -24,10 +29,26 @@ QUOTES = ("", "'", '"')
 SUMS = ("What is {e}?", "Compute {e}.", "How much is {e}?", "Calculate {e}.")
 # questions to train on, others for the held-out split, and the answer to both
 IDENTITY = (
-    (("Who are you?", "What are you?", "What is your name?", "Introduce yourself."), ("Who is this?", "Tell me your name."), "I am a small chat model, trained with nanochat_hf."),
-    (("Who made you?", "Where do you come from?", "How were you trained?"), ("Who trained you?", "Who is your maker?"), "You did: you trained me yourself, with nanochat_hf."),
-    (("What can you do?", "How can you help me?"), ("What can you help me with?", "What are you able to do?"), "I can spell words, count their letters and calculate with a tool."),
-    (("Hello", "Hi", "Good morning", "Hello!", "Hi there"), ("Hello there", "Good evening", "Hi!"), "Hello! Ask me to spell a word, count letters or calculate."),
+    (
+        ("Who are you?", "What are you?", "What is your name?", "Introduce yourself."),
+        ("Who is this?", "Tell me your name."),
+        "I am a small chat model, trained with nanochat_hf.",
+    ),
+    (
+        ("Who made you?", "Where do you come from?", "How were you trained?"),
+        ("Who trained you?", "Who is your maker?"),
+        "You did: you trained me yourself, with nanochat_hf.",
+    ),
+    (
+        ("What can you do?", "How can you help me?"),
+        ("What can you help me with?", "What are you able to do?"),
+        "I can spell words, count their letters and calculate with a tool.",
+    ),
+    (
+        ("Hello", "Hi", "Good morning", "Hello!", "Hi there"),
+        ("Hello there", "Good evening", "Hi!"),
+        "Hello! Ask me to spell a word, count letters or calculate.",
+    ),
 )
 
 

@@ -10,7 +10,8 @@ LETTER = re.compile(r"\(?([A-Z0-9])[.):]?")
 def question(text, choices, letters):
     """The prompt: the letter follows its choice without a space, so that prompt and answer share the letter's token.
 
-    question("2+2?", ["3", "4"], "AB") → "Multiple Choice question: 2+2?\\n- 3=A\\n- 4=B\\n\\nRespond only with the letter of the correct answer."
+    question("2+2?", ["3", "4"], "AB") →
+    "Multiple Choice question: 2+2?\\n- 3=A\\n- 4=B\\n\\nRespond only with the letter of the correct answer."
     """
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
     return f"Multiple Choice question: {text}\n{lines}\nRespond only with the letter of the correct answer."
