@@ -65,7 +65,10 @@ def share(split, found):
 
 @cache
 def listed_words(path, split):
-    """Those of a text file (.txt or .txt.gz) with one word a line; ValueError where it holds none."""
+    """Those of a text file (.txt or .txt.gz) with one word a line; ValueError where it holds none.
+
+    The 370 K English words that nanochat takes are words_alpha.txt of https://github.com/dwyl/english-words.
+    """
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             found = {line.strip().lower() for line in file}

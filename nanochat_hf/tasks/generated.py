@@ -1,4 +1,7 @@
-"""Tasks that code generates: spelling, counting letters, arithmetic, identity. Row i of a split is always the same row."""
+"""Tasks that code generates: spelling, counting letters, arithmetic, identity. Row i of a split is always the same row.
+
+Words come from the text file in `path`, one a line, else from the embedded text; those of the split test occur in no training row.
+"""
 
 import random
 
