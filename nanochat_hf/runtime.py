@@ -55,8 +55,12 @@ def peak_flops(device):
     """Dense bf16 FLOP/s of the device, or None where unknown (then no MFU is printed)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name):
+    """Dense bf16 FLOP/s by a device's name, however it is written; None where unknown. peak_of("h100") → 989e12."""
+    return next((peak for part, peak in PEAK_FLOPS if part.lower() in name.lower()), None)
 
 
 def sum_over_ranks(accelerator):

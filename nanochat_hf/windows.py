@@ -1,12 +1,15 @@
 """Endless batches of windows of documents: plain text, mapped or streamed, and streamed conversations."""
 
+import copy
+
 import numpy as np
 
 from .collate import PackingCollator
 from .conversation import ConversationError, PlainEncoder
 from .loading import ahead, first, plain_errors, worker_loader
-from .sources import JsonLines, load_source, load_stream, locate, parse_line, task_rows
+from .sources import load_source, load_stream, locate, parse_line, task_rows
 from .streaming import MapReader, MixedReader, PackConversations, PackedStream, PackText, StreamReader
+from .texts import JsonText, check_column
 from .tokenised import OVERLONG, cut, to_conversation
 
 
@@ -82,13 +85,36 @@ class TextBatches(_Windows):
             raise ValueError(f"mode={mode!r} must be crop or keep")
         reader = _reader(source, streaming, seed, world_size)
         if isinstance(reader, StreamReader) and _is_lines(source):
-            reader.stream = reader.stream.map(_JsonText(text_column), remove_columns=["line", "where"])
+            reader.stream = reader.stream.map(JsonText(text_column), remove_columns=["line", "where"])
         check_column(reader.stream if streaming else reader.rows, text_column, source.label)
         pack = PackText(PlainEncoder(tokenizer), positions + 1, mode, text_column, source)
         super().__init__(
             reader, pack, PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size,
             seed=seed, num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "mode": mode, "streaming": streaming},
         )  # fmt: skip
+        self.plain, self.label = reader.stream if streaming else reader.rows, source.label
+
+    def outlook(self, tokens):
+        """The share of tokens that cropping drops, from the first documents that hold `tokens` tokens; 0 in mode "keep".
+
+        ValueError where the whole data holds fewer: a step would meet its documents twice.
+        """
+        pack, rows, waiting = copy.copy(self.stream.pack), iter(self.plain), []
+        pack.counts = dict.fromkeys(pack.counts, 0)
+        while pack.counts["read"] < tokens:
+            window, size = [], 0
+            for row in rows:
+                window.append(row)
+                size += pack.size(row)
+                if len(window) >= pack.documents or size >= pack.characters:
+                    break
+            if not window:
+                raise ValueError(
+                    f"{self.label}: {pack.counts['read']:,} tokens are fewer than the {tokens:,} of one step; "
+                    "give more text or lower --total-batch-size, --device-batch-size or --max-seq-len"
+                )
+            _, waiting = pack(waiting, window)
+        return pack.counts["cropped"] / pack.counts["read"]
 
 
 class StreamedConversations(_Windows):
@@ -152,23 +178,6 @@ class _Treat:
                 self.counts["untrained"] += 1
 
 
-class _JsonText:
-    """Makes {text_column: …} of a streamed line of JSON."""
-
-    def __init__(self, column):
-        self.column = column
-
-    def __call__(self, row):
-        value = parse_line(row["line"], row["where"])
-        if not isinstance(value, dict) or self.column not in value:
-            has = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{row['where']}: no column {self.column!r}; it has {has}")
-        if not isinstance(value[self.column], str):
-            kind = type(value[self.column]).__name__
-            raise ValueError(f"{row['where']}: {self.column!r} holds {kind}; remove the line or give it text")
-        return {self.column: value[self.column]}
-
-
 def _is_lines(source):
     return any(ending in str(source.path) for ending in (".jsonl",))
 
@@ -183,19 +192,3 @@ def _reader(source, streaming, seed, world_size):
             flush=True,
         )
     return StreamReader(stream, source, seed)
-
-
-def check_column(rows, column, label):
-    """ValueError, with the columns there are, where a row lacks `column` or holds no text in it. Of a stream the first row is looked at, of a
-    datasets.Dataset the type of the column and its nulls, of lines of JSON every one."""
-    lines = isinstance(rows, JsonLines)
-    for number in range(len(rows)) if lines else (0,):
-        row, where = (rows[number], rows.where(number)) if lines else (rows[0] if hasattr(rows, "__len__") else next(iter(rows)), label)
-        names = list(row) if isinstance(row, dict) else [f"no columns but {type(row).__name__}"]
-        if column not in names:
-            raise ValueError(f"{where}: no column {column!r}; it has {', '.join(map(str, names))}")
-        if not isinstance(row[column], str):
-            raise ValueError(f"{where}: column {column!r} holds {type(row[column]).__name__}, not text; name another of {', '.join(names)}")
-    empty = rows.data.column(column).null_count if hasattr(rows, "data") else 0
-    if empty:
-        raise ValueError(f"{label}: {empty} rows hold nothing in {column!r}; remove them or give them text")
