@@ -5,14 +5,15 @@ import signal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, is_torch_xla_available, set_seed
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, is_torch_xla_available, set_seed
 
 # Dense bf16 peaks in FLOP/s by a part of the device's name (vendors' data sheets); first match wins.
 PEAK_FLOPS = (
     ("B200", 2.25e15), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800", 989e12),
     ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("L4", 121e12), ("4090", 165e12), ("3090", 71e12),
 )  # fmt: skip
-REFUSED = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+# How Accelerate's launcher says which of the launch types that keep an optimizer of their own it was asked for.
+REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=None, seed=0, compile=False):
@@ -21,6 +22,9 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
     `compile` lets Accelerate compile the prepared model, for fixed shapes.
     ValueError where `dtype` contradicts the launcher, or the launch type is one that does not carry this optimizer.
     """
+    for variable, kind in REFUSED.items():  # before Accelerate asks for their packages
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ValueError(f"{kind} keeps its own optimizer and cannot run Muon; launch with DDP (multi_gpu.yaml) or FSDP2 (fsdp2.yaml)")
     precision = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is not None and launched not in (None, "", precision):
@@ -33,8 +37,6 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
         dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if compile else None,
         cpu=not is_torch_xla_available() and not on_accelerator(),  # where torch_xla is importable Accelerate takes it, whatever is asked
     )  # fmt: skip
-    if accelerator.distributed_type in REFUSED:
-        raise ValueError(f"{accelerator.distributed_type} keeps its own optimizer and cannot run Muon; use DDP or FSDP2")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("float16 needs a GPU: on the CPU Accelerate would silently train in float32; use --dtype bfloat16 or float32")
     set_seed(seed)

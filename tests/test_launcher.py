@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from test_training import flags, start  # noqa: F401 - a fixture
 
 from nanochat_hf.runtime import build_accelerator
@@ -47,10 +45,13 @@ def test_the_end_of_the_launcher_saves(start, tmp_path, number):  # noqa: F811
     assert json.loads((saved / "trainer.json").read_text())["state"]["step"] >= 3
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_launch_types_with_optimizers_of_their_own_are_refused_in_one_line(monkeypatch, kind):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
-    with pytest.raises(ValueError, match="keeps its own optimizer and cannot run Muon; use DDP or FSDP2") as caught:
+@pytest.mark.parametrize("flag, kind", [("--use_deepspeed", "DeepSpeed"), ("--use_megatron_lm", "Megatron-LM")])
+def test_launch_types_with_optimizers_of_their_own_are_refused_in_one_line(monkeypatch, flag, kind):
+    from accelerate.commands.launch import launch_command_parser
+
+    arguments = launch_command_parser().parse_args([flag, "--mixed_precision", "bf16", "-m", "scripts.chat_sft"])
+    assert getattr(arguments, flag.strip("-"))  # the launcher turns it into the variable
+    monkeypatch.setenv({"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM"}[kind], "true")
+    with pytest.raises(ValueError, match=f"{kind} keeps its own optimizer and cannot run Muon; launch with DDP") as caught:
         build_accelerator(1)
     assert "\n" not in str(caught.value)

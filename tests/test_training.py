@@ -212,3 +212,18 @@ def test_best_and_samples_and_report(start, tmp_path):
     NanochatForCausalLM.from_pretrained(tmp_path / "run" / "best")
     report = (tmp_path / "run" / "report.md").read_text()
     assert "minimum validation bpb" in report and "elephant" in report and (tmp_path / "run" / "curves.png").stat().st_size > 5000
+
+
+def test_streams_on_two_processes_stop_together_and_resume_to_the_same_bits(start, tmp_path):
+    changed = {"streaming": True, "device_batch_size": 3, "save_every": 4}
+    one = train(start, tmp_path / "run", tmp_path / "log", 2, **changed)
+    assert one.wait() == [0, 0], one.text()
+    assert "1 streams, packed window by window" in one.text() and f"step {STEPS}/{STEPS}" in one.text()
+    again = train(start, tmp_path / "again", tmp_path / "log2", 2, **changed, resume=tmp_path / "run" / "checkpoint-000004")
+    assert again.wait() == [0, 0], again.text()
+    expected = weights(tmp_path / "run")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "again").items())
+    other = train(start, tmp_path / "other", tmp_path / "log3", **changed, resume=tmp_path / "run" / "checkpoint-000004")
+    assert other.wait() == [2] and "split over 2 processes, this run has 1; resume with 2" in other.text()
+    endless = train(start, tmp_path / "endless", tmp_path / "log4", streaming=True, num_steps=None)
+    assert endless.wait() == [2] and "give --num-steps" in endless.text()
