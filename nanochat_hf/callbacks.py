@@ -14,7 +14,7 @@ from .runtime import agree, peak_flops, sum_over_ranks, whole_weights
 from .tracking import Ema, MetricsFile, Progress, wandb_run_id
 
 EVAL_TOKENS = 8192  # positions whose float32 logits an evaluation holds at a time: 1 GiB at 32,768 tokens of vocabulary
-SETTLING_STEPS = 10  # compilation and warm-up: left out of the run's time, as the reference leaves them out
+SETTLING_STEPS, ESTIMATE_AT = 3, 10  # the steps that compile, and the one after which the rest of the run is foretold
 
 
 def due(step, every):
@@ -62,7 +62,7 @@ class Log:
         done = info.step - self.first
         if done == SETTLING_STEPS:
             self.settled = time.perf_counter(), info.step
-        if self.settled and not self.estimated and done >= 2 * SETTLING_STEPS:
+        if self.settled and not self.estimated and done >= ESTIMATE_AT:
             each = (time.perf_counter() - self.settled[0]) / (info.step - self.settled[1])
             left = each * (trainer.num_steps - info.step)
             trainer.accelerator.print(f"{each:.3g} s a step, about {left / 60:.1f} min to go")

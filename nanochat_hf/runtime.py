@@ -65,6 +65,11 @@ def peak_of(name):
     return next((peak for part, peak in PEAK_FLOPS if part.lower() in name.lower()), None)
 
 
+def device_memory(device):
+    """GiB of a CUDA device."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30
+
+
 def sum_over_ranks(accelerator):
     """A function that sums a tensor over ranks, on the accelerator's device."""
     return lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum")

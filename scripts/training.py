@@ -9,10 +9,10 @@ from transformers.utils.logging import disable_progress_bar
 from nanochat_hf import callback_push, checkpoint, hub, kernels, runtime
 from nanochat_hf.attention import choose_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
-from nanochat_hf.config import dump, resolved
+from nanochat_hf.config import SMALLER, dump, resolved
 from nanochat_hf.optim import MATRIX_OPTIMIZERS, MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
 from nanochat_hf.report import write_report
-from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, shown_hours, training_hours
+from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, memory_per_gpu, shown_hours, training_hours
 from nanochat_hf.schedules import base_lr, muon_momentum
 from nanochat_hf.tokenizer import load_tokenizer, token_bytes
 from nanochat_hf.tracking import environment
@@ -123,6 +123,10 @@ def announce(config, accelerator, model, description, num_steps, reason, details
         f"attention {model.config._attn_implementation} ({reason})"
     )
     accelerator.print(f"{description}:", *(f"  {name:<11} {text}" for name, text in (lines | details).items()), sep="\n")
+    if "memory" in lines and accelerator.distributed_type.value != "FSDP":
+        there, needed = runtime.device_memory(accelerator.device), memory_per_gpu(model, rows, positions, processes)["total"]
+        if needed > there:
+            accelerator.print(f"warning: about {needed:.0f} GiB are needed and the device has {there:.0f}; {SMALLER}")
     return flops
 
 

@@ -206,8 +206,9 @@ def test_trackers_get_stable_names_and_a_resumed_run_is_the_same_run(start, tmp_
 
 
 def test_best_and_samples_and_report(start, tmp_path):
-    run = train(start, tmp_path / "run", tmp_path / "log", eval_every=2, keep_best=True, sample_every=4)
+    run = train(start, tmp_path / "run", tmp_path / "log", eval_every=2, keep_best=True, sample_every=4, num_steps=12)
     assert run.wait() == [0], run.text()
+    assert run.text().index("step 10/12") > 0 and "s a step, about" in run.text()  # the estimate, once ten steps are known
     assert run.text().index("saved") < run.text().index("step 2: validation")  # work is safe before evaluation starts
     NanochatForCausalLM.from_pretrained(tmp_path / "run" / "best")
     report = (tmp_path / "run" / "report.md").read_text()
