@@ -78,8 +78,12 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(start, whole, tmp_path, wor
         run = train(start, output, tmp_path / f"{attempt}.log", world, resume="auto")
         begun = len(list(output.glob("*checkpoint*")))
         deadline = time.monotonic() + 60
-        # the first attempts die while a checkpoint is being written, or a moment after
-        while attempt < 3 and any(p.is_alive() for p in run.processes) and time.monotonic() < deadline:
+        if attempt == 0:  # between checkpoints, at any moment from the start of the program on
+            time.sleep(dice.random() * 6)
+            run.kill()
+            kills += 1
+        # the next ones die while a checkpoint is being written, or a moment after
+        while 0 < attempt < 4 and any(p.is_alive() for p in run.processes) and time.monotonic() < deadline:
             if len(list(output.glob("*checkpoint*"))) > begun or list(output.glob(".*partial")):
                 time.sleep(dice.random() * 0.05)
                 run.kill()
@@ -88,7 +92,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(start, whole, tmp_path, wor
             time.sleep(0.002)
         if run.wait() == [0] * world:
             break
-    assert kills >= 2 and (output / "final").is_dir(), run.text()
+    assert kills >= 3 and (output / "final").is_dir(), run.text()
     expected = weights(whole / str(world))
     assert all(torch.equal(value, expected[name]) for name, value in weights(output).items())
     steps = [entry["step"] for entry in read_metrics(output / "metrics.jsonl") if "train/loss" in entry]
