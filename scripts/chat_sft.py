@@ -15,7 +15,7 @@ from nanochat_hf.hub import HubConfig, HubPusher, fetch_model
 from nanochat_hf.runtime import build_accelerator
 from nanochat_hf.tasks.base import pair
 from nanochat_hf.tokenizer import load_tokenizer
-from scripts.training import TrainConfig, accelerate, run, smoke
+from scripts.training import TrainConfig, accelerate, divided, run, smoke
 
 PROMPTS = ("Why is the sky blue?", "Spell the word: elephant", "How many r are in strawberry?", "What is 12*7?")
 
@@ -78,8 +78,9 @@ def main(argv=None):
         )
     plan = {"data": data, "start": sft.model}
     # whatever is trained on, validation counts the assistant's tokens of conversations that stand alone, so that runs compare
-    measured = shape | {"train_on_all_tokens": False, "isolate": True}
+    measured = shape | {"train_on_all_tokens": False, "isolate": True, "rank": 0, "world_size": 1}
     validation = SFTBatches(held_out or train, tokenizer, **measured, **told, seed=config.seed + 1, prefetch=0).take(config.eval_batches)
+    validation = divided(validation, accelerator.process_index, processes)
     base_rows = trained_rows(start)
     if base_rows and config.device_batch_size > base_rows:
         accelerator.print(f"warning: --device-batch-size {config.device_batch_size} exceeds the base run's {base_rows}; watch the memory")

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from nanochat_hf import callback_push, checkpoint, hub, kernels, runtime
@@ -45,7 +46,7 @@ class TrainConfig:
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip the gradient to this norm (default: off)"})
     max_skipped: int = field(default=20, metadata={"help": "stop after so many steps in a row with non-finite gradients"})
     eval_every: int = field(default=150, metadata={"help": "steps between evaluations of bpb; 0: only at the end"})
-    eval_batches: int = field(default=8, metadata={"help": "micro-batches of validation data per process"})
+    eval_batches: int = field(default=8, metadata={"help": "micro-batches of validation data: of each process in base training, of all of them together in fine-tuning"})
     keep_best: bool = field(default=False, metadata={"help": "export the model of the lowest validation bpb to OUTPUT_DIR/best"})
     sample_every: int = field(default=0, metadata={"help": "steps between answers to fixed prompts; 0: none"})
     save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only at the end"})
@@ -154,7 +155,7 @@ def run(
     config, accelerator, model, tokenizer, batches, validation, num_steps, *, description, settings=None, lr_scale=1.0, decay=False,
     prompts=(), plan=None, pusher=None,
 ):  # fmt: skip
-    """Train `model` on `batches` for `num_steps`, evaluate, save. `plan`: more lines of the printed plan; `prompts`: see Sample.
+    """Train `model` on `batches` for `num_steps`, evaluate on `validation` (batches), save. `plan`: more lines of the printed plan; `prompts`: see Sample.
 
     Returns (final folder, Trainer, Evaluate); the folder is None when the run was stopped, and "" when there is nothing to write.
     """
@@ -213,6 +214,21 @@ def same_tokenizer(tokenizer, folder):
         raise ValueError(
             f"{folder}: its tokenizer's vocabulary ({len(saved)} tokens) is not that of this run's ({len(tokenizer)}); give --tokenizer {folder}"
         )
+
+
+def divided(batches, rank, world_size):
+    """The share of one process in validation batches that all of them have made: the number must not depend on how many there are.
+
+    Each gets as many rows, since evaluation of split models is a collective: where they do not divide, some get a row without a target.
+    """
+    rows = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    missing = -len(rows["input_ids"]) % world_size
+    if missing:
+        rows = {key: torch.cat((value, value[:1].expand(missing, -1))) for key, value in rows.items()}
+        rows["shift_labels"][-missing:] = -100
+    own = {key: value[rank::world_size] for key, value in rows.items()}
+    size = len(batches[0]["input_ids"])
+    return [{key: value[start : start + size] for key, value in own.items()} for start in range(0, len(own["input_ids"]), size)]
 
 
 def finish(config, trainer, evaluate, log, tokenizer, settings, description, output):

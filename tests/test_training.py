@@ -232,3 +232,24 @@ def test_streams_on_two_processes_stop_together_and_resume_to_the_same_bits(star
     assert other.wait() == [2] and "split over 2 processes, this run has 1; resume with 2" in other.text()
     endless = train(start, tmp_path / "endless", tmp_path / "log4", streaming=True, num_steps=None)
     assert endless.wait() == [2] and "give --num-steps" in endless.text()
+
+
+@pytest.mark.parametrize("rows, world", [(6, 2), (7, 2), (8, 3), (1, 3)])
+def test_validation_rows_are_dealt_out_once_and_equally_many(rows, world):
+    from scripts.training import divided
+
+    ids = torch.arange(rows).unsqueeze(1).expand(-1, 4)
+    batches = [{"input_ids": ids[i : i + 3], "shift_labels": ids[i : i + 3] + 1} for i in range(0, rows, 3)]
+    shares = [divided(batches, rank, world) for rank in range(world)]
+    assert len({tuple(len(b["input_ids"]) for b in share) for share in shares}) == 1
+    counted = [row[0] - 1 for share in shares for b in share for row in b["shift_labels"].tolist() if row[0] != -100]
+    assert sorted(counted) == list(range(rows)) and (ids[:, 0] == torch.arange(rows)).all()
+
+
+def test_bpb_is_the_same_on_two_processes(start, tmp_path):
+    changed = {"eval_every": 1, "num_steps": 1, "device_batch_size": 3, "eval_batches": 3}
+    runs = [train(start, tmp_path / str(w), tmp_path / f"{w}.log", w, **changed, total_batch_size=6 * 64) for w in (1, 2)]
+    for world, run in zip((1, 2), runs, strict=True):
+        assert run.wait() == [0] * world, run.text()
+    one, two = ([e["val/bpb"] for e in read_metrics(tmp_path / str(w) / "metrics.jsonl") if "val/bpb" in e][0] for w in (1, 2))
+    assert two == pytest.approx(one, rel=1e-6)
