@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from nanochat_hf import callback_push, checkpoint, hub, runtime
+from nanochat_hf import callback_push, checkpoint, hub, kernels, runtime
 from nanochat_hf.attention import choose_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
 from nanochat_hf.config import dump, resolved
@@ -30,6 +30,7 @@ class TrainConfig:
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's)"})
     attn: str = field(default="auto", metadata={"help": "auto, flex_attention, sdpa or eager"})
+    kernels: bool | None = field(default=None, metadata={"help": "fused Triton kernels in training (default: on CUDA)"})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA)"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in backward: less memory, about 30 %% slower"})
     embedding_lr: float = field(default=0.3, metadata={"help": "lr of token and value embeddings (AdamW)"})
@@ -95,6 +96,16 @@ def accelerate(config, accumulation):
     )  # fmt: skip
 
 
+def install_kernels(config, accelerator, model):
+    """Fused kernels as the flag and the device have it; returns what the plan says of them."""
+    able, reason = kernels.available(accelerator.device)
+    if config.kernels and not able:
+        raise ValueError(f"--kernels true: {reason}; leave it out")
+    if not able or config.kernels is False:
+        return f"plain formulas ({reason if not able else 'asked for'})"
+    return f"{', '.join(kernels.install(model))} ({reason})"
+
+
 def announce(config, accelerator, model, description, num_steps, reason, details):
     """Print the plan of the run, with the numbers of scripts.plan; returns FLOPs per token."""
     rows, positions, processes = config.device_batch_size, config.max_seq_len, accelerator.num_processes
@@ -154,9 +165,10 @@ def run(
         )
     kernel, reason = choose_attention(accelerator.device, config.attn)
     model.set_attn_implementation(kernel)
+    fused = install_kernels(config, accelerator, model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    flops = announce(config, accelerator, model, description, num_steps, reason, plan or {})
+    flops = announce(config, accelerator, model, description, num_steps, reason, {"kernels": fused} | (plan or {}))
     if config.plan_only:
         return "", None, None
     output = None if config.dry_run else config.output_dir
@@ -213,7 +225,7 @@ def finish(config, trainer, evaluate, log, tokenizer, settings, description, out
     figures = {
         "steps": state.step, "tokens": state.tokens, "seconds of training": state.seconds, "minimum validation bpb": evaluate.best,
         "last validation bpb": evaluate.last, "validation bpb before": evaluate.first, "steps without targets": state.skipped,
-        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps, **log.figures,
+        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps + state.overflowed, **log.figures,
     }  # fmt: skip
     if accelerator.is_main_process and output:
         checkpoint.export(trainer.raw_model, tokenizer, folder, weights)
