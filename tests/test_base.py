@@ -253,3 +253,20 @@ def test_the_plan_prints_what_training_prints(start, tmp_path, capsys):
     with pytest.raises(SystemExit):
         plan.main(["--gpu", "abacus"])
     assert "--gpu abacus is unknown; choose from b200" in capsys.readouterr().err
+
+
+def test_the_experiments_arms_differ_in_the_matrices_rule_alone():
+    from scripts.experiments import muon_vs_adamw as experiment
+
+    config = experiment.ExperimentConfig(data="t", validation="v", output="runs/x", num_steps=100)
+    tried = [{"matrix_lr": lr, "bpb": [[0, 3.0], [25, last]]} for lr, last in ((0.001, 1.7), (0.002, 1.5), (0.004, 1.6))]
+    arms = experiment.full_arms(config, 100, {"lr-search": tried})
+    muon, adamw = (experiment.command(config, name, differing, "tok") for name, differing in arms.items())
+    muon, adamw = (dict(zip(c[3::2], c[4::2], strict=True)) for c in (muon, adamw))
+    assert {flag for flag in {*muon, *adamw} if muon.get(flag) != adamw.get(flag)} == {
+        "--output-dir", "--matrix-optimizer", "--matrix-lr", "--weight-decay",
+    }  # fmt: skip
+    assert (adamw["--matrix-optimizer"], adamw["--matrix-lr"], adamw["--num-steps"], adamw["--warmup-steps"]) == ("adamw", "0.002", "100", "2")
+    assert [differing["num_steps"] for differing in experiment.search_arms(config, 100).values()] == [25] * 4
+    with pytest.raises(ValueError, match="no learning rate for AdamW; give --adamw-lr"):
+        experiment.full_arms(config, 100, {})
