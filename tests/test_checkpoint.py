@@ -21,7 +21,7 @@ class Bomb:
 
 
 def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path):
-    (tmp_path / "rank0.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    (tmp_path / "rank0.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol=2))
     torch.save({"data": Bomb(tmp_path / "ran")}, tmp_path / "rank1.pt")
     for name in ("rank0.pt", "rank1.pt", "missing.pt"):
         with pytest.raises(ValueError, match=f"{name}: damaged, missing or not ours .*older checkpoint") as caught:

@@ -75,13 +75,16 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(start, whole, tmp_path, wor
     dice = random.Random(world)
     output, kills = tmp_path / "run", 0
     for attempt in range(12):
-        run = train(start, output, tmp_path / f"{attempt}.log", world, resume="auto")
+        run = train(start, output, tmp_path / f"{attempt}.log", world, resume="auto", keep=0)
         begun = len(list(output.glob("*checkpoint*")))
         deadline = time.monotonic() + 60
-        if attempt == 0:  # between checkpoints, at any moment from the start of the program on
-            time.sleep(dice.random() * 6)
-            run.kill()
-            kills += 1
+        reached = dice.choice((f"1/{STEPS}", f"3/{STEPS}"))
+        while attempt == 0 and any(p.is_alive() for p in run.processes) and time.monotonic() < deadline:
+            if f"step {reached}" in run.text():  # between two checkpoints
+                run.kill()
+                kills += 1
+                break
+            time.sleep(0.002)
         # the next ones die while a checkpoint is being written, or a moment after
         while 0 < attempt < 4 and any(p.is_alive() for p in run.processes) and time.monotonic() < deadline:
             if len(list(output.glob("*checkpoint*"))) > begun or list(output.glob(".*partial")):
