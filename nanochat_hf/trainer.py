@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 
 from .optim import gradient_norms
+from .runtime import mark_step, reduce_gradients
 
 
 @dataclass
@@ -93,13 +94,17 @@ class Trainer:
             with self.accelerator.accumulate(self.model):
                 loss = self.model(**batch, num_items_in_batch=targets).loss
                 self.accelerator.backward(loss * scale)
-                if self.accelerator.sync_gradients and observed and self.accelerator.scaler is None:  # scaled gradients have no norm
-                    norms = gradient_norms(self.optimizer)
-                if self.accelerator.sync_gradients and self.max_grad_norm:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            total = total + loss.detach()
+                total = total + loss.detach()
+                mark_step(device)  # programs of XLA: each micro-batch, then the update, so that a change in one compiles one
+                if self.accelerator.sync_gradients:  # on XLA the optimizer's wrapper reduces whenever it is called, complete or not
+                    reduce_gradients(self.accelerator, self.optimizer)
+                    if observed and self.accelerator.scaler is None:  # scaled gradients have no norm
+                        norms = gradient_norms(self.optimizer)
+                    if self.max_grad_norm:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                    mark_step(device)
         return total, norms
 
     def state_dict(self):

@@ -195,7 +195,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if grads:  # a norm is not finite if one element is not; one fused pass over the gradients on CUDA
             bad = ~torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in grads])]).isfinite()
             ok = ~bad.any()
-            culprit = torch.where(ok, culprit, self._places(grads, device)[bad.float().argmax()])
+            culprit = torch.where(ok, culprit, self._places(grads, device).take(bad.float().argmax()))  # indexing would wait for the device
         ok = all_agree(ok, Shard.current())
         row = torch.zeros((), device=device) if self._health is None else self._health[0].to(device)
         self._health = torch.stack((torch.where(ok, 0.0, row + 1.0), culprit))
