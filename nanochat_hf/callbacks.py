@@ -86,7 +86,7 @@ class Log:
         self.clock, self.tokens = now, state.tokens
         values = {
             "train/loss": loss, "train/lr_multiplier": info.lr_multiplier, "train/tokens_per_second": rate,
-            "train/step_seconds": info.seconds, "train/tokens": state.tokens, "train/targets": info.targets,
+            "train/step_seconds": info.seconds, "train/tokens": state.tokens, "train/targets": int(info.targets),
             "train/skipped_steps": state.skipped, "train/total_flops": self.flops * state.tokens, "train/seconds": state.seconds,
             "train/epoch": trainer.batches.epoch,
         }  # fmt: skip

@@ -78,7 +78,7 @@ class StopSignal:
     """SIGTERM and SIGINT ask for a stop after the running step; so does the launcher's death. Ranks agree through `agreed`."""
 
     def __init__(self, accelerator):
-        self.accelerator, self.received, self.parent = accelerator, 0, os.getppid()
+        self.accelerator, self.received, self.parent, self.earlier = accelerator, 0, os.getppid(), None
         if threading.current_thread() is threading.main_thread():  # XLA's launcher trains in a thread, where Python takes no handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._receive)
@@ -87,16 +87,27 @@ class StopSignal:
         self.received = number
 
     def agreed(self):
-        """True on all ranks once any rank was asked to stop (one small collective when there are several)."""
-        return agree(self.accelerator, bool(self.received) or os.getppid() != self.parent)
+        """True on all ranks once any rank was asked to stop (one small collective when there are several).
+
+        Several XLA devices learn it one step later, lest the host wait for the step that it has just sent off.
+        """
+        wanted = bool(self.received) or os.getppid() != self.parent
+        if self.accelerator.num_processes == 1 or self.accelerator.device.type != "xla":
+            return agree(self.accelerator, wanted)
+        earlier, self.earlier = self.earlier, _any_rank(self.accelerator, wanted)
+        return earlier is not None and bool(earlier.item())
 
 
 def agree(accelerator, wanted):
     """True on all ranks where any rank wants it: one small collective, none on one process."""
     if accelerator.num_processes == 1:
         return bool(wanted)
+    return bool(_any_rank(accelerator, wanted).item())
+
+
+def _any_rank(accelerator, wanted):
     flag = torch.tensor([float(wanted)], device=accelerator.device)
-    return bool(accelerator.reduce(flag, reduction="sum").item())
+    return accelerator.reduce(flag, reduction="sum")
 
 
 def whole_weights(model):

@@ -22,11 +22,14 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """One finished step: loss (0-d tensor on the device: this rank's share), valid targets of all ranks, seconds, lr multiplier."""
+    """One finished step: loss (0-d tensor on the device: this rank's share), valid targets of all ranks, seconds, lr multiplier.
+
+    `targets` is a 0-d tensor on several XLA devices, whose host never waits for it.
+    """
 
     step: int
     loss: torch.Tensor
-    targets: int
+    targets: int | torch.Tensor
     seconds: float
     lr_multiplier: float
     grad_norms: dict | None = None  # of each parameter group, before clipping; only on the steps that are asked for
@@ -68,8 +71,9 @@ class Trainer:
             raise ValueError(f"the data gave {len(micro_batches)} of {self.accumulation} micro-batches; it is shorter than one step")
         targets = self._valid_targets(micro_batches)
         multiplier = self.schedule(self.optimizer, self.state.step)
-        loss, norms = self._accumulate(micro_batches, targets) if targets else (torch.zeros(()), None)
-        self.state.skipped += targets == 0
+        empty = isinstance(targets, int) and targets == 0
+        loss, norms = (torch.zeros(()), None) if empty else self._accumulate(micro_batches, targets)
+        self.state.skipped += empty
         self.state.step += 1
         self.state.tokens += sum(b["input_ids"].numel() for b in micro_batches) * self.accelerator.num_processes
         seconds = time.perf_counter() - start
@@ -82,7 +86,9 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return local
         count = torch.tensor([local], dtype=torch.float64 if self.accelerator.device.type == "cpu" else torch.float32)
-        return int(self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum").item())
+        count = self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum")
+        # the host of an XLA device runs ahead of it: the number stays there, and a step without a target becomes one of zero gradients
+        return count[0].clamp(min=1) if self.accelerator.device.type == "xla" else int(count.item())
 
     def _accumulate(self, micro_batches, targets):
         device, total, norms = self.accelerator.device, 0.0, None
