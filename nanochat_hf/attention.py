@@ -6,7 +6,7 @@ import torch
 
 from .runtime import flash_kernel
 
-KERNELS = ("auto", "eager", "sdpa", "flex_attention", "tpu_flash")
+KERNELS = ("auto", "eager", "sdpa", "flex_attention", "pallas")
 
 
 def choose_attention(device, requested="auto", *, training=True):
@@ -20,11 +20,11 @@ def choose_attention(device, requested="auto", *, training=True):
         raise ValueError(f"--attn {requested} is unknown; choose from {', '.join(KERNELS)}")
     if requested == "flex_attention" and training and device.type != "cuda":
         raise ValueError(f"--attn flex_attention has no backward on {device.type}; use sdpa or auto")
-    if device.type == "xla" and training or requested == "tpu_flash":
+    if device.type == "xla" and training or requested == "pallas":
         kernel, reason = flash_kernel()
-        if requested == "tpu_flash" and kernel is None:
-            raise ValueError(f"--attn tpu_flash cannot run on {device.type}: {reason}; use sdpa or auto")
-        if requested in ("auto", "tpu_flash"):
+        if requested == "pallas" and kernel is None:
+            raise ValueError(f"--attn pallas cannot run on {device.type}: {reason}; use sdpa or auto")
+        if requested in ("auto", "pallas"):
             return kernel or "sdpa", reason
     if requested != "auto":
         return requested, "asked for"

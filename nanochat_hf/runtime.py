@@ -168,6 +168,10 @@ class XLAAccelerator(Accelerator):
         """bfloat16 products, float32 weights."""
         return torch.autocast("xla", dtype=torch.bfloat16, enabled=self.autocast_enabled)
 
+    def backward(self, loss, **kwargs):
+        """Gradients of loss ÷ accumulation steps."""
+        (loss / as_input(self.gradient_accumulation_steps, loss.device)).backward(**kwargs)
+
     def prepare_model(self, model, device_placement=None, evaluation_mode=False):
         """Move the model; its forward then runs under `autocast`, with masks made from position_ids where there are any."""
         model = super().prepare_model(model, device_placement, evaluation_mode)
@@ -197,6 +201,17 @@ def mark_step(device):
         import torch_xla
 
         torch_xla.sync()
+
+
+def as_input(number, device):
+    """A number that changes, as a program may take it: on XLA a 0-d float32 tensor on the device; elsewhere, and a tensor, as it is.
+
+    XLA bakes single numbers of 0 and 1 into a program and takes equal ones for one input, so that a value which happens to equal
+    another makes a new program; it does neither with the elements of a vector.
+    """
+    if device.type != "xla" or isinstance(number, torch.Tensor):
+        return number
+    return torch.tensor([float(number)]).to(device).squeeze(0)
 
 
 def step_by_step(device, items):
@@ -260,7 +275,7 @@ def packed_masks(config, position_ids):
     return masks
 
 
-def tpu_flash_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, position_ids=None, **kwargs):
+def pallas_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, position_ids=None, **kwargs):
     """XLA's flash kernel for layers without a window; SDPA with the mask for those with one, and for lengths that 128 does not divide.
 
     query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D), None. Documents become the kernel's segments.
@@ -283,6 +298,6 @@ def flash_kernel():
         return None, "no TPU"
     if find_spec("jax") is None:
         return None, "the flash kernel needs jax; pip install 'torch_xla[pallas]'"
-    ALL_ATTENTION_FUNCTIONS.register("tpu_flash", tpu_flash_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("tpu_flash", sdpa_mask)
-    return "tpu_flash", "segments isolate documents; layers with a window take sdpa"
+    ALL_ATTENTION_FUNCTIONS.register("pallas", pallas_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("pallas", sdpa_mask)
+    return "pallas", "segments isolate documents; layers with a window take sdpa"

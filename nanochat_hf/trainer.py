@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 
 from .optim import gradient_norms
-from .runtime import mark_step, reduce_gradients
+from .runtime import as_input, mark_step, reduce_gradients
 
 
 @dataclass
@@ -94,7 +94,8 @@ class Trainer:
         device, total, norms = self.accelerator.device, 0.0, None
         observed = self.norms_every and (self.state.step + 1) % self.norms_every == 0
         # backward() divides by the accumulation, DDP by the processes: undo both
-        scale = self.accumulation * self.accelerator.num_processes
+        scale = as_input(self.accumulation * self.accelerator.num_processes, device)
+        targets = as_input(targets, device)
         for batch in micro_batches:
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with self.accelerator.accumulate(self.model):

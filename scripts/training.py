@@ -29,7 +29,7 @@ class TrainConfig:
     total_batch_size: int | None = field(default=None, metadata={"help": "tokens of an optimizer step (default: one micro-batch)"})
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's)"})
-    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, tpu_flash, sdpa or eager"})
+    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, pallas, sdpa or eager"})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA)"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in backward: less memory, about 30 %% slower"})
     embedding_lr: float = field(default=0.3, metadata={"help": "lr of token and value embeddings (AdamW)"})

@@ -217,7 +217,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _scalars(group, device) -> tuple[torch.Tensor, ...]:
-        # 0-d CPU tensors mix with CUDA tensors and need no copy to the device; XLA wants its own
+        values = [float(group[key]) for key in ("lr", "weight_decay", "momentum")]
+        if device.type == "xla":  # a vector, since of single numbers it bakes 0 and 1 into the program, and equal ones it merges
+            return torch.tensor(values).to(device).unbind(0)
+        # 0-d CPU tensors mix with CUDA tensors and need no copy to the device
         home = "cpu" if device.type in ("cpu", "cuda") else device
-        values = (group["lr"], group["weight_decay"], group["momentum"])
-        return tuple(torch.tensor(float(value), dtype=torch.float32).to(home) for value in values)
+        return tuple(torch.tensor(value, dtype=torch.float32).to(home) for value in values)

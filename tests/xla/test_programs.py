@@ -87,6 +87,7 @@ def test_accumulation_may_change_without_compiling():
     trainer.fit()
     warm = counted()[0]
     accelerator.gradient_state.plugin_kwargs["num_steps"] = trainer.accumulation = 3
+    accelerator.step = 0  # micro-batches count from here
     assert accelerator.gradient_accumulation_steps == 3
     trainer.num_steps = 30
     assert trainer.fit().step == 30
@@ -179,8 +180,8 @@ def test_the_flash_kernel_gets_documents_as_segments(monkeypatch):
     packed = [[{"ids": torch.randint(1, 128, (n,), generator=generator).tolist()} for n in (50, 30, 40)] for _ in range(2)]
     batch = PackingCollator(128, pad_token_id=0)(packed)
     expected = model(**batch, use_cache=False).logits
-    assert choose_attention(torch.device("xla"))[0] == "tpu_flash"
-    model.set_attn_implementation("tpu_flash")
+    assert choose_attention(torch.device("xla"))[0] == "pallas"
+    model.set_attn_implementation("pallas")
     masks = packed_masks(model.config, batch["position_ids"])
     torch.testing.assert_close(model(**batch, attention_mask=masks, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
     assert calls == [((2, 2, 128, 32), (2, 2, 128, 32), torch.int32, True)], "the layer without a window, and that alone"
@@ -188,8 +189,8 @@ def test_the_flash_kernel_gets_documents_as_segments(monkeypatch):
 
 def test_attention_without_a_tpu():
     assert choose_attention(torch.device("xla")) == ("sdpa", "no TPU")
-    with pytest.raises(ValueError, match="tpu_flash cannot run on xla"):
-        choose_attention(torch.device("xla"), "tpu_flash")
+    with pytest.raises(ValueError, match="pallas cannot run on xla"):
+        choose_attention(torch.device("xla"), "pallas")
 
 
 @pytest.mark.parametrize("prepared", [True, False])
