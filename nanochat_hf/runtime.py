@@ -65,8 +65,12 @@ def peak_flops(device):
     """Dense bf16 FLOP/s of the device, or None where unknown (then no MFU is printed)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name):
+    """Dense bf16 FLOP/s by a device's name, however it is written; None where unknown. peak_of("h100") → 989e12."""
+    return next((peak for part, peak in PEAK_FLOPS if part.lower() in name.lower()), None)
 
 
 def sum_over_ranks(accelerator):
@@ -182,17 +186,10 @@ class XLAAccelerator(Accelerator):
             if attention_mask is None and position_ids is not None and past_key_values is None:
                 attention_mask = packed_masks(model.config, position_ids)
             with self.autocast():
-                return forward(
-                    *args, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, **kwargs
-                )
+                return forward(*args, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
 
         model.forward = run
         return model
-
-
-def on_tpu():
-    """Whether the XLA device is a TPU; False where torch_xla is absent."""
-    return is_torch_xla_available(check_is_tpu=True)
 
 
 def mark_step(device):
@@ -294,7 +291,7 @@ def pallas_attention(module, query, key, value, attention_mask, scaling=None, sl
 
 def flash_kernel():
     """(name or None, reason): the TPU's flash attention where it can run, registered with transformers."""
-    if not on_tpu():
+    if not is_torch_xla_available(check_is_tpu=True):
         return None, "no TPU"
     if find_spec("jax") is None:
         return None, "the flash kernel needs jax; pip install 'torch_xla[pallas]'"

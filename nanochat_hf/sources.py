@@ -255,7 +255,9 @@ def _rename(rows, source):
 
 def check_column(rows, column, label):
     """ValueError, with the columns there are, where the first row lacks `column` or holds no text in it."""
-    first = rows[0] if not hasattr(rows, "take") or hasattr(rows, "__len__") else next(iter(rows))
+    first = rows[0] if not hasattr(rows, "take") or hasattr(rows, "__len__") else next(iter(rows), None)
+    if first is None:
+        raise ValueError(f"{label}: no rows there; check the data, and the rows that are left out at its start")
     names = list(first) if isinstance(first, dict) else [f"no columns but {type(first).__name__}"]
     if column not in names:
         raise ValueError(f"{label}: no column {column!r}; it has {', '.join(map(str, names))}")

@@ -127,7 +127,7 @@ class PackText:
 
     def __init__(self, encoder, capacity, mode, column, label):
         self.encoder, self.capacity, self.mode, self.column, self.label = encoder, capacity, mode, column, label
-        self.counts = {}
+        self.counts = {"read": 0, "cropped": 0}  # tokens
 
     def size(self, row):
         """Characters of a row's text; ValueError where it is none."""
@@ -140,6 +140,9 @@ class PackText:
         encoded = self.encoder.encode([row[self.column] for row in rows])
         documents = [d["ids"] for d in waiting] + [[bos, *ids] for ids in encoded if ids]
         packed, rest = pack_text(documents, self.capacity, self.mode, bos)
+        self.counts["read"] += sum(len(ids) + 1 for ids in encoded if ids)
+        if self.mode == "crop":
+            self.counts["cropped"] += sum(map(len, documents)) - len(packed) * self.capacity - sum(map(len, rest))
         return [[{"ids": d} for d in row] for row in packed], [{"ids": d} for d in rest]
 
 

@@ -1,5 +1,7 @@
 """Endless batches of windows of documents: plain text, mapped or streamed, and streamed conversations."""
 
+import copy
+
 import numpy as np
 
 from .collate import PackingCollator
@@ -7,6 +9,7 @@ from .conversation import PlainEncoder
 from .loading import ahead, first, worker_loader
 from .sources import check_column, load_source, load_stream, parse_line, task_rows
 from .streaming import MapReader, MixedReader, PackConversations, PackedStream, PackText, StreamReader
+from .texts import JsonText
 from .tokenised import OVERLONG, cut, to_conversation
 
 
@@ -82,13 +85,36 @@ class TextBatches(_Windows):
             raise ValueError(f"mode={mode!r} must be crop or keep")
         reader = _reader(source, streaming, seed, world_size)
         if isinstance(reader, StreamReader) and _is_lines(source):
-            reader.stream = reader.stream.map(_JsonText(source.label, text_column))
+            reader.stream = reader.stream.map(JsonText(source.label, text_column))
         check_column(reader.stream if streaming else reader.rows, text_column, source.label)
         pack = PackText(PlainEncoder(tokenizer), positions + 1, mode, text_column, source.label)
         super().__init__(
             reader, pack, PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size,
             seed=seed, num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "mode": mode, "streaming": streaming},
         )  # fmt: skip
+        self.plain, self.label = reader.stream if streaming else reader.rows, source.label
+
+    def outlook(self, tokens):
+        """The share of tokens that cropping drops, from the first documents that hold `tokens` tokens; 0 in mode "keep".
+
+        ValueError where the whole data holds fewer: a step would meet its documents twice.
+        """
+        pack, rows, waiting = copy.copy(self.stream.pack), iter(self.plain), []
+        pack.counts = dict.fromkeys(pack.counts, 0)
+        while pack.counts["read"] < tokens:
+            window, size = [], 0
+            for row in rows:
+                window.append(row)
+                size += pack.size(row)
+                if len(window) >= pack.documents or size >= pack.characters:
+                    break
+            if not window:
+                raise ValueError(
+                    f"{self.label}: {pack.counts['read']:,} tokens are fewer than the {tokens:,} of one step; "
+                    "give more text or lower --total-batch-size, --device-batch-size or --max-seq-len"
+                )
+            _, waiting = pack(waiting, window)
+        return pack.counts["cropped"] / pack.counts["read"]
 
 
 class StreamedConversations(_Windows):
@@ -146,20 +172,6 @@ class _Treat:
                 yield {"ids": [*head, *ids[a:b].tolist()], "mask": None if self.all else [*[0] * len(head), *mask[a:b].tolist()]}
             else:
                 self.counts["untrained"] += 1
-
-
-class _JsonText:
-    """Makes {text_column: …} of a streamed line of JSON."""
-
-    def __init__(self, label, column):
-        self.label, self.column = label, column
-
-    def __call__(self, row):
-        value = parse_line(row["text"], f"{self.label}: the line {row['text'][:60]!r}")
-        if not isinstance(value, dict) or self.column not in value:
-            has = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{self.label}: no column {self.column!r}; it has {has}")
-        return {self.column: value[self.column]}
 
 
 def _is_lines(source):

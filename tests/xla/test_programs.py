@@ -173,7 +173,7 @@ def test_the_flash_kernel_gets_documents_as_segments(monkeypatch):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=sm_scale)
 
     monkeypatch.setattr(custom_kernel, "flash_attention", stand_in)
-    monkeypatch.setattr(runtime, "on_tpu", lambda: True)
+    monkeypatch.setattr(runtime, "is_torch_xla_available", lambda check_is_tpu=False: True)
     monkeypatch.setattr(runtime, "find_spec", lambda name: True)
     model = NanochatForCausalLM(NanochatConfig(**CONFIG | dict(max_position_embeddings=128, num_key_value_heads=1))).eval()
     generator = torch.Generator().manual_seed(1)
