@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, is_torch_xla_available, set_seed
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -144,7 +144,7 @@ class XLAAccelerator(Accelerator):
     """
 
     def __init__(self, *, dtype=None, compile=False, **kwargs):
-        """`dtype`: float32, bfloat16 or None (bfloat16). ValueError for what would harm the weights or does not run."""
+        """`dtype`: float32, bfloat16 or None (bfloat16). ValueError for what harms the weights or cannot run."""
         for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
             if os.environ.get(name, "0") not in ("", "0"):
                 raise ValueError(
@@ -158,8 +158,8 @@ class XLAAccelerator(Accelerator):
             raise ValueError("--dtype float16 is not for XLA, which has no loss scaling here; use bfloat16 or float32")
         if compile:
             raise ValueError("--compile true is not for XLA, which compiles every step itself; drop it")
-        if not is_torch_xla_available(check_is_tpu=True):
-            os.environ.setdefault("LOCAL_RANK", "0")  # Accelerate takes -1 for it off TPUs, and then prints nothing
+        state = PartialState()
+        state.local_process_index = max(0, state.local_process_index)  # Accelerate has -1 off TPUs, and then prints nothing
         self.autocast_enabled = dtype != "float32"
         super().__init__(mixed_precision="no", **kwargs)
 
@@ -169,11 +169,9 @@ class XLAAccelerator(Accelerator):
         return "bf16" if self.autocast_enabled else "no"
 
     def autocast(self, autocast_handler=None):
-        """bfloat16 products, float32 weights."""
         return torch.autocast("xla", dtype=torch.bfloat16, enabled=self.autocast_enabled)
 
     def backward(self, loss, **kwargs):
-        """Gradients of loss ÷ accumulation steps."""
         (loss / as_input(self.gradient_accumulation_steps, loss.device)).backward(**kwargs)
 
     def prepare_model(self, model, device_placement=None, evaluation_mode=False):

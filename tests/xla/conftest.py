@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 # before torch_xla is imported. The programs are the same at LLVM's level 0, and compile four times as fast
-os.environ |= {"PJRT_DEVICE": "CPU", "XLA_FLAGS": "--xla_backend_optimization_level=0", "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0"}
+os.environ |= {"PJRT_DEVICE": "CPU", "XLA_FLAGS": "--xla_backend_optimization_level=0", "OMP_NUM_THREADS": "1"}
 
 import pytest  # noqa: E402
 
@@ -17,7 +17,7 @@ WORDS = "the cat sat on a mat and the dog ran far away from a house with one red
 LAUNCH = (str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(ROOT / "accelerate_configs/tpu.yaml"), "-m")
 
 
-def run(*command, xla=True, timeout=280):
+def run(*command, xla=True, timeout=600):
     """Run `python *command` from the repository on XLA, or plainly on the CPU; returns what it printed, and fails if it fails."""
     command = command if command[0] == LAUNCH[0] else (sys.executable, *command)
     done = subprocess.run(

@@ -1,5 +1,6 @@
 """What XLA compiles and when: nothing after the warm-up, nothing outside XLA, bfloat16 where it should be."""
 
+import re
 import sys
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch_xla
 import torch_xla.debug.metrics as metrics
 from accelerate import Accelerator
-from conftest import flags
+from conftest import flags, run
 from torch.utils.data import DataLoader
 
 from nanochat_hf import NanochatConfig, NanochatForCausalLM, checkpoint, runtime
@@ -207,3 +208,37 @@ def test_saves_with_prepared_and_unprepared_loaders(prepared, data, tmp_path):
     assert again.state.step == 2
     assert all(torch.equal(value.cpu(), saved[name]) for name, value in other.state_dict().items())
     assert again.fit().step == 3
+
+
+CHECKPOINTED = """
+import os, sys
+os.environ["XLA_FLAGS"] += f" --xla_cpu_enable_concurrency_optimized_scheduler=false --xla_dump_to={sys.argv[2]} --xla_dump_hlo_as_text"
+import torch
+from nanochat_hf import NanochatConfig, NanochatForCausalLM
+from nanochat_hf.runtime import build_accelerator, enable_checkpointing, mark_step
+torch.manual_seed(0)
+accelerator = build_accelerator(1, dtype="float32")
+model = NanochatForCausalLM(NanochatConfig(vocab_size=64, hidden_size=64, num_hidden_layers=6, num_attention_heads=2, max_position_embeddings=128))
+if sys.argv[1] == "checkpointed":
+    enable_checkpointing(model, accelerator.device)
+model = accelerator.prepare(model).train()
+ids = torch.randint(0, 64, (8, 128)).to(accelerator.device)
+mark_step(accelerator.device)
+model(input_ids=ids, shift_labels=ids, position_ids=torch.arange(128).expand(8, 128).contiguous().to(accelerator.device)).loss.backward()
+mark_step(accelerator.device)
+torch.save({name: p.grad.cpu() for name, p in model.named_parameters()}, sys.argv[2] + "/gradients.pt")
+"""
+
+
+def test_gradient_checkpointing_takes_less_memory_for_the_same_gradients(tmp_path):
+    """XLA's own report of the memory of the largest program, with the scheduler that minimises it."""
+    used, gradients = {}, {}
+    for way in ("kept", "checkpointed"):
+        (tmp_path / way).mkdir()
+        run("-c", CHECKPOINTED, way, tmp_path / way)
+        reports = [path.read_text() for path in (tmp_path / way).glob("*memory-usage-report.txt")]
+        used[way] = max(int(number) for text in reports for number in re.findall(r"Total bytes used: (\d+)", text))
+        gradients[way] = torch.load(tmp_path / way / "gradients.pt")
+    assert used["checkpointed"] < 0.9 * used["kept"], used
+    for name, value in gradients["kept"].items():
+        torch.testing.assert_close(gradients["checkpointed"][name], value, rtol=1e-4, atol=1e-6)
