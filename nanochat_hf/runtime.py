@@ -47,6 +47,8 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
         )  # fmt: skip
     if accelerator.distributed_type in REFUSED:
         raise ValueError(f"{accelerator.distributed_type} keeps its own optimizer and cannot run Muon; use DDP or FSDP2")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("float16 needs a GPU: on the CPU Accelerate would silently train in float32; use --dtype bfloat16 or float32")
     set_seed(seed)
     return accelerator
 
@@ -110,8 +112,7 @@ def agree(accelerator, wanted):
 
 
 def _any_rank(accelerator, wanted):
-    flag = torch.tensor([float(wanted)], device=accelerator.device)
-    return accelerator.reduce(flag, reduction="sum")
+    return accelerator.reduce(torch.tensor([float(wanted)], device=accelerator.device), reduction="sum")
 
 
 def whole_weights(model):

@@ -12,12 +12,14 @@ from .runtime import as_input, mark_step, reduce_gradients
 
 @dataclass
 class TrainState:
-    """What a checkpoint must hold of the loop. `tokens` counts positions of all ranks, `seconds` training time only."""
+    """What a checkpoint must hold of the loop. `tokens` counts positions of all ranks, `seconds` training time only; `skipped` steps had no
+    target, `overflowed` ones a gradient beyond float16 (the scaler leaves them out and halves its scale)."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    overflowed: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Trainer:
         self.accumulation = accelerator.gradient_accumulation_steps
         self.callbacks, self.max_grad_norm, self.stop, self.norms_every = list(callbacks), max_grad_norm, stop, norms_every
         self.state, self.stopped = TrainState(), False
+        self.overflows = 0  # overflowed steps in a row until now
 
     def fit(self):
         """Train to `num_steps` or until a stop is agreed on; returns the TrainState."""
@@ -74,6 +77,9 @@ class Trainer:
         empty = isinstance(targets, int) and targets == 0
         loss, norms = (torch.zeros(()), None) if empty else self._accumulate(micro_batches, targets)
         self.state.skipped += empty
+        if self.accelerator.scaler is not None and not empty:
+            self.overflows = self.overflows + 1 if self.optimizer.step_was_skipped else 0
+            self.state.overflowed += self.overflows > 0
         self.state.step += 1
         self.state.tokens += sum(b["input_ids"].numel() for b in micro_batches) * self.accelerator.num_processes
         seconds = time.perf_counter() - start
@@ -94,19 +100,21 @@ class Trainer:
         device, total, norms = self.accelerator.device, 0.0, None
         observed = self.norms_every and (self.state.step + 1) % self.norms_every == 0
         # backward() divides by the accumulation, DDP by the processes: undo both
-        scale = as_input(self.accumulation * self.accelerator.num_processes, device)
+        scale = as_input(self.accumulation * self.accelerator.num_processes / targets, device)
         targets = as_input(targets, device)
         for batch in micro_batches:
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with self.accelerator.accumulate(self.model):
-                loss = self.model(**batch, num_items_in_batch=targets).loss
+                # a sum, divided outside: a compiled model would be compiled anew for every other number of targets
+                loss = self.model(**batch, num_items_in_batch=1).loss
                 self.accelerator.backward(loss * scale)
-                total = total + loss.detach()
+                total = total + loss.detach() / targets
                 mark_step(device)  # programs of XLA: each micro-batch, then the update, so that a change in one compiles one
                 if self.accelerator.sync_gradients:  # on XLA the optimizer's wrapper reduces whenever it is called, complete or not
                     reduce_gradients(self.accelerator, self.optimizer)
-                    if observed and self.accelerator.scaler is None:  # scaled gradients have no norm
-                        norms = gradient_norms(self.optimizer)
+                    if observed:
+                        scaled = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()  # until step() unscales
+                        norms = {name: norm / scaled for name, norm in gradient_norms(self.optimizer).items()}
                     if self.max_grad_norm:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
                     self.optimizer.step()

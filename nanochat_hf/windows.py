@@ -5,11 +5,11 @@ import copy
 import numpy as np
 
 from .collate import PackingCollator
-from .conversation import PlainEncoder
-from .loading import ahead, first, worker_loader
-from .sources import check_column, load_source, load_stream, parse_line, task_rows
+from .conversation import ConversationError, PlainEncoder
+from .loading import ahead, first, plain_errors, worker_loader
+from .sources import load_source, load_stream, locate, parse_line, task_rows
 from .streaming import MapReader, MixedReader, PackConversations, PackedStream, PackText, StreamReader
-from .texts import JsonText
+from .texts import JsonText, check_column
 from .tokenised import OVERLONG, cut, to_conversation
 
 
@@ -29,7 +29,7 @@ class _Windows:
     def __iter__(self):
         self.stream.states, self.stream.turn = list(self.states), self.turn
         if self.num_workers:
-            made = worker_loader(self.stream, num_workers=self.num_workers, prefetch=self.prefetch)
+            made = plain_errors(worker_loader(self.stream, num_workers=self.num_workers, prefetch=self.prefetch))
         else:
             made = ahead(iter(self.stream), self.prefetch)
         for item in made:
@@ -85,9 +85,9 @@ class TextBatches(_Windows):
             raise ValueError(f"mode={mode!r} must be crop or keep")
         reader = _reader(source, streaming, seed, world_size)
         if isinstance(reader, StreamReader) and _is_lines(source):
-            reader.stream = reader.stream.map(JsonText(source.label, text_column))
+            reader.stream = reader.stream.map(JsonText(text_column), remove_columns=["line", "where"])
         check_column(reader.stream if streaming else reader.rows, text_column, source.label)
-        pack = PackText(PlainEncoder(tokenizer), positions + 1, mode, text_column, source.label)
+        pack = PackText(PlainEncoder(tokenizer), positions + 1, mode, text_column, source)
         super().__init__(
             reader, pack, PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size,
             seed=seed, num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "mode": mode, "streaming": streaming},
@@ -148,15 +148,19 @@ class _Treat:
         self.counts = {"truncated": 0, "split": 0, "dropped": 0, "untrained": 0}
 
     def __call__(self, rows):
-        ids, mask, lengths = self.encoder.render([to_conversation(self._parsed(n, row), self.sources[n].label, self.sources[n]) for n, row in rows])
+        ids, mask, lengths = self.encoder.render([self._conversation(row, self.sources[n]) for n, row in rows])
         ends, documents = np.cumsum(lengths), []
         for start, end in zip(ends - lengths, ends, strict=True):
             documents += self._pieces(ids[start:end], mask[start:end])
         return documents
 
-    def _parsed(self, number, row):
-        lines = not self.sources[number].task and _is_lines(self.sources[number])
-        return parse_line(row["text"], f"{self.sources[number].label}: the line {row['text'][:60]!r}") if lines else row
+    def _conversation(self, row, source):
+        if not source.task and _is_lines(source):
+            return to_conversation(parse_line(row["line"], row["where"]), row["where"], source)
+        try:
+            return to_conversation(row, source.label, source)
+        except ConversationError as error:  # searched for only now: a stream does not number its rows
+            raise ConversationError(f"{locate(source, row)}{str(error).removeprefix(source.label)}") from None
 
     def _pieces(self, ids, mask):
         spans = [(0, len(ids))]
@@ -180,11 +184,11 @@ def _is_lines(source):
 
 def _reader(source, streaming, seed, world_size):
     if not streaming:
-        return MapReader(task_rows(source) if source.task else load_source(source), source.label, seed)
+        return MapReader(task_rows(source) if source.task else load_source(source, check=False), source.label, seed)
     stream = load_stream(source)
     if stream.num_shards % world_size:
         print(
             f"{source.label}: {stream.num_shards} shards do not divide by {world_size} processes, so each reads all of them and takes its share",
             flush=True,
         )
-    return StreamReader(stream, source.label, seed)
+    return StreamReader(stream, source, seed)

@@ -10,8 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.sources import SourceConfig, check_column
-from nanochat_hf.texts import documents, is_remote, load_rows
+from nanochat_hf.sources import SourceConfig
+from nanochat_hf.texts import check_column, documents, is_remote, load_rows
 from scripts.tok_eval_texts import TEXTS
 
 LOCAL = ("../shared/data/tokenizers/gpt2", "../shared/data/tokenizers/openai/cl100k_base.tiktoken.gz")

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.sources import SourceConfig, check_column
-from nanochat_hf.texts import documents, is_remote, load_rows
+from nanochat_hf.sources import SourceConfig
+from nanochat_hf.texts import check_column, documents, is_remote, load_rows
 from nanochat_hf.tokenizer import train_tokenizer
 
 

@@ -225,7 +225,7 @@ def finish(config, trainer, evaluate, log, tokenizer, settings, description, out
     figures = {
         "steps": state.step, "tokens": state.tokens, "seconds of training": state.seconds, "minimum validation bpb": evaluate.best,
         "last validation bpb": evaluate.last, "validation bpb before": evaluate.first, "steps without targets": state.skipped,
-        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps, **log.figures,
+        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps + state.overflowed, **log.figures,
     }  # fmt: skip
     if accelerator.is_main_process and output:
         checkpoint.export(trainer.raw_model, tokenizer, folder, weights)

@@ -47,7 +47,7 @@ def _rope(position_ids: torch.Tensor, head_dim: int, theta: float) -> torch.Tens
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
     angle = position_ids[:, :, None, None].float() * frequency
     # rounded to bfloat16 as the reference's tables are, with which its checkpoints were trained
-    return torch.stack((angle.cos().bfloat16(), angle.sin().bfloat16()))
+    return torch.stack((angle.cos(), angle.sin())).bfloat16()  # float16 autocast refuses to stack bfloat16
 
 
 # An operator of its own, since torch.compile would otherwise compute cos and sin anew inside each kernel of each layer that reads them.
