@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# before torch_xla is imported. The programs are the same at LLVM's level 0, and compile four times as fast
+# before torch_xla is imported. The programs are the same at LLVM's level 0, and compile three times as fast
 os.environ |= {"PJRT_DEVICE": "CPU", "XLA_FLAGS": "--xla_backend_optimization_level=0", "OMP_NUM_THREADS": "1"}
 
 import pytest  # noqa: E402

@@ -19,7 +19,8 @@ GREET = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = AutoTokenizer.from_pretrained(sys.argv[1])("the cat sat", return_tensors="pt").input_ids
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = tokenizer("the cat sat", return_tensors="pt").input_ids
 print(model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist())
 """
 
