@@ -12,7 +12,7 @@ $(VENV)/.installed: constraints.txt setup.cfg
 $(XLA)/.installed: constraints-xla.txt setup.cfg
 	$(PYTHON) -m venv $(XLA)
 	$(XLA)/bin/python -m pip install -q -c constraints-xla.txt --only-binary torch_xla -e . torch_xla pytest pytest-timeout || { \
-		echo "torch_xla could not be installed; its release of constraints-xla.txt has wheels for Linux on x86_64 alone" >&2; exit 1; }
+		echo "torch_xla could not be installed (pip says why, above): it has wheels for Linux on x86_64 only, and this is $$(uname -sm)" >&2; exit 1; }
 	touch $@
 
 lint: $(VENV)/.installed
