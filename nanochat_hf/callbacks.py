@@ -10,7 +10,7 @@ import torch
 from . import checkpoint
 from .evals.bpb import evaluate_bpb
 from .generation import Engine
-from .runtime import agree, peak_flops, sum_over_ranks, whole_weights
+from .runtime import agree, for_generation, peak_flops, step_by_step, sum_over_ranks, whole_weights
 from .tracking import Ema, MetricsFile, Progress, say, wandb_run_id
 
 EVAL_TOKENS = 8192  # positions whose float32 logits an evaluation holds at a time: 1 GiB at 32,768 tokens of vocabulary
@@ -86,7 +86,7 @@ class Log:
         self.clock, self.tokens = now, state.tokens
         values = {
             "train/loss": loss, "train/lr_multiplier": info.lr_multiplier, "train/tokens_per_second": rate,
-            "train/step_seconds": info.seconds, "train/tokens": state.tokens, "train/targets": info.targets,
+            "train/step_seconds": info.seconds, "train/tokens": state.tokens, "train/targets": int(info.targets),
             "train/skipped_steps": state.skipped, "train/total_flops": self.flops * state.tokens, "train/seconds": state.seconds,
             "train/epoch": trainer.batches.epoch,
         }  # fmt: skip
@@ -129,7 +129,8 @@ class Evaluate:
     def run(self, trainer):
         """Evaluate now; returns bpb, equal on all ranks."""
         with evaluating(trainer) as model:
-            self.last = evaluate_bpb(model, pieces(self.batches), self.token_bytes, reduce=sum_over_ranks(trainer.accelerator))
+            batches = step_by_step(model.device, pieces(self.batches))
+            self.last = evaluate_bpb(model, batches, self.token_bytes, reduce=sum_over_ranks(trainer.accelerator))
         self.first = self.last if self.first is None else self.first
         accelerator, step = trainer.accelerator, trainer.state.step
         if self.last > 1.02 * self.best:
@@ -161,7 +162,7 @@ class Sample:
         if not due(info.step, self.every) and not (self.every and info.step == trainer.num_steps):
             return
         with evaluating(trainer) as model:  # on every rank: split weights need all of them
-            answers = Engine(model, self.tokenizer).generate([ids for _, ids in self.prompts], max_new_tokens=self.max_new_tokens)
+            answers = Engine(for_generation(model), self.tokenizer).generate([ids for _, ids in self.prompts], max_new_tokens=self.max_new_tokens)
         lines = [f"- {text} → {row[0].text!r}" for (text, _), row in zip(self.prompts, answers, strict=True)]
         say(trainer.accelerator, f"step {info.step}: samples", *lines)
         if trainer.accelerator.is_main_process and self.output_dir:

@@ -29,8 +29,8 @@ class TrainConfig:
     device_batch_size: int = field(default=32, metadata={"help": "rows a process takes at once"})
     total_batch_size: int | None = field(default=None, metadata={"help": "tokens of an optimizer step (default: one micro-batch)"})
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
-    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's)"})
-    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, sdpa or eager"})
+    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's; bfloat16 on XLA)"})
+    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, pallas, sdpa or eager"})
     kernels: bool | None = field(default=None, metadata={"help": "fused Triton kernels in training (default: on CUDA)"})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA)"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in backward: less memory, about 30 %% slower"})
@@ -172,7 +172,7 @@ def run(
     model.set_attn_implementation(kernel)
     fused = install_kernels(config, accelerator, model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        runtime.enable_checkpointing(model, accelerator.device)
     flops = announce(config, accelerator, model, description, num_steps, reason, {"kernels": fused} | (plan or {}))
     if config.plan_only:
         return "", None, None
