@@ -1,4 +1,7 @@
-"""Fused kernels against the plain formulas of the model. What needs Triton runs on a GPU alone, and says so where there is none."""
+"""Fused kernels against the plain formulas of the model: on a GPU, or by Triton's interpreter where triton is installed without one."""
+
+import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,7 +11,10 @@ from nanochat_hf import NanochatConfig, NanochatForCausalLM, kernels
 from nanochat_hf.kernels.mlp import squared_relu_mlp
 from nanochat_hf.model.modeling_nanochat_hf import nll_and_slope, norm, rotate
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton kernels run on a GPU, and there is none here")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 IDS = 300
 
 
@@ -36,7 +42,7 @@ def batch(device="cpu"):
 
 def gradients(model, inputs, call=None):
     model.zero_grad()
-    loss = (call or model)(**inputs).loss
+    loss = (model if call is None else call)(**inputs).loss
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -79,17 +85,17 @@ def test_without_a_gpu_nothing_is_available_and_the_reason_is_said():
     assert kernels.available(torch.device("cpu")) == (False, "no Triton on cpu")
 
 
-@gpu
+@triton
 @pytest.mark.parametrize("shared", [True, False])
-def test_rope_norm_on_a_gpu(shared):
+def test_rope_norm(shared):
     from nanochat_hf.kernels.rope import RopeNorm
 
     torch.manual_seed(0)
     B, T, H, K, D = 2, 37, 3, 1, 128
-    x = torch.randn(B, T, (H + K) * D, device="cuda")
-    angle = torch.randn(1 if shared else B, T, 1, D // 2, device="cuda")
+    x = torch.randn(B, T, (H + K) * D, device=DEVICE)
+    angle = torch.randn(1 if shared else B, T, 1, D // 2, device=DEVICE)
     rope = torch.stack((angle.cos(), angle.sin())).bfloat16()
-    slopes = torch.randn(B, H, T, D, device="cuda").transpose(1, 2), torch.randn(B, T, K, D, device="cuda")
+    slopes = torch.randn(B, H, T, D, device=DEVICE).transpose(1, 2), torch.randn(B, T, K, D, device=DEVICE)
     ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
     torch.autograd.backward(RopeNorm.apply(ours, rope, H, K), slopes)
     cos, sin = rope.float()
@@ -97,28 +103,39 @@ def test_rope_norm_on_a_gpu(shared):
     assert relative(ours.grad, plain.grad) < 1e-6
 
 
-@gpu
+@triton
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-3)])
-def test_cross_entropy_kernel_on_a_gpu(dtype, tolerance):
+def test_cross_entropy_kernel(dtype, tolerance):
     from nanochat_hf.kernels.cross_entropy import softcapped_nll_
 
     torch.manual_seed(0)
-    logits = (torch.randn(9, 5000, device="cuda") * 20).to(dtype)
-    target, weight = torch.randint(5000, (9,), device="cuda"), torch.rand(9, device="cuda")
+    logits = (torch.randn(9, 5000, device=DEVICE) * 20).to(dtype)
+    target, weight = torch.randint(5000, (9,), device=DEVICE), torch.rand(9, device=DEVICE)
     target[3] = -100
     nll, slope = nll_and_slope(logits.float(), target, weight, 15.0)
     assert relative(softcapped_nll_(logits, target, weight, 15.0), nll) < tolerance
     assert relative(logits, slope) < tolerance  # in place
 
 
-@gpu
-@pytest.mark.parametrize(("dtype", "compile", "tolerance"), [(None, False, 2e-5), (torch.bfloat16, False, 3e-2), (torch.bfloat16, True, 3e-2)])
-def test_the_whole_model_with_kernels_is_the_model(dtype, compile, tolerance):
-    model, inputs = tiny("cuda"), batch("cuda")
-    with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
-        loss, plain = gradients(model, inputs)
-        assert kernels.install(model) == ["rope and norm of queries and keys", "softcapped cross-entropy", "squared ReLU"]
-        call = torch.compile(model, fullgraph=True, dynamic=False) if compile else None
-        fused_loss, fused = gradients(model, inputs, call)
-    assert abs(fused_loss - loss) < tolerance
-    assert max(relative(fused[name], plain[name]) for name in plain if plain[name].ndim == 2) < tolerance
+@triton
+def test_the_whole_model_with_kernels_is_the_model_in_float32():
+    model, inputs = tiny(DEVICE), batch(DEVICE)
+    loss, plain = gradients(model, inputs)
+    assert kernels.install(model) == ["rope and norm of queries and keys", "softcapped cross-entropy", "squared ReLU"]
+    fused_loss, fused = gradients(model, inputs)
+    assert abs(fused_loss - loss) < 2e-5
+    assert max(relative(fused[name], plain[name]) for name in plain) < 2e-5
+
+
+@triton
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter is not compiled"))])
+def test_with_kernels_bfloat16_strays_no_further_from_float32(compile):
+    model, inputs = tiny(DEVICE), batch(DEVICE)
+    _, exact = gradients(model, inputs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        _, plain = gradients(model, inputs)
+        kernels.install(model)
+        _, fused = gradients(model, inputs, torch.compile(model, fullgraph=True, dynamic=False) if compile else None)
+    matrices = [name for name in exact if exact[name].ndim == 2]
+    for name in matrices:
+        assert relative(fused[name], exact[name]) < 1.5 * relative(plain[name], exact[name]) + 2e-3, name

@@ -75,7 +75,7 @@ def rope_norm_forward(x: torch.Tensor, rope: torch.Tensor, q_heads: int, k_heads
     q, k = x.new_empty(B, T, q_heads, D), x.new_empty(B, T, k_heads, D)
     scale = x.new_empty(B, T, q_heads + k_heads, dtype=torch.float32)
     grid = (triton.cdiv(B * T, TOKENS), q_heads + k_heads)
-    eps = torch.finfo(x.dtype).eps  # F.rms_norm's own
+    eps = torch.finfo(torch.float32).eps  # F.rms_norm's own: that of the dtype it computes in
     _forward[grid](
         x, rope, q, k, scale, B * T, rope.shape[1] * T, rope[0].numel(), q_heads, k_heads, eps, D=D, TOKENS=TOKENS, num_warps=4
     )
