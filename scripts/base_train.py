@@ -4,6 +4,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 
 from nanochat_hf import NanochatForCausalLM, scaling
+from nanochat_hf.callback_core import CoreConfig
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data import SourceConfig, TextBatches
 from nanochat_hf.hub import HubConfig, HubPusher
@@ -39,10 +40,11 @@ class BaseConfig:
 
 @user_errors
 def main(argv=None):
-    base, config, hub, _ = parse([BaseConfig, TrainConfig, HubConfig], argv, description=__doc__)
+    base, config, core, hub, _ = parse([BaseConfig, TrainConfig, CoreConfig, HubConfig], argv, description=__doc__)
     config = smoke(config)
     pusher = HubPusher.from_config(hub, idle=config.dry_run or config.plan_only)
     tokenizer = load_tokenizer(base.tokenizer)
+    more = [] if config.smoke_test else core.callbacks(tokenizer, None if config.dry_run else config.output_dir)
     model_config = scaling.model_config(
         base.depth, len(tokenizer), config.max_seq_len, aspect_ratio=base.aspect_ratio, head_dim=base.head_dim, window_pattern=base.window_pattern,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -73,7 +75,8 @@ def main(argv=None):
     decay = replace(config, weight_decay=scaling.base_weight_decay(base.depth, config.weight_decay)) if config.weight_decay else config
     folder, _, _ = run(
         decay, accelerator, model, tokenizer, batches, validation, num_steps, description=f"base d{base.depth}", decay=True, pusher=pusher,
-        lr_scale=scaling.batch_lr_scale(tokens) if config.total_batch_size else 1.0, settings=asdict(base),
+        lr_scale=scaling.batch_lr_scale(tokens) if config.total_batch_size else 1.0, settings=asdict(base) | asdict(core),
+        callbacks=more,
         prompts=[(text, [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS],
     )  # fmt: skip
     sys.exit(143 if folder is None else 0)
