@@ -16,7 +16,7 @@ from nanochat_hf.evals.core_scoring import evaluate_core
 from nanochat_hf.evals.raw_bytes import raw_token_bytes
 from nanochat_hf.generation import Engine
 from nanochat_hf.runtime import build_accelerator, sum_over_ranks
-from nanochat_hf.sources import check_column
+from nanochat_hf.texts import check_column
 from scripts.base_train import PROMPTS
 
 EVALS = ("core", "bpb", "sample")

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_nanochat_hf import NanochatConfig
 
 GATE_CHANNELS = 32
-LOSS_CHUNK = 4096  # tokens whose float32 logits exist at one time: 512 MiB at V = 32768
+LOSS_CHUNK = 8192  # tokens whose logits exist at one time: 512 MiB in bfloat16 at V = 32768
 
 
 def norm(x):
@@ -47,7 +47,7 @@ def _rope(position_ids: torch.Tensor, head_dim: int, theta: float) -> torch.Tens
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
     angle = position_ids[:, :, None, None].float() * frequency
     # rounded to bfloat16 as the reference's tables are, with which its checkpoints were trained
-    return torch.stack((angle.cos().bfloat16(), angle.sin().bfloat16()))
+    return torch.stack((angle.cos(), angle.sin())).bfloat16()  # float16 autocast refuses to stack bfloat16
 
 
 # An operator of its own, since torch.compile would otherwise compute cos and sin anew inside each kernel of each layer that reads them.
@@ -73,18 +73,22 @@ class NanochatAttention(nn.Module):
         self.v_proj = linear(C, K * D)
         self.o_proj = linear(H * D, C, "zero")
         self.ve_gate = linear(GATE_CHANNELS, K, "zero") if has_value_embedding(config, layer_idx) else None
+        self.fused = None  # in training, a kernel in place of `queries_and_keys` may stand here
+
+    def queries_and_keys(self, x, rope):
+        """Rotated and normed q (B, T, H, D) and k (B, T, K, D)."""
+        q, k = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj))
+        cos, sin = (t.to(q.dtype) for t in rope)
+        # norm after RoPE, so that attention logits stay bounded (arXiv:2302.05442)
+        return norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
 
     def forward(self, x, value_embedding, rope, attention_mask, past_key_values, **kwargs):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q, k = self.fused(self, x, rope) if self.fused and self.training else self.queries_and_keys(x, rope)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         if self.ve_gate is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1).to(v.dtype) * value_embedding.view_as(v).to(v.dtype)
-        cos, sin = (t.to(q.dtype) for t in rope)
-        # norm after RoPE, so that attention logits stay bounded (arXiv:2302.05442)
-        q, k = (norm(rotate(t, cos, sin)) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, K, T, D); views, after all that reads memory in order
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -103,8 +107,11 @@ class NanochatMLP(nn.Module):
         super().__init__()
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size, "zero")
+        self.fused = None  # in training, a kernel for both products may stand here
 
     def forward(self, x):
+        if self.fused and self.training:
+            return self.fused(x, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(F.relu(self.up_proj(x)).square())
 
 
@@ -183,8 +190,8 @@ class NanochatModel(NanochatPreTrainedModel):
         self.post_init()
 
     def rope(self, position_ids):
-        """cos and sin (B, T, 1, D/2) for any position; computed, not stored, so that no length is too long."""
-        return torch.ops.nanochat_hf.rope(position_ids, self.config.head_dim, float(self.config.rope_theta)).unbind(0)
+        """cos and sin (2, B, T, 1, D/2) for any position; computed, not stored, so that no length is too long."""
+        return torch.ops.nanochat_hf.rope(position_ids, self.config.head_dim, float(self.config.rope_theta))
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
@@ -224,10 +231,20 @@ class NanochatModel(NanochatPreTrainedModel):
             table = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
             mask = masks[self.config.layer_types[i]]
             # the cache goes by keyword: gradient checkpointing drops it by name, lest the recomputation write it twice
-            x = layer(x, table, rope, mask, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
+            x = layer(x, table, rope, mask, past_key_values=past_key_values, position_ids=own_positions, **kwargs)
         x = norm(x)
         hidden = (*hidden, x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, hidden_states=hidden)
+
+
+def nll_and_slope(logits, target, weight, cap):
+    """Uncapped logits (n, V), targets (n) with −100 ignored, weights (n) → weight·nll (n) float32, its gradient (n, V)."""
+    weight, target = torch.where(target == -100, 0.0, weight).unsqueeze(1), target.clamp(min=0).unsqueeze(1)  # (n, 1)
+    squashed = torch.tanh(logits.float() / cap)
+    lse = torch.logsumexp(cap * squashed, dim=1, keepdim=True)
+    nll = (lse - cap * squashed.gather(1, target)) * weight
+    wrong = torch.exp(cap * squashed - lse) - (torch.arange(logits.shape[1], device=target.device) == target).float()
+    return nll.squeeze(1), (wrong * weight * (1 - squashed.square())).to(logits.dtype)
 
 
 class SoftcappedLoss(torch.autograd.Function):
@@ -238,23 +255,17 @@ class SoftcappedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, vocab_size, cap, chunk):
+    def forward(ctx, hidden, head, targets, weights, vocab_size, cap, chunk, nll_and_slope):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
             table = head[:vocab_size].to(dtype)
-            classes = torch.arange(vocab_size, device=targets.device)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             grad_head = torch.zeros(table.shape, dtype=torch.float32, device=hidden.device)
             grads = []
             for h, target, weight in zip(hidden.to(dtype).split(chunk), targets.split(chunk), weights.split(chunk), strict=True):
-                weight = torch.where(target == -100, 0.0, weight).unsqueeze(1)  # (n, 1)
-                target = target.clamp(min=0).unsqueeze(1)
-                squashed = torch.tanh((h @ table.mT).float() / cap)  # (n, V)
-                lse = torch.logsumexp(cap * squashed, dim=1, keepdim=True)
-                total = total + ((lse - cap * squashed.gather(1, target)) * weight).sum()
-                wrong = torch.exp(cap * squashed - lse) - (classes == target).float()
-                slope = (wrong * weight * (1 - squashed.square())).to(dtype)
+                nll, slope = nll_and_slope(h @ table.mT, target, weight, cap)
+                total = total + nll.sum()
                 grads.append((slope @ table).to(hidden.dtype))
                 grad_head += (slope.mT @ h).float()
         ctx.save_for_backward(torch.cat(grads), grad_head)
@@ -266,7 +277,7 @@ class SoftcappedLoss(torch.autograd.Function):
         grad_hidden, grad_head = ctx.saved_tensors
         padding, dtype = ctx.head
         grad_head = F.pad((grad_head * grad_output).to(dtype), (0, 0, 0, padding))
-        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None, None
+        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None, None, None
 
 
 class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
@@ -276,6 +287,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NanochatModel(config)
         self.lm_head = linear(config.hidden_size, padded(config.vocab_size), "head")
+        self.nll_and_slope = nll_and_slope  # a kernel may take its place
         self.post_init()
 
     def logits(self, hidden):
@@ -308,7 +320,8 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights.flatten().float()
         if self.training and torch.is_grad_enabled() and type(self.lm_head) is nn.Linear:
             return SoftcappedLoss.apply(
-                hidden, self.lm_head.weight, targets, weights, self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK
+                hidden, self.lm_head.weight, targets, weights, self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK,
+                self.nll_and_slope,
             )
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(targets), LOSS_CHUNK):
