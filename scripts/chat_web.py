@@ -94,9 +94,10 @@ def build_page(argv=None):
         except ValueError as error:
             raise gradio.Error(str(error)) from None
 
+    # without the button that publishes the chat
+    window = gradio.Chatbot(buttons=["copy", "copy_all"], show_label=False, height=200, scale=1)
     interface = gradio.ChatInterface(
-        respond, chatbot=gradio.Chatbot(buttons=["copy", "copy_all"], show_label=False),  # without the button that publishes the chat
-        title=f"nanochat_hf: {args.model}", api_name="chat", concurrency_limit=1, analytics_enabled=False,
+        respond, chatbot=window, title=f"nanochat_hf: {args.model}", api_name="chat", concurrency_limit=1, analytics_enabled=False,
         additional_inputs=[
             gradio.Slider(0, 2, args.temperature, label="temperature (0: greedy)"),
             gradio.Slider(0, 200, args.top_k, step=1, label="top-k (0: all tokens)"),
