@@ -16,9 +16,9 @@ class Buffer(DynamicLayer):
     prefill with transformers' masks fits them.
     """
 
-    def __init__(self, window=None):
+    def __init__(self, window=None, growth=GROWTH):
         super().__init__()
-        self.window, self.filled = window, 0
+        self.window, self.growth, self.filled = window, growth, 0
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append (N, K, T, D) and return what the queries may see, as views."""
@@ -33,7 +33,7 @@ class Buffer(DynamicLayer):
         return self.keys[:, :, first : self.filled], self.values[:, :, first : self.filled]
 
     def _grown(self, old, states, start):
-        new = states.new_empty(*states.shape[:2], self.filled + GROWTH, states.shape[3])
+        new = states.new_empty(*states.shape[:2], self.filled + self.growth, states.shape[3])
         if start:
             new[:, :, :start] = old[:, :, :start]
         return new
@@ -44,10 +44,13 @@ class Buffer(DynamicLayer):
 
 
 class Eager:
-    """Prompts after one prefill: `logits` (N, V) of the next token, a step for all rows, and the removal of rows."""
+    """Prompts after one prefill: `logits` (N, V) of the next token, a step for all rows, and the removal of rows.
+
+    `reserve`: the tokens that are to come; a short answer should not pay for the memory of a long one.
+    """
 
     @torch.no_grad()  # not inference_mode, which XLA tensors refuse
-    def __init__(self, model, prompts, samples, pad):
+    def __init__(self, model, prompts, samples, pad, reserve=GROWTH):
         self.model, config, device = model, model.config, model.device
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (B, T), padded on the left
@@ -59,7 +62,7 @@ class Eager:
         self.window = getattr(config, "sliding_window", None)
         if self.own_masks:
             windows = [self.window if kind == "sliding_attention" else None for kind in config.layer_types]
-            self.cache = Cache(layers=[Buffer(window) for window in windows])
+            self.cache = Cache(layers=[Buffer(window, min(reserve, GROWTH)) for window in windows])
         else:
             self.cache = DynamicCache(config=config)
         padded = any(len(p) < longest for p in prompts)

@@ -56,7 +56,8 @@ class Engine:
             raise ValueError("prompts must be non-empty lists of ids; render_prompt gives one")
         uniforms = draw_uniforms(seed, len(prompts), samples, max_new_tokens).to(self.model.device) if temperature else None
         sampler = Sampler(uniforms, temperature, top_k, top_p)
-        batch = Eager(self.model, prompts, samples, self.pad)
+        # compiled decoding copies the cache into its own
+        batch = Eager(self.model, prompts, samples, self.pad, 0 if self.static else max_new_tokens)
         chosen = [[token] for token in sampler(batch.logits).tolist()]
         if self.static and max_new_tokens > 1:
             batch = self.static.begin(batch, uniforms, max_new_tokens)
