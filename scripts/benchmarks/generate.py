@@ -62,28 +62,29 @@ def ways(model, compiled):
     return kinds | ({"engine, compiled": ours(Engine(model, NoTokens(), compile=True))} if compiled else {})
 
 
-def timed(function, device, *arguments):
+def timed(clock, function, device, *arguments):
     """(seconds, result)."""
     wait(device)
-    start = time.perf_counter()
+    start = clock()
     result = function(*arguments)
     wait(device)
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def measure(model, rows, args):
     """All ways at one batch size → a dict of figures each."""
     device, kinds = model.device, ways(model, args.compile)
+    clock = time.process_time if args.cpu_time else time.perf_counter
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(1, model.config.vocab_size, (rows, args.prompt), generator=generator).tolist()
     first, whole, texts, warmup = {n: [] for n in kinds}, {n: [] for n in kinds}, {}, {}
     for name, function in kinds.items():  # compiles, and reserves memory
-        warmup[name] = timed(function, device, prompts, args.tokens)[0]
+        warmup[name] = timed(time.perf_counter, function, device, prompts, args.tokens)[0]
         function(prompts, 1)
     for _ in range(args.repeats):
         for name, function in kinds.items():
-            first[name].append(timed(function, device, prompts, 1)[0])
-            seconds, texts[name] = timed(function, device, prompts, args.tokens)
+            first[name].append(timed(clock, function, device, prompts, 1)[0])
+            seconds, texts[name] = timed(clock, function, device, prompts, args.tokens)
             whole[name].append(seconds)
     out = []
     for name in kinds:
@@ -110,12 +111,15 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=5, help="timings of each way, in turns, of which the median counts")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out the compiled engine")
+    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU time: steadier where others share the cores")
     parser.add_argument("--json", help="also write the figures there")
     args = parser.parse_args(argv)
     if args.tokens < 2 or args.prompt < 1 or args.repeats < 1:
         raise ValueError(f"--tokens {args.tokens}, --prompt {args.prompt}, --repeats {args.repeats}: at least 2, 1 and 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    if args.cpu_time and device.type != "cpu":
+        raise ValueError(f"--cpu-time says nothing about the work of {device.type}; leave it out")
     model, rows = load(args, device, dtype), []
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, {dtype}, torch {torch.__version__}, prompt {args.prompt}, {args.tokens} new tokens, {args.repeats} repeats", flush=True)
