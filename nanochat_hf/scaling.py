@@ -5,13 +5,13 @@ import math
 import torch
 
 from .model import NanochatConfig, NanochatForCausalLM
-from .model.modeling_nanochat_hf import LOSS_CHUNK
 
 # Bytes of activations per token and channel, under bf16 autocast, compiled: for each layer what backward needs of it (its input and norms, q, k,
 # v, the attention's output, four channels' worth of up_proj twice: some 30), and once what is there in no layer or in one at a time (embeddings,
-# gradients in flight). Both from two peaks on an H100: d12 with 32 rows of 2048 31.4 GiB, d20 with 16 rows 46.3 GiB (docs/log.md).
+# gradients in flight). Both from two peaks on an H100: d12 with 32 rows of 2048 31.4 GiB, d20 with 16 rows 46.3 GiB (docs/log.md). They were
+# taken without the fused kernels, which keep about 8 bytes less of each layer, so that with those the estimate is on the safe side.
 LAYER_BYTES, OUTER_BYTES = 33.5, 148
-LOGIT_COPIES = 3  # float32 tensors of LOSS_CHUNK × V at a time in the loss
+LOGIT_BYTES = 3 * 4 * 4096  # a token of vocabulary: float32 logits of a chunk of positions, thrice
 GIB = 2**30
 PLANNED_MFU = 0.4  # what plans assume: 41 % at d12 and 46 % at d20 were measured on one H100, before evaluation and saving
 
@@ -97,7 +97,7 @@ def memory_per_gpu(model, rows, positions, gpus=1):
         "gradients": 4 * counts["total"] * (1 if gpus == 1 else 2),
         "optimizer": (8 * (counts["total"] - counts["matrix"]) + 4 * counts["matrix"]) / gpus,
         "activations": tokens * width * (LAYER_BYTES * config.num_hidden_layers + OUTER_BYTES)
-        + LOGIT_COPIES * 4 * min(tokens, LOSS_CHUNK) * config.vocab_size,
+        + LOGIT_BYTES * config.vocab_size,
     }
     return {name: size / GIB for name, size in (parts | {"total": sum(parts.values())}).items()}
 

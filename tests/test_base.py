@@ -2,11 +2,16 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hub_endpoints import Repo
+from hub_fixtures import ROOT, TOKEN, environment
+from hub_server import HubServer
 from processes import Run
 
 from nanochat_hf import NanochatForCausalLM, scaling
@@ -131,6 +136,25 @@ def test_a_folder_laid_out_as_on_the_hub_streams_and_resumes(start, tmp_path, pa
     assert files[0] == files[1]
 
 
+def test_the_default_recipe_streams_from_its_hub_name(start, tmp_path):
+    """From a Hub on loopback that holds shards at its root, as the real data set has them."""
+    files = {path.name: path.read_bytes() for path in (start / "hub").iterdir()}
+    shape = ["--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "32", "--device-batch-size", "4", "--num-steps", "2"]
+    flags = [*shape, "--total-batch-size", "128", "--eval-batches", "1", "--tokenizer", str(start / "tokenizer"), "--num-workers", "2"]
+    with HubServer({TOKEN: "user"}) as server:
+        server.repos["datasets", "karpathy/fineweb-edu-100b-shuffle"] = Repo()
+        server.repos["datasets", "karpathy/fineweb-edu-100b-shuffle"].commit("main", "shards", files)
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.base_train", "--config", str(ROOT / "scripts/recipes/base.yaml"), *flags, "--output-dir", "run"],
+            capture_output=True, text=True, cwd=tmp_path, env=environment(server, tmp_path) | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"},
+        )  # fmt: skip
+        asked = [path for _, path, _ in server.requests if "/resolve/" in path]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "karpathy/fineweb-edu-100b-shuffle, packing crop" in done.stdout and "base d2 step 2/2" in done.stdout
+    assert "The capital of France is" in done.stdout  # the seven prompts, at the end
+    assert any("shard_00000.parquet" in path for path in asked) and (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
@@ -229,3 +253,20 @@ def test_the_plan_prints_what_training_prints(start, tmp_path, capsys):
     with pytest.raises(SystemExit):
         plan.main(["--gpu", "abacus"])
     assert "--gpu abacus is unknown; choose from b200" in capsys.readouterr().err
+
+
+def test_the_experiments_arms_differ_in_the_matrices_rule_alone():
+    from scripts.experiments import muon_vs_adamw as experiment
+
+    config = experiment.ExperimentConfig(data="t", validation="v", output="runs/x", num_steps=100)
+    tried = [{"matrix_lr": lr, "bpb": [[0, 3.0], [25, last]]} for lr, last in ((0.001, 1.7), (0.002, 1.5), (0.004, 1.6))]
+    arms = experiment.full_arms(config, 100, {"lr-search": tried})
+    muon, adamw = (experiment.command(config, name, differing, "tok") for name, differing in arms.items())
+    muon, adamw = (dict(zip(c[3::2], c[4::2], strict=True)) for c in (muon, adamw))
+    assert {flag for flag in {*muon, *adamw} if muon.get(flag) != adamw.get(flag)} == {
+        "--output-dir", "--matrix-optimizer", "--matrix-lr", "--weight-decay",
+    }  # fmt: skip
+    assert (adamw["--matrix-optimizer"], adamw["--matrix-lr"], adamw["--num-steps"], adamw["--warmup-steps"]) == ("adamw", "0.002", "100", "2")
+    assert [differing["num_steps"] for differing in experiment.search_arms(config, 100).values()] == [25] * 4
+    with pytest.raises(ValueError, match="no learning rate for AdamW; give --adamw-lr"):
+        experiment.full_arms(config, 100, {})
