@@ -9,7 +9,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 HOLE = 2**30  # the position of a slot that holds nothing: beyond every query
 STEPS = 8  # tokens between two looks of the host on CUDA; a tool call costs up to so many holes
-BLOCK = 256  # slots are a multiple of this, rows a power of two: few shapes, few compilations
+BLOCK = 128  # slots are a multiple of this, rows a power of two: few shapes, few compilations
+KEPT = 4  # shapes whose caches and graphs are kept
 
 
 class Slots(DynamicLayer):
@@ -80,12 +81,13 @@ class Slate:
         live = (~self.stalled)[:, None]  # (N, 1)
         self.slot.add_(1)
         self.positions.add_(live)
-        self.slot_positions.index_copy_(1, self.slot, torch.where(live, self.positions, HOLE))
+        # masked_fill takes its number as an argument of the kernel; torch.where would copy it from the host, which no recording allows
+        self.slot_positions.index_copy_(1, self.slot, self.positions.masked_fill(~live, HOLE))
         logits = self.static.compiled(self.static.model, self.ids, self.positions, self.slot_positions, self.cache, self.static.window)
         drawn = self.uniforms.gather(1, self.count.clamp(max=self.slots - 1))[:, 0]
         given = self.forced.index_select(1, self.column)  # (N, 1)
         token = torch.where(given >= 0, given, sample(logits, drawn)[:, None])
-        self.out.index_copy_(1, self.column, torch.where(live, token, -1))
+        self.out.index_copy_(1, self.column, token.masked_fill(~live, -1))
         self.ids.copy_(torch.where(live, token, self.ids))
         self.count.add_(live)
         self.column.add_(1)
@@ -141,6 +143,8 @@ class Static:
         # some room for holes; when it is used up, the host looks after each token and no more arise
         shape = (1 << (rows - 1).bit_length(), -(-(filled + reserve + 4 * STEPS) // BLOCK) * BLOCK)
         if shape not in self.slates:
+            if len(self.slates) == KEPT:
+                del self.slates[next(iter(self.slates))]  # the oldest
             self.slates[shape] = Slate(self, eager.cache.layers, *shape)
         self.slate = self.slates[shape]
         self.slate.fill(eager, uniforms)
