@@ -4,6 +4,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 
 from nanochat_hf import NanochatForCausalLM, scaling
+from nanochat_hf.callback_core import CoreConfig
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data import SourceConfig, TextBatches, load_source
 from nanochat_hf.hub import HubConfig, HubPusher
@@ -59,10 +60,11 @@ class BaseTrainConfig(TrainConfig):
 
 @user_errors
 def main(argv=None):
-    base, config, hub, _ = parse([BaseConfig, BaseTrainConfig, HubConfig], argv, description=__doc__)
+    base, config, core, hub, _ = parse([BaseConfig, BaseTrainConfig, CoreConfig, HubConfig], argv, description=__doc__)
     config = smoke(config)
     pusher = HubPusher.from_config(hub, idle=config.dry_run or config.plan_only)
     tokenizer = load_tokenizer(base.tokenizer)
+    more = [] if config.smoke_test else core.callbacks(tokenizer, None if config.dry_run else config.output_dir)
     model_config = scaling.model_config(
         base.depth, len(tokenizer), config.max_seq_len, aspect_ratio=base.aspect_ratio, head_dim=base.head_dim, window_pattern=base.window_pattern,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -91,7 +93,8 @@ def main(argv=None):
         config = replace(config, weight_decay=scaling.base_weight_decay(base.depth, config.weight_decay))
     folder, _, _ = run(
         config, accelerator, model, tokenizer, batches, validation, num_steps, description=f"base d{base.depth}", decay=True, pusher=pusher, plan=plan,
-        lr_scale=scaling.batch_lr_scale(tokens) if base.scale_lr_to_batch else 1.0, settings=asdict(base),
+        lr_scale=scaling.batch_lr_scale(tokens) if base.scale_lr_to_batch else 1.0, settings=asdict(base) | asdict(core),
+        callbacks=more,
         prompts=[(text, [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS],
     )  # fmt: skip
     sys.exit(143 if folder is None else 0)

@@ -153,9 +153,10 @@ def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, deca
 
 def run(
     config, accelerator, model, tokenizer, batches, validation, num_steps, *, description, settings=None, lr_scale=1.0, decay=False,
-    prompts=(), plan=None, pusher=None,
+    prompts=(), plan=None, pusher=None, callbacks=(),
 ):  # fmt: skip
-    """Train `model` on `batches` for `num_steps`, evaluate on `validation` (batches), save. `plan`: more lines of the printed plan; `prompts`: see Sample.
+    """Train `model` on `batches` for `num_steps`, evaluate on `validation` (batches), save. `plan`: more lines of the printed plan;
+    `prompts`: see Sample; `callbacks`: more of them.
 
     Returns (final folder, Trainer, Evaluate); the folder is None when the run was stopped, and "" when there is nothing to write.
     """
@@ -197,7 +198,7 @@ def run(
     save = Save(output, tokenizer, settings, every=config.save_every, keep=config.keep, minutes=config.save_minutes)
     samples = [Sample(tokenizer, prompts, every=config.sample_every, output_dir=output)] if prompts and config.sample_every else []
     # saved before anything that could fail: evaluation and samples come after
-    trainer.callbacks = [log, *([save] if output else []), evaluate, *samples, CollectGarbage()]
+    trainer.callbacks = [log, *([save] if output else []), evaluate, *samples, *callbacks, CollectGarbage()]
     if config.eval_every and not resume:
         evaluate.run(trainer)
     push = callback_push.attach(trainer, pusher if output else None, output)

@@ -8,7 +8,7 @@ LAYERS = [
     "model tokenizer formats conversation packing schedules config calculator sandbox_jail __about__",
     "scaling optim tasks data collate generation sandbox runtime attention kernels streaming sources texts tokenised loading windows",
     "evals rollouts tracking report checkpoint hub hub_folder hub_dataset model_card model_card_text interop",
-    "trainer callbacks callback_push",
+    "trainer callbacks callback_core callback_push",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 

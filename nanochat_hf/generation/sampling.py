@@ -45,6 +45,27 @@ def sample(logits, uniforms, temperature, top_k=None, top_p=None):
     return (index if candidates is None else candidates.gather(-1, index))[:, 0]
 
 
+class Sampler:
+    """How all rows of a batch sample: the settings, and each row's own random numbers, `uniforms` (N, steps) or None when greedy."""
+
+    def __init__(self, uniforms, temperature, top_k=None, top_p=None):
+        self.uniforms, self.settings, self.step = uniforms, (temperature, top_k, top_p), 0
+
+    def sample(self, logits, uniforms):
+        """Next ids (N,) from logits (N, V) and one number a row."""
+        return sample(logits, uniforms, *self.settings)
+
+    def __call__(self, logits):
+        """Next ids (N,), by the next number of every row."""
+        drawn = None if self.uniforms is None else self.uniforms[:, self.step]
+        self.step += 1
+        return self.sample(logits, drawn)
+
+    def keep(self, rows):
+        """Only the rows with these numbers are left."""
+        self.uniforms = None if self.uniforms is None else self.uniforms[rows]
+
+
 def draw_uniforms(seed, prompts, samples, steps):
     """(prompts·samples, steps) uniforms; row (i, j) depends on `seed`, i and j only. A list of seeds, one a prompt, leaves i out."""
     if not isinstance(seed, int) and len(seed) != prompts:

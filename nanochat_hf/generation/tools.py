@@ -50,12 +50,20 @@ def answer_parts(tokenizer, ids):
 
 
 class Row:
-    """The state machine of one row: plain, or collecting an expression, or being forced to take a tool's output."""
+    """The state machine of one row: plain, or collecting an expression, or being forced to take a tool's output.
 
-    def __init__(self, tokenizer, calculator, specials=None):
-        self.tokenizer, self.calculator = tokenizer, calculator
+    It is `done` at an end token and when it has `limit` tokens; `last` is the token that the model reads next.
+    """
+
+    def __init__(self, tokenizer, calculator, specials=None, limit=None):
+        self.tokenizer, self.calculator, self.limit, self.last = tokenizer, calculator, limit, 0
         self.tools, self.ends = specials or special_ids(tokenizer)
         self.out, self.pending, self.expression, self.done = Completion(), deque(), None, False
+
+    @property
+    def left(self):
+        """Tokens until the limit."""
+        return self.limit - len(self.out.ids)
 
     def take(self, token):
         """Accept the model's `token`, or the pending forced one in its place; returns what was taken."""
@@ -64,11 +72,13 @@ class Row:
         if not forced and token in self.ends:
             self.done = self.out.finished = True
             return token
+        self.last = token
         self.out.ids.append(token)
         self.out.forced.append(forced)
+        self.done = self.limit is not None and len(self.out.ids) >= self.limit
         if token == self.tools["<|python_start|>"]:
             self.expression = []
-        elif token == self.tools["<|python_end|>"] and self.expression is not None:
+        elif token == self.tools["<|python_end|>"] and self.expression is not None and self.calculator:
             result = self.calculator(self.tokenizer.decode(self.expression))
             self.expression = None
             if result is not None:

@@ -1,0 +1,176 @@
+"""CORE (DCLM, arXiv:2406.11794): in-context tasks of three kinds, their data, their prompts and the score.
+
+Scoring in batches is core_scoring.py's. A prompt is: few-shot examples, each followed by a blank line, then the item.
+"""
+
+import csv
+import io
+import json
+import random
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+KINDS = ("multiple_choice", "schema", "language_modeling")
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+BUNDLE_HELP = f"the evaluation bundle (core.yaml, eval_meta_data.csv, eval_data/), zipped or unpacked; nanochat's is at {BUNDLE_URL}"
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """One task: its items, how many solved examples stand before each, and what stands between question and answer.
+
+    `kind`: multiple_choice items hold query, choices, gold; schema items context_options, continuation, gold; language_modeling items
+    context, continuation. `baseline` is the accuracy of guessing, 0 to 1.
+    """
+
+    label: str
+    kind: str
+    items: list
+    num_fewshot: int = 0
+    delimiter: str = " "
+    baseline: float = 0.0
+
+    def chosen(self, limit=None):
+        """The items in the order that all evaluations share, at most `limit`."""
+        items = list(self.items)
+        random.Random(1337).shuffle(items)
+        return items[:limit]
+
+
+def load_bundle(path):
+    """A bundle (zip or folder) → ([CoreTask …] in core.yaml's order, [labels of tasks without a data file]).
+
+    ValueError, naming file and fault, for what is no bundle.
+    """
+    read = _reader(Path(path))
+    listing = read("core.yaml")
+    if listing is None:
+        raise ValueError(f"--core-data {path}: holds no core.yaml; give {BUNDLE_HELP}")
+    try:
+        entries = yaml.safe_load(listing)["icl_tasks"]
+        table = csv.DictReader(io.StringIO((read("eval_meta_data.csv") or b"").decode()))
+        baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in table}
+        tasks = [(_task(entry, baselines), read(f"eval_data/{entry['dataset_uri']}")) for entry in entries]
+    except (yaml.YAMLError, KeyError, TypeError, IndexError, UnicodeDecodeError) as error:
+        raise ValueError(f"--core-data {path}: core.yaml or eval_meta_data.csv is not as expected ({error!r}); give {BUNDLE_HELP}") from None
+    for task, lines in tasks:
+        task.items.extend(_items(task, lines, path) if lines is not None else ())
+    return [task for task, lines in tasks if lines is not None], [task.label for task, lines in tasks if lines is None]
+
+
+def _reader(path):
+    """A function: name below the bundle's top folder → bytes, or None where there is no such file."""
+    if not path.exists():
+        raise ValueError(f"--core-data {path}: no such file or folder; give {BUNDLE_HELP}")
+    if path.is_dir():
+        top = path if (path / "core.yaml").is_file() else path / "eval_bundle"
+        return lambda name: (top / name).read_bytes() if (top / name).is_file() else None
+    try:
+        bundle = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"--core-data {path}: cannot be read ({error}); give {BUNDLE_HELP}") from None
+    names = set(bundle.namelist())
+    top = min((n.removesuffix("core.yaml") for n in names if n.split("/")[-1] == "core.yaml"), key=len, default="")
+    return lambda name: bundle.read(top + name) if top + name in names else None
+
+
+def _task(entry, baselines):
+    label, kind = entry["label"], entry["icl_task_type"]
+    if kind not in KINDS:
+        raise ValueError(f"CORE task {label}: icl_task_type {kind!r} is unknown; known are {', '.join(KINDS)}")
+    if label not in baselines:
+        raise ValueError(f"CORE task {label}: eval_meta_data.csv has no random baseline for it; add its row")
+    return CoreTask(label, kind, [], entry["num_fewshot"][0], entry.get("continuation_delimiter", " "), baselines[label])
+
+
+def _items(task, lines, path):
+    for number, line in enumerate(lines.decode().split("\n"), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--core-data {path}: {task.label} line {number} is not JSON ({error.msg}); fetch the bundle again") from None
+
+
+def prompts(task, items, index):
+    """The texts whose tokens decide item `index`: one per option, or for language_modeling [without the continuation, with it].
+
+    prompts(CoreTask("t", "multiple_choice", []), [{"query": "1+1=", "choices": ["2", "3"], "gold": 0}], 0) → ["1+1= 2", "1+1= 3"]
+    """
+    others = [i for i in range(len(items)) if i != index]
+    if len(others) < task.num_fewshot:
+        raise ValueError(f"CORE task {task.label}: {len(items)} items are too few for num_fewshot={task.num_fewshot}; raise --max-per-task")
+    shots = random.Random(1234 + index).sample(others, task.num_fewshot)
+    before = "".join(_solved(task, items[i]) + "\n\n" for i in shots)
+    item, between = items[index], task.delimiter
+    if task.kind == "multiple_choice":
+        return [before + item["query"] + between + choice for choice in item["choices"]]
+    if task.kind == "schema":
+        return [before + context + between + item["continuation"] for context in item["context_options"]]
+    question = before + item["context"].strip() + between
+    # without trailing space, which the tokens of the continuation may hold
+    return [question.strip(), question + item["continuation"]]
+
+
+def _solved(task, item):
+    if task.kind == "multiple_choice":
+        return item["query"] + task.delimiter + item["choices"][item["gold"]]
+    if task.kind == "schema":
+        return item["context_options"][item["gold"]] + task.delimiter + item["continuation"]
+    return item["context"].strip() + task.delimiter + item["continuation"]
+
+
+def common_length(sequences, end=False):
+    """How many tokens all sequences share at the beginning, or at the end. common_length([[1, 2, 3], [1, 2, 4]]) → 2"""
+    if end:
+        sequences = [sequence[::-1] for sequence in sequences]
+    shared = 0
+    for column in zip(*sequences, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared += 1
+    return shared
+
+
+def spans(task, texts, positions=None):
+    """`texts` (the ids of each prompt) → [(ids, start)]: ids[start:] is what is scored. Cut from the left to `positions` tokens."""
+    if task.kind == "schema":
+        shared = common_length(texts, end=True)
+        starts = [len(ids) - shared for ids in texts]
+    else:
+        starts = [common_length(texts)] * len(texts)
+    if task.kind == "language_modeling":
+        texts, starts = texts[1:], starts[1:]
+    out = []
+    for ids, start in zip(texts, starts, strict=True):
+        cut = max(0, len(ids) - positions) if positions else 0
+        # one token at least is scored, also of an option that another one begins with, and the first has nothing before it
+        out.append((ids[cut:], max(1, min(start, len(ids) - 1) - cut)))
+    return out
+
+
+def centred(accuracy, baseline):
+    """0 for guessing, 1 for perfect: (accuracy − baseline) ÷ (1 − baseline)."""
+    return (accuracy - baseline) / (1 - baseline)
+
+
+@dataclass(frozen=True)
+class CoreResult:
+    """rows: one dict a task {task, kind, shots, items, accuracy, baseline, centred}; `missing`: labels of tasks without data."""
+
+    rows: list
+    missing: list
+
+    @property
+    def core(self):
+        """The mean of the centred accuracies of the tasks that ran."""
+        return sum(row["centred"] for row in self.rows) / len(self.rows)
+
+    @property
+    def name(self):
+        """"CORE", or "CORE (partial, 17 of 22)" where data was missing."""
+        total = len(self.rows) + len(self.missing)
+        return f"CORE (partial, {len(self.rows)} of {total})" if self.missing else "CORE"
