@@ -1,6 +1,5 @@
 """Fused kernels against the plain formulas of the model: on a GPU, or by Triton's interpreter where triton is installed without one."""
 
-import os
 from importlib.util import find_spec
 
 import pytest
@@ -12,8 +11,6 @@ from nanochat_hf.kernels.mlp import squared_relu_mlp
 from nanochat_hf.model.modeling_nanochat_hf import nll_and_slope, norm, rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 IDS = 300
 
