@@ -366,7 +366,9 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         training with targets does, since float32 logits would be its largest tensor."""
         # not among the named arguments, since Trainer takes each of those with "label" in its name for a column that evaluation needs
         shift_labels = kwargs.pop("shift_labels", None)
-        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs)
+        output = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True, **kwargs
+        )  # fmt: skip
         hidden = output.last_hidden_state
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
