@@ -1,6 +1,13 @@
 """Configuration of the nanochat_hf architecture."""
 
-from transformers import PreTrainedConfig
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+# `transformers serve` looks a model's class up by name in transformers itself (getattr(transformers, "NanochatForCausalLM"), 5.17 to 5.23),
+# where the class of a saved folder is not, and its command line holds another copy of that module than `import transformers` gives: what
+# all copies share is their type. The Auto class finds the folder's code.
+if not hasattr(transformers, "NanochatForCausalLM"):
+    type(transformers).NanochatForCausalLM = AutoModelForCausalLM
 
 
 def _plain_rope(kwargs, theta):
