@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, NanoChatConfig, Nano
 
 from nanochat_hf.interop import export_checkpoint, import_checkpoint
 from nanochat_hf.interop.checkpoints import config_to_nanochat
-from nanochat_hf.model import NanochatConfig
+from nanochat_hf.model import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.tokenizer import train_tokenizer
 
 SIZES = dict(
@@ -67,6 +67,8 @@ def test_settings_that_cannot_be_and_other_models_are_refused_in_one_line(theirs
         with pytest.raises(ValueError, match=reason) as error:
             import_checkpoint(changed, tmp_path / "out")
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="model_type=nanochat is another model than nanochat_hf; scripts.import_nanochat"):
+        NanochatForCausalLM.from_pretrained(folder)  # it would be loaded with random weights
     with pytest.raises(ValueError, match="--step 3: .* has no steps"):
         import_checkpoint(folder, tmp_path / "out", step=3)
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 from test_model import SIZES, build, tokens
 from transformers import (
-    AutoTokenizer, CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, TextIteratorStreamer, pipeline,
+    AutoTokenizer,
+    CompileConfig,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    TextIteratorStreamer,
+    pipeline,
 )  # fmt: skip
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -108,7 +115,8 @@ def test_left_padding_changes_nothing_for_any_cache(model):
     prompts = [tokens(1, n, n) for n in (3, 12, 20)]
     ids = torch.cat([torch.nn.functional.pad(p, (20 - p.shape[1], 0), value=3) for p in prompts])
     mask = (torch.arange(20) >= 20 - torch.tensor([[3], [12], [20]])).long()
-    for options in ({}, {"cache_implementation": "static", "disable_compile": True}, {"num_beams": 3}, {"prefill_chunk_size": 6}):
+    short = dict(max_new_tokens=12)
+    for options in ({}, {"cache_implementation": "static", "disable_compile": True}, {"num_beams": 3} | short, {"prefill_chunk_size": 6} | short):
         together = model.generate(ids, attention_mask=mask, **LONG | options)[:, 20:]
         for p, row in zip(prompts, together, strict=True):
             # prompts in chunks of one size would themselves begin with another chunk

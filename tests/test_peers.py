@@ -32,13 +32,12 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_trainer_learns_in_ten_steps_evaluates_and_saves(folder, tmp_path, checkpointing):
+def test_trainer_learns_in_ten_steps_evaluates_and_saves(folder, tmp_path):
     tokenizer, model = AutoTokenizer.from_pretrained(folder), NanochatForCausalLM.from_pretrained(folder)
     rows = Dataset.from_list([{"input_ids": render(tokenizer, {"messages": chat})[0]} for chat in CHATS])
     arguments = TrainingArguments(
         str(tmp_path), max_steps=10, learning_rate=2e-3, logging_steps=1, eval_strategy="steps", eval_steps=10, gradient_accumulation_steps=2,
-        gradient_checkpointing=checkpointing, **QUIET,
+        **QUIET,
     )  # fmt: skip
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator)
@@ -60,15 +59,15 @@ def test_trl_trains_on_the_assistants_tokens_alone(folder, tmp_path, packing):
         packing_strategy="wrapped", bf16=False, **QUIET,
     )  # fmt: skip
     rows = Dataset.from_list([{"messages": chat} for chat in CHATS])
+    model.resize_token_embeddings(len(tokenizer))  # TRL computes with every row of the head, so none may be there for padding
     trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
     if not packing:
         batch = next(iter(trainer.get_train_dataloader()))
         told = {tuple(i for i, mask in zip(*render(tokenizer, {"messages": chat}), strict=True) if mask) for chat in CHATS}
         assert {tuple(row[row != -100].tolist()) for row in batch["labels"]} <= told
-        own = model(**{n: batch[n] for n in ("input_ids", "attention_mask", "labels")}).loss
+        own = NanochatForCausalLM.forward(model, **{n: batch[n] for n in ("input_ids", "attention_mask", "labels")}).loss
+        torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), own, rtol=1e-5, atol=1e-5)
     trainer.train()
-    if not packing:
-        assert abs(losses(trainer)[0] - own) < 1.0
     assert len(losses(trainer)) == 10 and losses(trainer)[-1] < losses(trainer)[0] - 0.5
 
 

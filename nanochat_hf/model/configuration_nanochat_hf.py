@@ -41,6 +41,8 @@ class NanochatConfig(PreTrainedConfig):
         sliding_window=None, rope_theta=None, rope_in_bfloat16=True, rms_norm_eps=None, use_value_embeddings=True,
         pad_vocab_to_multiple_of=64, final_logit_softcapping=15.0, use_cache=True, **kwargs,
     ):  # fmt: skip
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(f"model_type={kwargs['model_type']} is another model than {self.model_type}; scripts.import_nanochat takes nanochat")
         rope_theta = _plain_rope(kwargs, rope_theta)
         sizes = dict(
             vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
