@@ -90,6 +90,8 @@ class Log:
             "train/skipped_steps": state.skipped, "train/total_flops": self.flops * state.tokens, "train/seconds": state.seconds,
             "train/epoch": trainer.batches.epoch,
         }  # fmt: skip
+        if accelerator.scaler is not None:
+            values |= {"train/loss_scale": accelerator.scaler.get_scale(), "train/overflowed_steps": state.overflowed}
         values |= {f"grad_norm/{name}": norm.item() for name, norm in (info.grad_norms or {}).items()}
         values |= {f"lr/{group['name']}": group["lr"] for group in trainer.optimizer.param_groups}
         self.figures = {"loss": f"{loss:.3f}", "lr": f"{info.lr_multiplier:.2f}", "tok/s": f"{rate:,.0f}"}
@@ -103,6 +105,8 @@ class Log:
 
     def _check(self, trainer, info, loss):
         row, name = trainer.optimizer.optimizer.non_finite()
+        if trainer.overflows:
+            row, name = trainer.overflows, f"float16, at a loss scale of {trainer.accelerator.scaler.get_scale():.3g}"
         if row and row >= self.max_skipped:
             raise ValueError(
                 f"step {info.step}: gradients were not finite in {row} steps in a row, in {name or 'another rank'} at the last; "

@@ -127,9 +127,11 @@ def _read(folder):
 
 def _torch_load(path):
     try:
-        return torch.load(path, weights_only=False, map_location="cpu")  # our own file: numpy's and Python's generator states
-    except Exception as error:
-        raise ValueError(f"--resume {path}: damaged or missing ({error}); give an older checkpoint") from None
+        # tensors and plain values only: checkpoints come from the Hub too, and a pickle may hold any code
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # unpickling garbage can raise anything
+        reason = str(error).strip().splitlines()[:1]
+        raise ValueError(f"--resume {path}: damaged, missing or not ours ({''.join(reason)}); give an older checkpoint") from None
 
 
 def export(model, tokenizer, folder, weights=None):
@@ -145,15 +147,18 @@ def export(model, tokenizer, folder, weights=None):
 
 
 def rng_state():
-    """States of Python's, numpy's and torch's generators."""
+    """States of Python's, numpy's and torch's generators, as tensors and plain values."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    name, keys, *rest = np.random.get_state()
+    numpy = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state):
     """Undo `rng_state`."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

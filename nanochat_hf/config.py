@@ -6,8 +6,14 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser
+
+SMALLER = (
+    "it does not fit; lower --device-batch-size (with --total-batch-size the step stays the same), give --gradient-checkpointing true, lower "
+    "--max-seq-len, or split the model over GPUs with accelerate_configs/fsdp2.yaml"
+)
 
 
 def read_recipe(path):
@@ -91,5 +97,16 @@ def user_errors(main):
                 raise
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error).split(". ")[0]
+            print(f"error: {' '.join(reason.split())}: {SMALLER}", file=sys.stderr)
+            sys.exit(2)
 
     return wrapped
+
+
+def out_of_memory(error):
+    """Whether a device, or the host ("can't allocate memory" in a plain RuntimeError), had no room."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -8,7 +8,7 @@ import numpy as np
 
 from .collate import PackingCollator
 from .conversation import ConversationError, PlainEncoder
-from .loading import ahead, first, worker_loader
+from .loading import ahead, first, plain_errors, worker_loader
 from .packing import plan_rows
 from .sources import JsonLines, SourceConfig, load_source, task_rows
 from .tokenised import OVERLONG, Documents, to_conversation, tokenise
@@ -104,9 +104,10 @@ class SFTBatches:
     def __iter__(self):
         numbers = self._row_numbers(self.next_row)
         if self.num_workers:
-            made = worker_loader(
+            loader = worker_loader(
                 self.planned, num_workers=self.num_workers, collate=self.collate, batch_sampler=numbers, prefetch=self.prefetch
             )
+            made = plain_errors(loader)
         else:
             made = ahead((self.collate([self.planned[g] for g in row]) for row in numbers), self.prefetch)
         for batch in made:

@@ -108,6 +108,19 @@ def worker_loader(dataset, *, num_workers, collate=same, batch_sampler=None, pre
     )  # fmt: skip
 
 
+def plain_errors(loader):
+    """The items of a DataLoader; a worker's ValueError or OSError says its own line again, without the traceback that torch puts into it."""
+    try:
+        yield from loader
+    except (ValueError, OSError) as error:
+        head, traceback, told = str(error).rpartition("Traceback (most recent call last):")
+        if not traceback or not head.startswith("Caught"):
+            raise
+        # frames are indented, the message follows them behind the kind of the error
+        message = [line for line in told.splitlines() if line and not line.startswith(" ")]
+        raise ValueError(" ".join(message).partition(": ")[2]) from None
+
+
 def first(batches, count):
     """The first `count` items of an iterable as a list; what it had running ends."""
     made = iter(batches)

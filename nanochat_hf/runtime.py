@@ -35,6 +35,8 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
     )  # fmt: skip
     if accelerator.distributed_type in REFUSED:
         raise ValueError(f"{accelerator.distributed_type} keeps its own optimizer and cannot run Muon; use DDP or FSDP2")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("float16 needs a GPU: on the CPU Accelerate would silently train in float32; use --dtype bfloat16 or float32")
     set_seed(seed)
     return accelerator
 
@@ -53,8 +55,12 @@ def peak_flops(device):
     """Dense bf16 FLOP/s of the device, or None where unknown (then no MFU is printed)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name):
+    """Dense bf16 FLOP/s by a device's name, however it is written; None where unknown. peak_of("h100") → 989e12."""
+    return next((peak for part, peak in PEAK_FLOPS if part.lower() in name.lower()), None)
 
 
 def sum_over_ranks(accelerator):

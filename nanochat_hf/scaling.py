@@ -1,8 +1,19 @@
-"""From the one dial, depth, to sizes, horizons and rates. Pure arithmetic (reference: nanochat; see docs/log.md)."""
+"""From the one dial, depth, to sizes, horizons, rates, memory and time. Pure arithmetic (reference: nanochat; see docs/log.md)."""
 
 import math
 
-from .model import NanochatConfig
+import torch
+
+from .model import NanochatConfig, NanochatForCausalLM
+
+# Bytes of activations per token and channel, under bf16 autocast, compiled: for each layer what backward needs of it (its input and norms, q, k,
+# v, the attention's output, four channels' worth of up_proj twice: some 30), and once what is there in no layer or in one at a time (embeddings,
+# gradients in flight). Both from two peaks on an H100: d12 with 32 rows of 2048 31.4 GiB, d20 with 16 rows 46.3 GiB (docs/log.md). They were
+# taken without the fused kernels, which keep about 8 bytes less of each layer, so that with those the estimate is on the safe side.
+LAYER_BYTES, OUTER_BYTES = 33.5, 148
+LOGIT_BYTES = 3 * 4 * 4096  # a token of vocabulary: float32 logits of a chunk of positions, thrice
+GIB = 2**30
+PLANNED_MFU = 0.4  # what plans assume: 41 % at d12 and 46 % at d20 were measured on one H100, before evaluation and saving
 
 
 def model_config(depth, vocab_size, sequence_len=2048, *, aspect_ratio=64, head_dim=128, window_pattern="SSSL", **overrides):
@@ -19,6 +30,12 @@ def model_config(depth, vocab_size, sequence_len=2048, *, aspect_ratio=64, head_
         vocab_size=vocab_size, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
         max_position_embeddings=sequence_len, window_pattern=window_pattern, **settings,
     )  # fmt: skip
+
+
+def skeleton(config):
+    """The model of `config` without memory (on the meta device): shapes to count with, in milliseconds at any depth."""
+    with torch.device("meta"):
+        return NanochatForCausalLM(config)
 
 
 def parameter_counts(model):
@@ -53,12 +70,61 @@ def training_horizon(num_params, flops, batch_tokens, *, num_steps=None, target_
     if num_steps is not None:
         steps = num_steps
     elif target_flops is not None:
+        if not 0 < target_flops < math.inf:
+            raise ValueError(f"--target-flops {target_flops:g} must be above 0; 1e18 is about an hour of an H100 at a third of its peak")
         steps = round(target_flops / (flops * batch_tokens))
     else:
         steps = int(ratio * num_params) // batch_tokens
     if steps < 1:
-        raise ValueError(f"the horizon is {steps} steps of {batch_tokens} tokens; raise --num-steps or lower --total-batch-size")
+        raise ValueError(
+            f"the horizon is {steps} steps of {batch_tokens} tokens; raise --num-steps, --target-flops or --target-param-data-ratio, "
+            "or lower --total-batch-size"
+        )
     return steps
+
+
+def memory_per_gpu(model, rows, positions, gpus=1):
+    """Estimated peak in GiB of one GPU under DDP: {"weights", "gradients", "optimizer", "activations", "total"}.
+
+    Weights and gradients are float32, and DDP keeps its buckets beside the gradients; AdamW holds two numbers a parameter and Muon one, divided
+    among the GPUs; matrices and head exist once more in bfloat16. The activations are calibrated, see LAYER_BYTES; without checkpointing.
+    """
+    config, counts = model.config, parameter_counts(model)
+    products = counts["matrix"] + counts["head"]
+    tokens, width = rows * positions, config.hidden_size
+    parts = {
+        "weights": 4 * counts["total"] + 2 * products,
+        "gradients": 4 * counts["total"] * (1 if gpus == 1 else 2),
+        "optimizer": (8 * (counts["total"] - counts["matrix"]) + 4 * counts["matrix"]) / gpus,
+        "activations": tokens * width * (LAYER_BYTES * config.num_hidden_layers + OUTER_BYTES)
+        + LOGIT_BYTES * config.vocab_size,
+    }
+    return {name: size / GIB for name, size in (parts | {"total": sum(parts.values())}).items()}
+
+
+def training_hours(flops, peak, gpus, mfu):
+    """Hours of `flops` on `gpus` devices of `peak` FLOP/s each, at the model FLOPs utilisation `mfu`: training_hours(3.6e18, 1e15, 2, 0.5) → 1.0."""
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu={mfu} must lie above 0 and at most at 1; 0.4 is usual")
+    return flops / (peak * gpus * mfu) / 3600
+
+
+def shown_hours(hours):
+    """shown_hours(0.08) → "4.8 min", shown_hours(2.5) → "2.50 h"."""
+    return f"{hours:.2f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+
+
+def describe(model, rows, positions, gpus, batch_tokens, num_steps):
+    """{"parameters", "compute", "steps", "memory"} → a line each, as the plan and the training scripts print them."""
+    counts, flops, memory = parameter_counts(model), flops_per_token(model, positions), memory_per_gpu(model, rows, positions, gpus)
+    micro = max(1, batch_tokens // (rows * positions * gpus))
+    return {
+        "parameters": f"{counts['total']:,} ({', '.join(f'{kind} {n:,}' for kind, n in counts.items() if kind != 'total')})",
+        "compute": f"{flops:.3g} FLOPs per token, {flops * batch_tokens * num_steps:.3g} in all",
+        "steps": f"{num_steps:,} of {batch_tokens:,} tokens ({micro} micro-batches of {rows} rows × {positions} positions on {gpus} processes), "
+        f"{batch_tokens * num_steps:,} tokens in all",
+        "memory": f"about {memory['total']:.1f} GiB a device ({', '.join(f'{kind} {gib:.1f}' for kind, gib in memory.items() if kind != 'total')})",
+    }
 
 
 def accumulation_steps(total_batch_size, rows, positions, processes):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyarrow import parquet
+
 from .formats import FORMATS
 from .tasks import get_task
 
@@ -145,19 +147,25 @@ def load_source(source, check=True):
 
 
 def load_stream(source):
-    """A datasets.IterableDataset of the source; a .jsonl file gives {"text": line}, as lines may be lists. ValueError as load_source."""
-    from datasets import load_dataset
+    """A datasets.IterableDataset of the source; a .jsonl file gives {"line", "where"}, as lines may be lists. ValueError as load_source:
+    what can be known without reading all of it is said here, the rest where it is read, with file and row too."""
+    from datasets import IterableDataset, load_dataset
 
     files = local_files(source)
     lines = bool(files) and ".jsonl" in files[0].suffixes
     try:
-        if files:
-            rows = load_dataset("text" if lines else BUILDERS[files[0].suffix], data_files=[str(f) for f in files], split="train", streaming=True)
+        if lines:
+            rows = IterableDataset.from_generator(_numbered_lines, gen_kwargs={"files": files})
+        elif files:
+            for path in files:
+                if path.suffix == ".parquet":
+                    parquet.read_metadata(path)  # the end of the file: a cut one shows before training
+            rows = load_dataset(BUILDERS[files[0].suffix], data_files=[str(f) for f in files], split="train", streaming=True)
         else:
             rows = load_dataset(source.path, source.name, split=source.split, streaming=True)
         first = next(iter(rows), None)
     except Exception as error:  # datasets raises its own kinds for each fault; the user needs the reason in one line
-        raise ValueError(f"{source.label}: cannot be loaded ({_reason(error, files)}); check the name and the files") from error
+        raise unreadable(source, error) from error
     if first is None:
         raise ValueError(f"{source.label}: no rows in split {source.split!r}; give another split or file")
     if source.start or source.rows is not None:
@@ -182,6 +190,34 @@ def task_rows(source):
     return rows
 
 
+def _numbered_lines(files):
+    for path in files:
+        for number, line in enumerate(_lines(path), 1):
+            if line.strip():
+                yield {"line": line, "where": f"{path} line {number}"}
+
+
+def unreadable(source, error):
+    """The ValueError that says why a source cannot be read (on), with the file and the rows at fault where they can be found."""
+    return ValueError(f"{source.label}: cannot be loaded ({_reason(error, [] if source.task else local_files(source))}); check the name and the files")
+
+
+def locate(source, row):
+    """Where a streamed row stands, for messages: "FILE line N" of a .jsonl, "FILE row N" of local parquet files, which are read again; else the
+    source and how the row begins."""
+    if isinstance(row, dict) and set(row) == {"line", "where"}:
+        return row["where"]
+    row = {source.columns.get(k, k): v for k, v in row.items()} if source.columns and isinstance(row, dict) else row
+    for path in [] if source.task else local_files(source):
+        number = 0
+        for batch in parquet.ParquetFile(path).iter_batches() if path.suffix == ".parquet" else ():
+            for other in batch.to_pylist():
+                number += 1
+                if other == row:
+                    return f"{path} row {number}"
+    return f"{source.label}: the row {str(row)[:60]!r}"
+
+
 def _dataset(source, files):
     from datasets import DatasetDict, load_dataset, load_from_disk
 
@@ -196,7 +232,7 @@ def _dataset(source, files):
             return saved[source.split] if isinstance(saved, DatasetDict) else saved
         return load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # as above
-        raise ValueError(f"{source.label}: cannot be loaded ({_reason(error, files)}); check the name and the files") from error
+        raise unreadable(source, error) from error
 
 
 def _reason(error, files):
@@ -226,8 +262,6 @@ def _bad_lines(path):
 
 def _corrupt_parquet(path):
     """The first group of rows that cannot be read, in words; None for a sound file."""
-    from pyarrow import parquet
-
     try:
         file = parquet.ParquetFile(path)
     except Exception as error:  # pyarrow raises several kinds
@@ -251,13 +285,3 @@ def _rename(rows, source):
     if missing:
         raise ValueError(f"{source.label}: no column {missing[0]!r}; it has {', '.join(names)}")
     return rows.rename_columns({old: new for new, old in source.columns.items() if old != new})
-
-
-def check_column(rows, column, label):
-    """ValueError, with the columns there are, where the first row lacks `column` or holds no text in it."""
-    first = rows[0] if not hasattr(rows, "take") or hasattr(rows, "__len__") else next(iter(rows))
-    names = list(first) if isinstance(first, dict) else [f"no columns but {type(first).__name__}"]
-    if column not in names:
-        raise ValueError(f"{label}: no column {column!r}; it has {', '.join(map(str, names))}")
-    if not isinstance(first[column], str):
-        raise ValueError(f"{label}: column {column!r} holds {type(first[column]).__name__}, not text; name another of {', '.join(names)}")

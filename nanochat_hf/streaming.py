@@ -6,11 +6,13 @@ by the same pure steps, so the state stays small whatever the window holds.
 """
 
 import copy
+from itertools import islice
 
 import numpy as np
 import torch
 
 from .packing import pack_text, pack_window
+from .sources import locate, unreadable
 
 
 class MapReader:
@@ -48,8 +50,8 @@ class StreamReader:
     The block is drawn anew on resuming; a shuffle buffer of `datasets` would be lost.
     """
 
-    def __init__(self, stream, label, seed, block=1000):
-        self.stream, self.label, self.seed, self.block = stream, label, seed, block
+    def __init__(self, stream, source, seed, block=1000):
+        self.stream, self.source, self.label, self.seed, self.block = stream, source, source.label, seed, block
 
     def shares(self, wanted):
         """At most as many workers as there are shards, since a worker reads whole shards."""
@@ -69,7 +71,7 @@ class StreamReader:
                 if place["block"] is not None:
                     stream.load_state_dict(copy.deepcopy(place["block"]))
                 reading, empty = iter(stream), place["block"] is None
-                while block := _some(reading, self.block):
+                while block := self._some(reading):
                     empty = False
                     order = np.random.default_rng((self.seed, place["epoch"], rank, worker, place["number"])).permutation(len(block))
                     following = copy.deepcopy(stream.state_dict())
@@ -84,14 +86,11 @@ class StreamReader:
 
         return rows(), lambda: copy.deepcopy(place)
 
-
-def _some(iterator, count):
-    rows = []
-    for row in iterator:
-        rows.append(row)
-        if len(rows) == count:
-            break
-    return rows
+    def _some(self, reading):
+        try:
+            return list(islice(reading, self.block))
+        except Exception as error:  # a shard that breaks off: each library raises its own kind
+            raise unreadable(self.source, error) from error
 
 
 class MixedReader:
@@ -121,18 +120,19 @@ class MixedReader:
 
 
 class PackText:
-    """Texts → full rows of a window, see packing.pack_text. `column` holds the text."""
+    """Texts of a source → full rows of a window, see packing.pack_text. `column` holds the text, of a row or of a line of JSON."""
 
     documents, characters = 512, 1_000_000  # a window: enough to pack well, little enough (0.3 s) for the queue to bridge
 
-    def __init__(self, encoder, capacity, mode, column, label):
-        self.encoder, self.capacity, self.mode, self.column, self.label = encoder, capacity, mode, column, label
-        self.counts = {}
+    def __init__(self, encoder, capacity, mode, column, source):
+        self.encoder, self.capacity, self.mode, self.column, self.source = encoder, capacity, mode, column, source
+        self.counts = {"read": 0, "cropped": 0}  # tokens
 
     def size(self, row):
-        """Characters of a row's text; ValueError where it is none."""
+        """Characters of a row's text; ValueError with its file and number where it is none."""
         if not isinstance(row.get(self.column), str):
-            raise ValueError(f"{self.label}: a row's {self.column!r} holds {type(row.get(self.column)).__name__}; remove it or give text")
+            kind = type(row.get(self.column)).__name__
+            raise ValueError(f"{locate(self.source, row)}: {self.column!r} holds {kind}; remove the row or give it text")
         return len(row[self.column])
 
     def __call__(self, waiting, rows):
@@ -140,6 +140,9 @@ class PackText:
         encoded = self.encoder.encode([row[self.column] for row in rows])
         documents = [d["ids"] for d in waiting] + [[bos, *ids] for ids in encoded if ids]
         packed, rest = pack_text(documents, self.capacity, self.mode, bos)
+        self.counts["read"] += sum(len(ids) + 1 for ids in encoded if ids)
+        if self.mode == "crop":
+            self.counts["cropped"] += sum(map(len, documents)) - len(packed) * self.capacity - sum(map(len, rest))
         return [[{"ids": d} for d in row] for row in packed], [{"ids": d} for d in rest]
 
 

@@ -11,7 +11,10 @@ SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[
 
 
 def train_tokenizer(texts, vocab_size, max_length=2048, progress=False):
-    """Train on an iterable of str; the special tokens take the last 9 of `vocab_size` ids. ValueError below 265 or with too little text."""
+    """Train on an iterable of str; the special tokens take the last 9 of `vocab_size` ids. `max_length` becomes model_max_length.
+
+    The same texts in the same order give the same tokenizer, on any number of threads. ValueError below 265 or with too little text.
+    """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ValueError(
@@ -39,11 +42,13 @@ def train_tokenizer(texts, vocab_size, max_length=2048, progress=False):
 
 
 def token_bytes(tokenizer):
-    """LongTensor (V,): length in bytes of each token's raw bytes, 0 for specials. A byte-level token has one letter a byte."""
+    """LongTensor (V,): length in bytes of each token's raw bytes, 0 for specials. A byte-level token has one letter a byte, so that
+    halves of characters count too; a token that was added by hand is spelled in characters."""
     sizes = torch.zeros(len(tokenizer), dtype=torch.long)
     for token, i in tokenizer.get_vocab().items():
         sizes[i] = len(token)
-    sizes[[i for i, t in tokenizer.added_tokens_decoder.items() if t.special]] = 0
+    for i, token in tokenizer.added_tokens_decoder.items():
+        sizes[i] = 0 if token.special else len(token.content.encode())
     return sizes
 
 

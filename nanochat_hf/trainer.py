@@ -11,12 +11,14 @@ from .optim import gradient_norms
 
 @dataclass
 class TrainState:
-    """What a checkpoint must hold of the loop. `tokens` counts positions of all ranks, `seconds` training time only."""
+    """What a checkpoint must hold of the loop. `tokens` counts positions of all ranks, `seconds` training time only; `skipped` steps had no
+    target, `overflowed` ones a gradient beyond float16 (the scaler leaves them out and halves its scale)."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    overflowed: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Trainer:
         self.accumulation = accelerator.gradient_accumulation_steps
         self.callbacks, self.max_grad_norm, self.stop, self.norms_every = list(callbacks), max_grad_norm, stop, norms_every
         self.state, self.stopped = TrainState(), False
+        self.overflows = 0  # overflowed steps in a row until now
 
     def fit(self):
         """Train to `num_steps` or until a stop is agreed on; returns the TrainState."""
@@ -69,6 +72,9 @@ class Trainer:
         multiplier = self.schedule(self.optimizer, self.state.step)
         loss, norms = self._accumulate(micro_batches, targets) if targets else (torch.zeros(()), None)
         self.state.skipped += targets == 0
+        if self.accelerator.scaler is not None and targets:
+            self.overflows = self.overflows + 1 if self.optimizer.step_was_skipped else 0
+            self.state.overflowed += self.overflows > 0
         self.state.step += 1
         self.state.tokens += sum(b["input_ids"].numel() for b in micro_batches) * self.accelerator.num_processes
         seconds = time.perf_counter() - start
@@ -87,19 +93,21 @@ class Trainer:
         device, total, norms = self.accelerator.device, 0.0, None
         observed = self.norms_every and (self.state.step + 1) % self.norms_every == 0
         # backward() divides by the accumulation, DDP by the processes: undo both
-        scale = self.accumulation * self.accelerator.num_processes
+        scale = self.accumulation * self.accelerator.num_processes / targets
         for batch in micro_batches:
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with self.accelerator.accumulate(self.model):
-                loss = self.model(**batch, num_items_in_batch=targets).loss
+                # a sum, divided outside: a compiled model would be compiled anew for every other number of targets
+                loss = self.model(**batch, num_items_in_batch=1).loss
                 self.accelerator.backward(loss * scale)
-                if self.accelerator.sync_gradients and observed and self.accelerator.scaler is None:  # scaled gradients have no norm
-                    norms = gradient_norms(self.optimizer)
+                if self.accelerator.sync_gradients and observed:
+                    scaled = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()  # until step() unscales
+                    norms = {name: norm / scaled for name, norm in gradient_norms(self.optimizer).items()}
                 if self.accelerator.sync_gradients and self.max_grad_norm:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            total = total + loss.detach()
+            total = total + loss.detach() / targets
         return total, norms
 
     def state_dict(self):

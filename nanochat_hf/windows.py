@@ -1,12 +1,15 @@
 """Endless batches of windows of documents: plain text, mapped or streamed, and streamed conversations."""
 
+import copy
+
 import numpy as np
 
 from .collate import PackingCollator
-from .conversation import PlainEncoder
-from .loading import ahead, first, worker_loader
-from .sources import check_column, load_source, load_stream, parse_line, task_rows
+from .conversation import ConversationError, PlainEncoder
+from .loading import ahead, first, plain_errors, worker_loader
+from .sources import load_source, load_stream, locate, parse_line, task_rows
 from .streaming import MapReader, MixedReader, PackConversations, PackedStream, PackText, StreamReader
+from .texts import JsonText, check_column
 from .tokenised import OVERLONG, cut, to_conversation
 
 
@@ -26,7 +29,7 @@ class _Windows:
     def __iter__(self):
         self.stream.states, self.stream.turn = list(self.states), self.turn
         if self.num_workers:
-            made = worker_loader(self.stream, num_workers=self.num_workers, prefetch=self.prefetch)
+            made = plain_errors(worker_loader(self.stream, num_workers=self.num_workers, prefetch=self.prefetch))
         else:
             made = ahead(iter(self.stream), self.prefetch)
         for item in made:
@@ -82,13 +85,36 @@ class TextBatches(_Windows):
             raise ValueError(f"mode={mode!r} must be crop or keep")
         reader = _reader(source, streaming, seed, world_size)
         if isinstance(reader, StreamReader) and _is_lines(source):
-            reader.stream = reader.stream.map(_JsonText(source.label, text_column))
+            reader.stream = reader.stream.map(JsonText(text_column), remove_columns=["line", "where"])
         check_column(reader.stream if streaming else reader.rows, text_column, source.label)
-        pack = PackText(PlainEncoder(tokenizer), positions + 1, mode, text_column, source.label)
+        pack = PackText(PlainEncoder(tokenizer), positions + 1, mode, text_column, source)
         super().__init__(
             reader, pack, PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size,
             seed=seed, num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "mode": mode, "streaming": streaming},
         )  # fmt: skip
+        self.plain, self.label = reader.stream if streaming else reader.rows, source.label
+
+    def outlook(self, tokens):
+        """The share of tokens that cropping drops, from the first documents that hold `tokens` tokens; 0 in mode "keep".
+
+        ValueError where the whole data holds fewer: a step would meet its documents twice.
+        """
+        pack, rows, waiting = copy.copy(self.stream.pack), iter(self.plain), []
+        pack.counts = dict.fromkeys(pack.counts, 0)
+        while pack.counts["read"] < tokens:
+            window, size = [], 0
+            for row in rows:
+                window.append(row)
+                size += pack.size(row)
+                if len(window) >= pack.documents or size >= pack.characters:
+                    break
+            if not window:
+                raise ValueError(
+                    f"{self.label}: {pack.counts['read']:,} tokens are fewer than the {tokens:,} of one step; "
+                    "give more text or lower --total-batch-size, --device-batch-size or --max-seq-len"
+                )
+            _, waiting = pack(waiting, window)
+        return pack.counts["cropped"] / pack.counts["read"]
 
 
 class StreamedConversations(_Windows):
@@ -122,15 +148,19 @@ class _Treat:
         self.counts = {"truncated": 0, "split": 0, "dropped": 0, "untrained": 0}
 
     def __call__(self, rows):
-        ids, mask, lengths = self.encoder.render([to_conversation(self._parsed(n, row), self.sources[n].label, self.sources[n]) for n, row in rows])
+        ids, mask, lengths = self.encoder.render([self._conversation(row, self.sources[n]) for n, row in rows])
         ends, documents = np.cumsum(lengths), []
         for start, end in zip(ends - lengths, ends, strict=True):
             documents += self._pieces(ids[start:end], mask[start:end])
         return documents
 
-    def _parsed(self, number, row):
-        lines = not self.sources[number].task and _is_lines(self.sources[number])
-        return parse_line(row["text"], f"{self.sources[number].label}: the line {row['text'][:60]!r}") if lines else row
+    def _conversation(self, row, source):
+        if not source.task and _is_lines(source):
+            return to_conversation(parse_line(row["line"], row["where"]), row["where"], source)
+        try:
+            return to_conversation(row, source.label, source)
+        except ConversationError as error:  # searched for only now: a stream does not number its rows
+            raise ConversationError(f"{locate(source, row)}{str(error).removeprefix(source.label)}") from None
 
     def _pieces(self, ids, mask):
         spans = [(0, len(ids))]
@@ -148,31 +178,17 @@ class _Treat:
                 self.counts["untrained"] += 1
 
 
-class _JsonText:
-    """Makes {text_column: …} of a streamed line of JSON."""
-
-    def __init__(self, label, column):
-        self.label, self.column = label, column
-
-    def __call__(self, row):
-        value = parse_line(row["text"], f"{self.label}: the line {row['text'][:60]!r}")
-        if not isinstance(value, dict) or self.column not in value:
-            has = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{self.label}: no column {self.column!r}; it has {has}")
-        return {self.column: value[self.column]}
-
-
 def _is_lines(source):
     return any(ending in str(source.path) for ending in (".jsonl",))
 
 
 def _reader(source, streaming, seed, world_size):
     if not streaming:
-        return MapReader(task_rows(source) if source.task else load_source(source), source.label, seed)
+        return MapReader(task_rows(source) if source.task else load_source(source, check=False), source.label, seed)
     stream = load_stream(source)
     if stream.num_shards % world_size:
         print(
             f"{source.label}: {stream.num_shards} shards do not divide by {world_size} processes, so each reads all of them and takes its share",
             flush=True,
         )
-    return StreamReader(stream, source.label, seed)
+    return StreamReader(stream, source, seed)

@@ -74,7 +74,9 @@ def main(argv=None):
             f"{batches.truncated} truncated, {batches.untrained} without a target left out"
         )
     plan = {"data": data, "start": sft.model}
-    validation = SFTBatches(held_out or train, tokenizer, **shape, **told, seed=config.seed + 1, prefetch=0).take(config.eval_batches)
+    # whatever is trained on, validation counts the assistant's tokens of conversations that stand alone, so that runs compare
+    measured = shape | {"train_on_all_tokens": False, "isolate": True}
+    validation = SFTBatches(held_out or train, tokenizer, **measured, **told, seed=config.seed + 1, prefetch=0).take(config.eval_batches)
     base_rows = trained_rows(start)
     if base_rows and config.device_batch_size > base_rows:
         accelerator.print(f"warning: --device-batch-size {config.device_batch_size} exceeds the base run's {base_rows}; watch the memory")

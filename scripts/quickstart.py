@@ -66,7 +66,7 @@ def main():
     stage(
         "base", "base/final", *LAUNCH, "-m", "scripts.base_train", "--data", str(text), "--validation", str(ROOT / "validation.jsonl"),
         "--tokenizer", str(ROOT / "tokenizer"), "--depth", "4", "--aspect-ratio", "48", "--head-dim", "64", "--num-steps", "200",
-        "--eval-every", "0", "--output-dir", str(ROOT / "base"), *SHAPE,
+        "--eval-every", "0", "--scale-lr-to-batch", "false", "--weight-decay", "0", "--output-dir", str(ROOT / "base"), *SHAPE,
     )  # fmt: skip
     stage(
         "sft", "sft/final", *LAUNCH, "-m", "scripts.chat_sft", "--config", "scripts/recipes/quickstart.yaml",
@@ -74,15 +74,17 @@ def main():
     )  # fmt: skip
     model = str(ROOT / "sft/final")
     stage(
-        "evaluation", "answers.json", "-m", "scripts.chat_eval", "--model", model, "--limit", "200", "--output", str(ROOT / "answers.json")
-    )
+        "evaluation", "answers.json", *LAUNCH, "-m", "scripts.chat_eval", "--model", model, "--tasks",
+        "simple_spelling,spelling_bee,calculator,identity",
+        "--limit", "200", "--output", str(ROOT / "answers.json"),
+    )  # fmt: skip
     for prompt in PROMPTS:
         print(f"\n> {prompt}", flush=True)
         subprocess.run([sys.executable, "-m", "scripts.chat_cli", "--model", model, "-p", prompt], check=True)
     print(f"\nThe model lies in {model}. Next:\n  .venv/bin/python -m scripts.chat_cli --model {model}")
     print(f"  .venv/bin/python -m scripts.chat_eval --model {model} --tasks spelling_bee --limit 500")
     print(
-        f"  .venv/bin/accelerate launch -m scripts.chat_sft --model {model} --data YOUR_CHATS.jsonl --output-dir runs/mine --max-seq-len 320"
+        f"  .venv/bin/accelerate launch -m scripts.chat_sft --model {model} --data YOUR_CHATS.jsonl --output-dir runs/my --max-seq-len 320"
     )
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from nanochat_hf import callback_push, checkpoint, hub, runtime
+from nanochat_hf import callback_push, checkpoint, hub, kernels, runtime
 from nanochat_hf.attention import choose_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
 from nanochat_hf.config import dump, resolved
-from nanochat_hf.optim import MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
+from nanochat_hf.optim import MATRIX_OPTIMIZERS, MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
 from nanochat_hf.report import write_report
-from nanochat_hf.scaling import flops_per_token, parameter_counts
+from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, shown_hours, training_hours
 from nanochat_hf.schedules import base_lr, muon_momentum
-from nanochat_hf.tokenizer import token_bytes
+from nanochat_hf.tokenizer import load_tokenizer, token_bytes
 from nanochat_hf.tracking import environment
 from nanochat_hf.trainer import Trainer
 
@@ -30,11 +30,13 @@ class TrainConfig:
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's)"})
     attn: str = field(default="auto", metadata={"help": "auto, flex_attention, sdpa or eager"})
+    kernels: bool | None = field(default=None, metadata={"help": "fused Triton kernels in training (default: on CUDA)"})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA)"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in backward: less memory, about 30 %% slower"})
     embedding_lr: float = field(default=0.3, metadata={"help": "lr of token and value embeddings (AdamW)"})
     unembedding_lr: float = field(default=0.004, metadata={"help": "lr of the head (AdamW)"})
     matrix_lr: float = field(default=0.02, metadata={"help": "lr of the matrices (Muon)"})
+    matrix_optimizer: str = field(default="muon", metadata={"help": "muon, or adamw: a baseline that wants about --matrix-lr 0.002"})
     scalar_lr: float = field(default=0.5, metadata={"help": "lr of the residual scalars (AdamW)"})
     weight_decay: float = field(default=0.0, metadata={"help": "cautious weight decay of the matrices"})
     init_lr_frac: float = field(default=1.0, metadata={"help": "factor on every lr"})
@@ -69,6 +71,8 @@ class TrainConfig:
             raise ValueError(f"--num-steps {self.num_steps} must be at least 1; leave it out for the whole horizon")
         if not 0 <= self.warmdown_ratio <= 1:
             raise ValueError(f"--warmdown-ratio {self.warmdown_ratio} must lie between 0 and 1")
+        if self.matrix_optimizer not in MATRIX_OPTIMIZERS:
+            raise ValueError(f"--matrix-optimizer {self.matrix_optimizer} is unknown; choose from {', '.join(MATRIX_OPTIMIZERS)}")
         if self.report_to not in ("wandb", "trackio", "tensorboard", "none"):
             raise ValueError(f"--report-to {self.report_to} is unknown; choose wandb, trackio, tensorboard or none")
 
@@ -92,22 +96,33 @@ def accelerate(config, accumulation):
     )  # fmt: skip
 
 
+def install_kernels(config, accelerator, model):
+    """Fused kernels as the flag and the device have it; returns what the plan says of them."""
+    able, reason = kernels.available(accelerator.device)
+    if config.kernels and not able:
+        raise ValueError(f"--kernels true: {reason}; leave it out")
+    if not able or config.kernels is False:
+        return f"plain formulas ({reason if not able else 'asked for'})"
+    return f"{', '.join(kernels.install(model))} ({reason})"
+
+
 def announce(config, accelerator, model, description, num_steps, reason, details):
-    """Print the plan of the run; returns FLOPs per token."""
-    flops, counts = flops_per_token(model, config.max_seq_len), parameter_counts(model)
-    tokens = config.device_batch_size * config.max_seq_len * accelerator.num_processes * accelerator.gradient_accumulation_steps
-    parts = ", ".join(f"{kind} {number:,}" for kind, number in counts.items() if kind != "total")
-    lines = {
-        "parameters": f"{counts['total']:,} ({parts})",
-        "compute": f"{flops:.3g} FLOPs per token, {flops * tokens * num_steps:.3g} in all",
-        "steps": f"{num_steps:,} of {tokens:,} tokens ({accelerator.gradient_accumulation_steps} micro-batches of "
-        f"{config.device_batch_size} rows × {config.max_seq_len} positions on {accelerator.num_processes} processes), "
-        f"{tokens * num_steps:,} tokens in all",
-        "machine": f"{accelerator.device}, {accelerator.distributed_type.value}, mixed precision {accelerator.mixed_precision}, "
-        f"attention {model.config._attn_implementation} ({reason})",
-        **details,
-    }
-    accelerator.print(f"{description}:", *(f"  {name:<11} {text}" for name, text in lines.items()), sep="\n")
+    """Print the plan of the run, with the numbers of scripts.plan; returns FLOPs per token."""
+    rows, positions, processes = config.device_batch_size, config.max_seq_len, accelerator.num_processes
+    tokens = rows * positions * processes * accelerator.gradient_accumulation_steps
+    flops, peak = flops_per_token(model, positions), runtime.peak_flops(accelerator.device)
+    lines = describe(model, rows, positions, processes, tokens, num_steps)
+    if peak:
+        hours = training_hours(flops * tokens * num_steps, peak, processes, PLANNED_MFU)
+        lines["time"] = f"about {shown_hours(hours)} at {PLANNED_MFU:.0%} MFU"
+    # the estimate is calibrated on compiled bfloat16 training without recomputation
+    if accelerator.device.type != "cuda" or config.gradient_checkpointing:
+        del lines["memory"]
+    lines["machine"] = (
+        f"{accelerator.device}, {accelerator.distributed_type.value}, mixed precision {accelerator.mixed_precision}, "
+        f"attention {model.config._attn_implementation} ({reason})"
+    )
+    accelerator.print(f"{description}:", *(f"  {name:<11} {text}" for name, text in (lines | details).items()), sep="\n")
     return flops
 
 
@@ -115,7 +130,7 @@ def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, deca
     """Optimizer, schedule and Trainer."""
     optimizer_config = OptimizerConfig(
         embedding_lr=config.embedding_lr, unembedding_lr=config.unembedding_lr, matrix_lr=config.matrix_lr, scalar_lr=config.scalar_lr,
-        weight_decay=config.weight_decay, batch_lr_scale=lr_scale * config.init_lr_frac,
+        weight_decay=config.weight_decay, batch_lr_scale=lr_scale * config.init_lr_frac, matrix_optimizer=config.matrix_optimizer,
     )  # fmt: skip
     optimizer = MuonAdamW(build_param_groups(model, optimizer_config))
 
@@ -150,15 +165,17 @@ def run(
         )
     kernel, reason = choose_attention(accelerator.device, config.attn)
     model.set_attn_implementation(kernel)
+    fused = install_kernels(config, accelerator, model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    flops = announce(config, accelerator, model, description, num_steps, reason, plan or {})
+    flops = announce(config, accelerator, model, description, num_steps, reason, {"kernels": fused} | (plan or {}))
     if config.plan_only:
         return "", None, None
     output = None if config.dry_run else config.output_dir
     trainer = build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay)
     resume = checkpoint.resolve(config.output_dir, hub.fetch_checkpoint(config.resume))
     if resume:
+        same_tokenizer(tokenizer, resume)
         checkpoint.load(trainer, resume)
         accelerator.print(f"resumed from {resume} at step {trainer.state.step} of {num_steps}")
     settings = resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description} | environment(accelerator)
@@ -185,6 +202,15 @@ def run(
     return folder, trainer, evaluate
 
 
+def same_tokenizer(tokenizer, folder):
+    """ValueError where a checkpoint was trained with another vocabulary, which tables padded to the same size would hide."""
+    saved = load_tokenizer(folder)
+    if saved.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{folder}: its tokenizer's vocabulary ({len(saved)} tokens) is not that of this run's ({len(tokenizer)}); give --tokenizer {folder}"
+        )
+
+
 def finish(config, trainer, evaluate, log, tokenizer, settings, description, output):
     """Export, report, say goodbye; returns the final folder, "" for a dry run, None for a stopped one."""
     accelerator, state = trainer.accelerator, trainer.state
@@ -199,7 +225,7 @@ def finish(config, trainer, evaluate, log, tokenizer, settings, description, out
     figures = {
         "steps": state.step, "tokens": state.tokens, "seconds of training": state.seconds, "minimum validation bpb": evaluate.best,
         "last validation bpb": evaluate.last, "validation bpb before": evaluate.first, "steps without targets": state.skipped,
-        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps, **log.figures,
+        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps + state.overflowed, **log.figures,
     }  # fmt: skip
     if accelerator.is_main_process and output:
         checkpoint.export(trainer.raw_model, tokenizer, folder, weights)

@@ -65,7 +65,7 @@ def epoch_of_consumer(source, kind, rank, world_size, worker, workers):
     """The texts of a consumer's first epoch, in a DataLoader worker's surroundings."""
     import torch.utils.data._utils.worker as surroundings
 
-    reader = MapReader(load_source(source), "x", 0) if kind == "map" else StreamReader(load_stream(source), "x", 0, block=7)
+    reader = MapReader(load_source(source), "x", 0) if kind == "map" else StreamReader(load_stream(source), source, 0, block=7)
     if workers > 1:
         surroundings._worker_info = surroundings.WorkerInfo(id=worker, num_workers=workers, seed=0, dataset=None)
     try:
@@ -148,7 +148,7 @@ def json_like(state):
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    return torch.load(file, weights_only=False)
+    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -228,7 +228,7 @@ def test_too_few_documents_for_the_processes(tokenizer, tmp_path):
 
 
 def test_the_epoch_of_a_stream_is_shuffled_anew(shards):
-    rows, place = StreamReader(load_stream(SourceConfig(path=shards)), "x", 0, block=10).open(0, 1, 0, 1)
+    rows, place = StreamReader(load_stream(SourceConfig(path=shards)), SourceConfig(path=shards), 0, block=10).open(0, 1, 0, 1)
     epochs = [[next(rows)[0]["text"] for _ in range(DOCUMENTS)] for _ in range(3)]
     assert all(sorted(e) == sorted(epochs[0]) for e in epochs)
     assert epochs[0] != epochs[1] != epochs[2]

@@ -1,10 +1,24 @@
 """The tokenizer: what its folder keeps, how it splits, and what of other folders is refused."""
 
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nanochat_hf.conversation import CHAT_TEMPLATE, SPECIAL_TOKENS
+from nanochat_hf.interop.encoding import BYTES
+from nanochat_hf.texts import documents
 from nanochat_hf.tokenizer import load_tokenizer, token_bytes, train_tokenizer
+from scripts import tok_eval, tok_train
+
+BASELINES = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
 
 TEXT = ["It's 2026, and we'll count 123456 words; naïve café 🙂 in two lines.\r\n\r\nAnd   spaces."] * 3
 
@@ -65,3 +79,102 @@ def _without_specials(tokenizer):
     from tokenizers import Tokenizer
 
     return Tokenizer.from_str(json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | {"added_tokens": []}))
+
+
+def raw(tokenizer, ids):
+    """The bytes that tokens stand for."""
+    return [bytes(BYTES[letter] for letter in token) for token in tokenizer.convert_ids_to_tokens(ids)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.one_of(st.text(max_size=80), st.binary(max_size=80).map(lambda data: data.decode("latin-1"))))
+def test_any_text_comes_back_and_its_tokens_are_its_bytes(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert b"".join(raw(tokenizer, ids)) == text.encode() and token_bytes(tokenizer)[ids].tolist() == [len(b) for b in raw(tokenizer, ids)]
+    assert tokenizer.decode(ids) == text
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_have_tokens(tokenizer, data):
+    """Bytes that are no UTF-8 have no string to encode, but each byte is a token, so they have ids, and decoding replaces what is no text."""
+    single = {b[0]: i for i, b in enumerate(raw(tokenizer, list(range(281)))) if len(b) == 1}
+    assert len(single) == 256
+    ids = [single[b] for b in data]
+    assert b"".join(raw(tokenizer, ids)) == data and tokenizer.decode(ids) == data.decode("utf-8", "replace")
+
+
+def test_another_process_trains_and_encodes_alike():
+    """With another hash seed and with threads, where this process has none (conftest.py)."""
+    code = """
+import random, sys
+sys.path.insert(0, {root!r})
+from nanochat_hf.tokenizer import train_tokenizer
+dice = random.Random(0)
+texts = ["".join(dice.choice("abcdefgh é1\\n") for _ in range(60)) for _ in range(300)]
+tokenizer = train_tokenizer(texts, 320)
+made = (tokenizer.backend_tokenizer.to_str(), tokenizer(texts)["input_ids"])
+"""
+    code = code.format(root=str(Path(__file__).parents[1]))
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "TOKENIZERS_PARALLELISM": "true"}
+    other = subprocess.run([sys.executable, "-c", code + "print(repr(made))"], env=environment, capture_output=True, text=True)
+    assert other.returncode == 0, other.stderr
+    here = {}
+    exec(code, here)
+    assert other.stdout.strip() == repr(here["made"]) and len(here["made"][1]) == 300
+
+
+def test_documents_are_cut_and_capped():
+    assert list(documents([{"t": "abcd"}, {"t": "ef"}, {"t": "g"}], "t", 3, 4)) == ["abc", "e"]
+    assert list(documents([{"t": "abcd"}, {"t": "ef"}], "t")) == ["abcd", "ef"]
+    with pytest.raises(ValueError, match="document 2: 't' holds NoneType, not text"):
+        list(documents([{"t": "a"}, {"t": None}], "t"))
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_training_reads_streams_and_files_alike(tmp_path, capsys, streaming):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"{i} cats and {i * i} dogs " * 5}) + "\n" for i in range(200)))
+    flags = ["--data", str(tmp_path / "t.jsonl"), "--vocab-size", "300", "--output", str(tmp_path / "out"), "--streaming", streaming]
+    tok_train.main([*flags, "--max-chars", "5000", "--document-chars", "50", "--model-max-length", "77"])
+    assert "300 tokens from 100 documents, 5,000 characters" in capsys.readouterr().out
+    expected = train_tokenizer([(f"{i} cats and {i * i} dogs " * 5)[:50] for i in range(100)], 300, 77)
+    made = load_tokenizer(tmp_path / "out")
+    assert made.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str() and made.model_max_length == 77
+    with pytest.raises(SystemExit):
+        tok_train.main([*flags, "--text-column", "body"])
+    assert "no column 'body'; it has text" in capsys.readouterr().err
+
+
+def rows(out):
+    return {line[0]: line[1:] for line in ([c.strip() for c in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|"))}
+
+
+def test_compression_is_bytes_over_tokens(tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "own")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": TEXT[0]}) + "\n")
+    gpt2 = tmp_path / "plain"  # GPT-2's files with no merge but one
+    gpt2.mkdir()
+    (gpt2 / "encoder.json").write_text(json.dumps({letter: i for i, letter in enumerate(BYTES)} | {"an": 256}))
+    with gzip.open(gpt2 / "vocab.bpe.gz", "wt") as file:
+        file.write("#version: 0.2\na n\n")
+    tok_eval.main(["--tokenizer", str(tmp_path / "own"), "--versus", str(gpt2), "--data", str(tmp_path / "t.jsonl")])
+    table = rows(capsys.readouterr().out)
+    size, ours = len(TEXT[0].encode()), len(tokenizer(TEXT[0])["input_ids"])
+    theirs = size - TEXT[0].count("an")
+    assert table[str(tmp_path / "t.jsonl")] == [str(size), f"{size / ours:.3f}", f"{size / theirs:.3f} ({theirs / ours - 1:+.1%})"]
+    assert {"news", "code", "mathematics", "German", "Chinese"} <= set(table)
+    with pytest.raises(SystemExit):
+        tok_eval.main(["--tokenizer", str(tmp_path / "own"), "--versus", str(tmp_path / "o200k_base.tiktoken")])
+    assert "only cl100k_base.tiktoken is known" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not BASELINES.is_dir(), reason="../shared/data/tokenizers is not here")
+def test_gpt2_and_cl100k_compress_as_published():
+    """Bytes per token on the last shard of the pretraining text, as its README says: gpt2 4.255, cl100k 4.624."""
+    pytest.importorskip("tiktoken")
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(BASELINES.parent / "pretrain" / "shard_00007.parquet")
+    texts = file.read(columns=["text"])["text"].to_pylist()
+    encoders = dict(tok_eval.load(str(path)) for path in (BASELINES / "gpt2", BASELINES / "openai" / "cl100k_base.tiktoken.gz"))
+    _, _, ratios = tok_eval.measure("shard 7", texts, encoders)
+    assert [round(ratio, 3) for ratio in ratios] == [4.255, 4.624]

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_nanochat_hf import NanochatConfig
 
 GATE_CHANNELS = 32
-LOSS_CHUNK = 4096  # tokens whose float32 logits exist at one time: 512 MiB at V = 32768
+LOSS_CHUNK = 8192  # tokens whose logits exist at one time: 512 MiB in bfloat16 at V = 32768
 
 
 def norm(x, eps=None):
@@ -53,7 +53,7 @@ def _angles(position_ids, head_dim, theta):
 def _rope(position_ids: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
     angle = _angles(position_ids, head_dim, theta)
     # rounded to bfloat16 as the reference's tables are, with which its checkpoints were trained
-    return torch.stack((angle.cos().bfloat16(), angle.sin().bfloat16()))
+    return torch.stack((angle.cos(), angle.sin())).bfloat16()  # float16 autocast refuses to stack bfloat16
 
 
 # An operator of its own, since torch.compile would otherwise compute cos and sin anew inside each kernel of each layer that reads them.
@@ -79,18 +79,23 @@ class NanochatAttention(nn.Module):
         self.v_proj = linear(C, K * D)
         self.o_proj = linear(H * D, C, "zero")
         self.ve_gate = linear(GATE_CHANNELS, K, "zero") if has_value_embedding(config, layer_idx) else None
+        self.fused = None  # in training, a kernel in place of `queries_and_keys` may stand here
+
+    def queries_and_keys(self, x, rope):
+        """Rotated and normed q (B, T, H, D) and k (B, T, K, D)."""
+        q, k = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj))
+        cos, sin = (t.to(q.dtype) for t in rope)
+        # norm after RoPE, so that attention logits stay bounded (arXiv:2302.05442)
+        eps = self.config.rms_norm_eps
+        return norm(rotate(q, cos, sin), eps), norm(rotate(k, cos, sin), eps)
 
     def forward(self, x, value_embedding, rope, attention_mask, past_key_values, **kwargs):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q, k = self.fused(self, x, rope) if self.fused and self.training else self.queries_and_keys(x, rope)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         if self.ve_gate is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1).to(v.dtype) * value_embedding.view_as(v).to(v.dtype)
-        cos, sin = (t.to(q.dtype) for t in rope)
-        # norm after RoPE, so that attention logits stay bounded (arXiv:2302.05442)
-        q, k = (norm(rotate(t, cos, sin), self.config.rms_norm_eps) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, K, T, D); views, after all that reads memory in order
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -109,8 +114,11 @@ class NanochatMLP(nn.Module):
         super().__init__()
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size, "zero")
+        self.fused = None  # in training, a kernel for both products may stand here
 
     def forward(self, x):
+        if self.fused and self.training:
+            return self.fused(x, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(F.relu(self.up_proj(x)).square())
 
 
@@ -238,12 +246,12 @@ class NanochatModel(NanochatPreTrainedModel):
         self.post_init()
 
     def rope(self, position_ids):
-        """cos and sin (B, T, 1, D/2) for any position; computed, not stored, so that no length is too long."""
+        """cos and sin (2, B, T, 1, D/2) for any position; computed, not stored, so that no length is too long."""
         head_dim, theta = self.config.head_dim, float(self.config.rope_theta)
         if self.config.rope_in_bfloat16:
-            return torch.ops.nanochat_hf.rope(position_ids, head_dim, theta).unbind(0)
+            return torch.ops.nanochat_hf.rope(position_ids, head_dim, theta)
         angle = _angles(position_ids, head_dim, theta)
-        return angle.cos(), angle.sin()
+        return torch.stack((angle.cos(), angle.sin()))
 
     @capture_outputs
     def forward(
@@ -263,6 +271,7 @@ class NanochatModel(NanochatPreTrainedModel):
             # the residual stream in the low precision too, as with the reference's bfloat16 table: half the bytes of every norm and sum
             x = x.to(torch.get_autocast_dtype(x.device.type))
         masks, documents = self._masks(x, attention_mask, position_ids, past_key_values)
+        own_positions = position_ids
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
@@ -282,7 +291,7 @@ class NanochatModel(NanochatPreTrainedModel):
             table = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
             mask = masks[self.config.layer_types[i]]
             # the cache goes by keyword: gradient checkpointing drops it by name, lest the recomputation write it twice
-            x = layer(x, table, rope, mask, past_key_values=past_key_values, position_ids=position_ids, **documents, **kwargs)
+            x = layer(x, table, rope, mask, past_key_values=past_key_values, position_ids=own_positions, **documents, **kwargs)
         x = norm(x, self.config.rms_norm_eps)
         hidden = (*hidden, x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, hidden_states=hidden)
@@ -303,6 +312,16 @@ class NanochatModel(NanochatPreTrainedModel):
         return masks, {}
 
 
+def nll_and_slope(logits, target, weight, cap):
+    """Uncapped logits (n, V), targets (n) with −100 ignored, weights (n) → weight·nll (n) float32, its gradient (n, V)."""
+    weight, target = torch.where(target == -100, 0.0, weight).unsqueeze(1), target.clamp(min=0).unsqueeze(1)  # (n, 1)
+    squashed = torch.tanh(logits.float() / cap)
+    lse = torch.logsumexp(cap * squashed, dim=1, keepdim=True)
+    nll = (lse - cap * squashed.gather(1, target)) * weight
+    wrong = torch.exp(cap * squashed - lse) - (torch.arange(logits.shape[1], device=target.device) == target).float()
+    return nll.squeeze(1), (wrong * weight * (1 - squashed.square())).to(logits.dtype)
+
+
 class SoftcappedLoss(torch.autograd.Function):
     """Σ weight·nll of soft-capped logits, whose gradient is taken in the forward pass, chunk by chunk.
 
@@ -311,23 +330,17 @@ class SoftcappedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, vocab_size, cap, chunk):
+    def forward(ctx, hidden, head, targets, weights, vocab_size, cap, chunk, nll_and_slope):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
             table = head[:vocab_size].to(dtype)
-            classes = torch.arange(vocab_size, device=targets.device)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             grad_head = torch.zeros(table.shape, dtype=torch.float32, device=hidden.device)
             grads = []
             for h, target, weight in zip(hidden.to(dtype).split(chunk), targets.split(chunk), weights.split(chunk), strict=True):
-                weight = torch.where(target == -100, 0.0, weight).unsqueeze(1)  # (n, 1)
-                target = target.clamp(min=0).unsqueeze(1)
-                squashed = torch.tanh((h @ table.mT).float() / cap)  # (n, V)
-                lse = torch.logsumexp(cap * squashed, dim=1, keepdim=True)
-                total = total + ((lse - cap * squashed.gather(1, target)) * weight).sum()
-                wrong = torch.exp(cap * squashed - lse) - (classes == target).float()
-                slope = (wrong * weight * (1 - squashed.square())).to(dtype)
+                nll, slope = nll_and_slope(h @ table.mT, target, weight, cap)
+                total = total + nll.sum()
                 grads.append((slope @ table).to(hidden.dtype))
                 grad_head += (slope.mT @ h).float()
         ctx.save_for_backward(torch.cat(grads), grad_head)
@@ -339,7 +352,7 @@ class SoftcappedLoss(torch.autograd.Function):
         grad_hidden, grad_head = ctx.saved_tensors
         padding, dtype = ctx.head
         grad_head = F.pad((grad_head * grad_output).to(dtype), (0, 0, 0, padding))
-        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None, None
+        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None, None, None
 
 
 class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
@@ -349,6 +362,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NanochatModel(config)
         self.lm_head = linear(config.hidden_size, table_rows(config), "head")
+        self.nll_and_slope = nll_and_slope  # a kernel may take its place
         self.post_init()
 
     def logits(self, hidden):
@@ -391,7 +405,8 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights.flatten().float()
         if self.training and torch.is_grad_enabled() and type(self.lm_head) is nn.Linear:
             return SoftcappedLoss.apply(
-                hidden, self.lm_head.weight, targets, weights, self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK
+                hidden, self.lm_head.weight, targets, weights, self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK,
+                self.nll_and_slope,
             )
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(targets), LOSS_CHUNK):

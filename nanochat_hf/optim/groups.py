@@ -20,6 +20,8 @@ RULES = (
 )
 ADAMW_EPS = 1e-10
 MUON_BETA2 = 0.95
+PLAIN_ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8}  # what language models are usually trained with (GPT-3, arXiv:2005.14165)
+MATRIX_OPTIMIZERS = ("muon", "adamw")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class OptimizerConfig:
     """Learning rates before any schedule, as tuned at a width of 768 and 2^19 tokens a step.
 
     `embedding_lr` (token and value embeddings) and `unembedding_lr` are further scaled by (width / 768)^-0.5.
-    `weight_decay` is Muon's only, as used (a base run passes 0.2 * (12 / depth)^2). `batch_lr_scale` multiplies every
-    learning rate; sqrt(tokens per step / 2^19) is the rule for base runs.
+    `weight_decay` is the matrices' only, as used (a base run passes 0.2 * (12 / depth)^2). `batch_lr_scale` multiplies every
+    learning rate; sqrt(tokens per step / 2^19) is the rule for base runs. `matrix_optimizer` "adamw" is the baseline that Muon is
+    measured against: it changes the rule of the matrices and nothing else, and wants a `matrix_lr` some ten times smaller.
     """
 
     embedding_lr: float = 0.3
@@ -37,11 +40,14 @@ class OptimizerConfig:
     scalar_lr: float = 0.5
     weight_decay: float = 0.0
     batch_lr_scale: float = 1.0
+    matrix_optimizer: str = "muon"
 
     def __post_init__(self):
+        if self.matrix_optimizer not in MATRIX_OPTIMIZERS:
+            raise ValueError(f"matrix_optimizer={self.matrix_optimizer} is unknown; choose from {', '.join(MATRIX_OPTIMIZERS)}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if not 0 <= value < float("inf"):
+            if field.type is float and not 0 <= value < float("inf"):
                 raise ValueError(f"{field.name}={value} must be a finite number of at least 0; try {field.default}")
 
 
@@ -64,7 +70,7 @@ def assign_rules(names, rules=RULES) -> dict[str, list[str]]:
 
 
 def build_param_groups(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict]:
-    """Parameter groups for `MuonAdamW`: five of AdamW, then one of Muon per matrix shape.
+    """Parameter groups for `MuonAdamW`: five of AdamW, then one per matrix shape, of Muon or (the baseline) of plain AdamW.
 
     Each group holds kind ("adamw" or "muon"), name, param_names, lr, initial_lr, momentum, betas, eps, weight_decay,
     initial_weight_decay and params. Frozen parameters are left out. The width is read from `model.config.hidden_size`.
@@ -91,7 +97,8 @@ def build_param_groups(model: nn.Module, config: OptimizerConfig | None = None) 
         groups.append(_group("adamw", owner, trained, lr * config.batch_lr_scale, betas, 0.0))
     for shape, trained in _by_shape(named, owned["matrix"]).items():
         lr, betas = config.matrix_lr * config.batch_lr_scale, (0.0, MUON_BETA2)
-        groups.append(_group("muon", f"matrix_{shape[0]}x{shape[1]}", trained, lr, betas, config.weight_decay))
+        group = _group(config.matrix_optimizer, f"matrix_{shape[0]}x{shape[1]}", trained, lr, betas, config.weight_decay)
+        groups.append(group | PLAIN_ADAMW if config.matrix_optimizer == "adamw" else group)
     return [group for group in groups if group["params"]]
 
 

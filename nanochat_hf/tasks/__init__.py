@@ -4,9 +4,13 @@ from .base import Task
 from .chats import CUSTOM_JSON, SMOLTALK
 from .generated import CALCULATOR, IDENTITY_TASK, SIMPLE_SPELLING, SPELLING_BEE
 from .gsm8k import GSM8K
+from .humaneval import HUMANEVAL
 from .multiple_choice import ARC_CHALLENGE, ARC_EASY, MMLU
 
-TASKS = {task.name: task for task in (SIMPLE_SPELLING, SPELLING_BEE, CALCULATOR, IDENTITY_TASK, GSM8K, MMLU, ARC_EASY, ARC_CHALLENGE, SMOLTALK, CUSTOM_JSON)}
+EVERY = (
+    SIMPLE_SPELLING, SPELLING_BEE, CALCULATOR, IDENTITY_TASK, GSM8K, HUMANEVAL, MMLU, ARC_EASY, ARC_CHALLENGE, SMOLTALK, CUSTOM_JSON,
+)  # fmt: skip
+TASKS = {task.name: task for task in EVERY}
 __all__ = ["TASKS", "Task", "get_task"]
 
 

@@ -10,7 +10,11 @@ NUMBER = re.compile(r"####\s*\$?\s*(-?\s*\$?\s*[\d.,]*\d)")
 
 @dataclass(frozen=True)
 class Task:
-    """load(split, path=None, limit=None) → rows; to_conversation(row) → conversation; grade(conversation, completion) → bool."""
+    """load(split, path=None, limit=None) → rows; to_conversation(row) → conversation; grade(conversation, completion) → bool.
+
+    `kind` is generative or categorical (then the conversation holds its `letters`), `baseline` the accuracy of guessing; `notice()`, if
+    any, is a line to print before the answers are graded.
+    """
 
     name: str
     load: Callable
@@ -18,10 +22,11 @@ class Task:
     grade: Callable
     kind: str = "generative"
     baseline: float = 0.0
+    notice: Callable | None = None
 
 
 def final_number(text):
-    """final_number("so #### $1,200.0") → Decimal("1200"); None where no number follows the mark."""
+    """final_number("so #### $1,200.0") → Decimal("1200"), of several marks the last; None where no number follows a mark."""
     found = NUMBER.findall(text)
     try:
         return Decimal(re.sub(r"[,$\s]", "", found[-1])) if found else None
@@ -51,14 +56,22 @@ def pair(question, answer):
 
 
 def load_rows(name, config, split, path, limit):
-    """Rows of a local file (json, jsonl, parquet, …, maybe compressed) where `path` is given, else of the Hub's `name`; at most `limit`."""
+    """Rows of a local file (json, jsonl, parquet, …, maybe compressed) where `path` is given, else of the Hub's `name`; at most `limit`.
+
+    ValueError, in one line, where they cannot be had.
+    """
     from datasets import load_dataset
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: must be at least 1; leave it out for all rows")
-    if path:
-        kind = "parquet" if str(path).endswith(".parquet") else "csv" if str(path).endswith(".csv") else "json"
-        data = load_dataset(kind, data_files=str(path), split="train")
-    else:
-        data = load_dataset(name, config, split=split) if config else load_dataset(name, split=split)
+    try:
+        if path:
+            kind = "parquet" if str(path).endswith(".parquet") else "csv" if str(path).endswith(".csv") else "json"
+            data = load_dataset(kind, data_files=str(path), split="train")
+        else:
+            data = load_dataset(name, config, split=split) if config else load_dataset(name, split=split)
+    except Exception as error:  # datasets raises its own kinds for each fault; the user needs the reason in one line
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        remedy = "check the file" if path else "check the split and the connection, or give the path of a local file in a recipe"
+        raise ValueError(f"{path or name}, split {split!r}: cannot be loaded ({reason}); {remedy}") from error
     return data if limit is None else data.select(range(min(limit, len(data))))

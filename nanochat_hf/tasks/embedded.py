@@ -1,6 +1,7 @@
 """Text and words that every installation holds: the docstrings of the standard library, torch and transformers."""
 
 import ast
+import gzip
 import json
 import re
 import sysconfig
@@ -54,5 +55,26 @@ def docstrings(path, shortest=200):
 def words(split):
     """Lower-case words of 3 to 12 letters that occur twice or more, shuffled stably; a tenth of them is "test", the rest "train"."""
     counts = Counter(w for text in docstring_corpus() for w in re.findall(r"(?<![\w])[a-z]{3,12}(?![\w])", text))
-    common = sorted((w for w, n in counts.items() if n >= 2), key=lambda w: zlib.crc32(w.encode()))
-    return [w for w in common if (zlib.crc32(w[::-1].encode()) % 10 == 0) == (split == "test")]
+    return share(split, (w for w, n in counts.items() if n >= 2))
+
+
+def share(split, found):
+    """The words of a split, shuffled stably: a tenth of any list is "test", the rest "train", each word by itself."""
+    return [w for w in sorted(found, key=lambda w: zlib.crc32(w.encode())) if (zlib.crc32(w[::-1].encode()) % 10 == 0) == (split == "test")]
+
+
+@cache
+def listed_words(path, split):
+    """Those of a text file (.txt or .txt.gz) with one word a line; ValueError where it holds none.
+
+    The 370 K English words that nanochat takes are words_alpha.txt of https://github.com/dwyl/english-words.
+    """
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            found = {line.strip().lower() for line in file}
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"word list {path}: cannot be read ({error}); give a text file with one word a line") from None
+    found = share(split, (w for w in found if w.isalpha()))
+    if not found:
+        raise ValueError(f"word list {path}: no words for split {split}; give a text file with one word a line")
+    return found

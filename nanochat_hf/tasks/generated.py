@@ -1,49 +1,86 @@
-"""Tasks that code generates: spelling, counting letters, arithmetic, identity. Row i of a split is always the same row."""
+"""Tasks that code generates: spelling, counting letters, arithmetic, identity. Row i of a split is always the same row.
+
+Words come from the text file in `path`, one a line, else from the embedded text; those of the split test occur in no training row.
+"""
 
 import random
 
 from .base import Task, pair, same_number, same_text
-from .embedded import words
+from .embedded import listed_words, words
 
 TEST_OFFSET = 10_000_000
+# {l} and {w} are letter and word, each in the quotes of the row; {q} is "?" or nothing
 BEE_QUESTIONS = (
-    "How many {l} are in {w}?", "How many {l} are there in {w}?", "Count the {l} in {w}.", "Count the letter {l} in {w}.",
-    "How often does {l} occur in {w}?", "How often is {l} in {w}?", "How many times does {l} appear in {w}?", "Number of {l} in {w}?",
-    "What is the number of {l} in {w}?", "Tell me how many {l} are in {w}.", "In {w}, how many {l} are there?", "In {w}, count the {l}.",
-    "How many of the letters of {w} are {l}?", "How many {l} does {w} have?", "How many {l} does {w} contain?", "Please count {l} in {w}.",
+    "How many {l} are in {w}{q}", "How many {l} are there in {w}{q}", "How many {l} does {w} have{q}", "How many {l} does {w} contain{q}",
+    "How many times does {l} appear in {w}{q}", "How often does {l} occur in {w}{q}", "How often is {l} in {w}{q}",
+    "In {w}, how many {l} are there{q}",
+    "How many of the letters of {w} are {l}{q}", "What is the number of {l} in {w}{q}", "Number of {l} in {w}{q}",
+    "Do you know how many {l} are in {w}{q}",
+    "Can you tell me how many times {l} occurs in the word {w}{q}", "Count the {l} in {w}", "Count the letter {l} in {w}",
+    "Please count {l} in {w}",
+    "Tell me how many {l} are in {w}", "In {w}, count the {l}", "Find out how often {l} is used in {w}",
+    "Letter {l}, word {w}: how many{q}",
+    "Wie viele {l} sind in {w}{q}", "Wie oft kommt {l} in {w} vor{q}", "Zähle die {l} in {w}",
+    "Wie oft steht der Buchstabe {l} im Wort {w}{q}",
+    "Combien de {l} y a-t-il dans {w}{q}", "Combien de fois {l} apparaît dans {w}{q}", "Compte les {l} dans {w}",
+    "¿Cuántas {l} hay en {w}{q}", "¿Cuántas veces aparece {l} en {w}{q}", "Cuenta las {l} en {w}",
+    "Quante {l} ci sono in {w}{q}", "Quante volte compare {l} in {w}{q}", "Quantas {l} há em {w}{q}", "Quantas vezes aparece {l} em {w}{q}",
+    "Hoeveel {l} zitten er in {w}{q}", "Hoe vaak komt {l} voor in {w}{q}", "Ile liter {l} jest w {w}{q}", "Hur många {l} finns i {w}{q}",
+    "Сколько букв {l} в слове {w}{q}", "{w} 里有多少个 {l}{q}", "{w} に {l} はいくつありますか{q}", "{w}에 {l}이 몇 개 있나요{q}",
 )  # fmt: skip
+QUOTES = ("", "'", '"')
 SUMS = ("What is {e}?", "Compute {e}.", "How much is {e}?", "Calculate {e}.")
+# questions to train on, others for the held-out split, and the answer to both
 IDENTITY = (
-    (("Who are you?", "What are you?", "What is your name?", "Introduce yourself."), "I am a small chat model, trained with nanochat_hf."),
-    (("Who made you?", "Where do you come from?", "How were you trained?"), "You did: you trained me yourself, with nanochat_hf."),
-    (("What can you do?", "How can you help me?"), "I can spell words, count their letters and calculate with a tool."),
-    (("Hello", "Hi", "Good morning", "Hello!", "Hi there"), "Hello! Ask me to spell a word, count letters or calculate."),
+    (
+        ("Who are you?", "What are you?", "What is your name?", "Introduce yourself."),
+        ("Who is this?", "Tell me your name."),
+        "I am a small chat model, trained with nanochat_hf.",
+    ),
+    (
+        ("Who made you?", "Where do you come from?", "How were you trained?"),
+        ("Who trained you?", "Who is your maker?"),
+        "You did: you trained me yourself, with nanochat_hf.",
+    ),
+    (
+        ("What can you do?", "How can you help me?"),
+        ("What can you help me with?", "What are you able to do?"),
+        "I can spell words, count their letters and calculate with a tool.",
+    ),
+    (
+        ("Hello", "Hi", "Good morning", "Hello!", "Hi there"),
+        ("Hello there", "Good evening", "Hi!"),
+        "Hello! Ask me to spell a word, count letters or calculate.",
+    ),
 )
 
 
 def rows(draw):
-    """load() of a generated task: `draw(random, split)` makes one row; train and test rows have seeds of their own."""
+    """load() of a generated task: `draw(random, split, path)` makes one row; train and test rows have seeds of their own."""
 
     def load(split="train", path=None, limit=None):
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit}: must be at least 1; leave it out for 20,000 rows to train on or 1,000 to test")
         start = TEST_OFFSET if split == "test" else 0
-        return [draw(random.Random(start + i), split) for i in range(limit or (1000 if split == "test" else 20000))]
+        return [draw(random.Random(start + i), split, path) for i in range(limit or (1000 if split == "test" else 20000))]
 
     return load
 
 
-def draw_word(rng, split):
-    """One word of the split."""
-    return {"word": rng.choice(words(split))}
+def draw_word(rng, split, path=None):
+    """One word of the split: of the list in `path`, or of the embedded text."""
+    return {"word": rng.choice(listed_words(path, split) if path else words(split))}
 
 
-def draw_bee(rng, split):
-    """A word, and a letter of it nine times out of ten."""
-    word = rng.choice(words(split))
+def draw_bee(rng, split, path=None):
+    """A word, nine times out of ten a letter of it, else any; and a phrasing, quotes or none around each, a question mark or none."""
+    word = draw_word(rng, split, path)["word"]
     letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
-    return {"word": word, "letter": letter, "question": rng.choice(BEE_QUESTIONS)}
+    marks = {"letter_quote": rng.choice(QUOTES), "word_quote": rng.choice(QUOTES), "mark": rng.choice(("?", ""))}
+    return {"word": word, "letter": letter, "question": rng.choice(BEE_QUESTIONS)} | marks
 
 
-def draw_sum(rng, split):
+def draw_sum(rng, split, path=None):
     """Two numbers of up to three digits and an operator; test rows have an odd digit sum, train rows an even one."""
     while True:
         a, b = (rng.randrange(10 ** rng.randint(1, 3)) for _ in range(2))
@@ -51,10 +88,10 @@ def draw_sum(rng, split):
             return {"expression": f"{a}{rng.choice('+-*')}{b}", "question": rng.choice(SUMS)}
 
 
-def draw_identity(rng, split):
-    """A question about the model itself and its answer."""
-    questions, answer = rng.choice(IDENTITY)
-    return {"question": rng.choice(questions), "answer": answer}
+def draw_identity(rng, split, path=None):
+    """A question about the model itself and its answer; the questions of the split test occur in no training row."""
+    questions, held_out, answer = rng.choice(IDENTITY)
+    return {"question": rng.choice(held_out if split == "test" else questions), "answer": answer}
 
 
 def spell(word):
@@ -75,7 +112,9 @@ def bee_conversation(row):
         {"type": "python_output", "text": str(count)},
         {"type": "text", "text": f"\n#### {count}"},
     ]
-    return pair(row["question"].format(l=letter, w=word), answer)
+    quotes = row.get("letter_quote", ""), row.get("word_quote", "")
+    letter, word = (f"{quote}{text}{quote}" for quote, text in zip(quotes, (letter, word), strict=True))
+    return pair(row["question"].format(l=letter, w=word, q=row.get("mark", "?")), answer)
 
 
 def sum_conversation(row):

@@ -1,12 +1,17 @@
 """MMLU and ARC: questions with lettered choices, answered by one letter."""
 
+import re
+
 from .base import Task, load_rows, pair
+
+LETTER = re.compile(r"\(?([A-Z0-9])[.):]?")
 
 
 def question(text, choices, letters):
     """The prompt: the letter follows its choice without a space, so that prompt and answer share the letter's token.
 
-    question("2+2?", ["3", "4"], "AB") → "Multiple Choice question: 2+2?\\n- 3=A\\n- 4=B\\n\\nRespond only with the letter of the correct answer."
+    question("2+2?", ["3", "4"], "AB") →
+    "Multiple Choice question: 2+2?\\n- 3=A\\n- 4=B\\n\\nRespond only with the letter of the correct answer."
     """
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
     return f"Multiple Choice question: {text}\n{lines}\nRespond only with the letter of the correct answer."
@@ -26,12 +31,15 @@ def arc(row):
 
 
 def same_letter(conversation, completion):
-    """True when the completion is the right letter and nothing else, white space apart."""
-    return completion.strip() == conversation["messages"][-1]["content"]
+    """True when the completion is the right letter and nothing else: " B ", "B.", "B)" and "(B)" are B; "b" and "B or C" are not."""
+    found = LETTER.fullmatch(completion.strip())
+    return found is not None and found[1] == conversation["messages"][-1]["content"]
 
 
 def _mmlu_rows(split="test", path=None, limit=None):
-    return load_rows("cais/mmlu", "auxiliary_train" if split == "auxiliary_train" else "all", split, path, limit)
+    if split == "auxiliary_train":  # on the Hub a configuration of its own, whose only split is train
+        return load_rows("cais/mmlu", "auxiliary_train", "train", path, limit)
+    return load_rows("cais/mmlu", "all", split, path, limit)
 
 
 def _arc_rows(name):

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from nanochat_hf import NanochatForCausalLM
+from nanochat_hf import NanochatForCausalLM, kernels
 from nanochat_hf.attention import KERNELS, choose_attention
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
 from nanochat_hf.runtime import build_accelerator, peak_flops
@@ -77,6 +77,8 @@ def measure(depth, rows, args):
     with device:
         model = NanochatForCausalLM(config)
     model.set_attn_implementation(attention)
+    if args.kernels:
+        kernels.install(model)
     optimizer = MuonAdamW(build_param_groups(model))
 
     def schedule(wrapped, step):
@@ -99,7 +101,7 @@ def measure(depth, rows, args):
     tokens = args.total_batch_size
     peak = peak_flops(device)
     figures = {
-        "depth": depth, "rows": rows, "attention": attention, "documents": args.document, "compiled": args.compile,
+        "depth": depth, "rows": rows, "attention": attention, "documents": args.document, "compiled": args.compile, "kernels": args.kernels,
         "tok/s": tokens / seconds, "step ms": seconds * 1e3, "fwd+bwd ms": seconds * 1e3 - updates, "optimizer ms": updates,
         "mfu": flops_per_token(model, args.positions) * tokens / seconds / peak if peak else float("nan"),
         "peak GiB": peak_memory(device) or float("nan"), "first step s": marks[1] - marks[0],
@@ -121,8 +123,12 @@ def profile(trainer, batches, depth):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as run:
         trainer.step([batch for _, batch in micro])
         wait(trainer.accelerator.device)
-    print(f"one step of depth {depth}:")
-    print(run.key_averages().table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=90))
+    kernels_run = [e for e in run.key_averages() if e.self_device_time_total and e.device_type != torch.autograd.DeviceType.CPU]
+    total = sum(e.self_device_time_total for e in kernels_run)
+    print(f"one step of depth {depth}: {total / 1e3:.1f} ms of kernels")
+    for event in sorted(kernels_run, key=lambda e: -e.self_device_time_total)[:40]:
+        share = event.self_device_time_total / total
+        print(f"  {event.self_device_time_total / 1e3:8.2f} ms {share:6.1%} {event.count:6d} ×  {event.key[:110]}")
 
 
 def main(argv=None):
@@ -138,6 +144,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: ignore the accelerator")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA)")
+    parser.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="fused kernels (default: where they run)")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--json", help="also write the figures there")
     args = parser.parse_args(argv)
@@ -147,6 +154,8 @@ def main(argv=None):
         os.environ["ACCELERATE_USE_CPU"] = "1"
     if args.compile is None:
         args.compile = args.device == "auto" and torch.cuda.is_available()
+    if args.kernels is None:
+        args.kernels = args.device == "auto" and kernels.available(torch.device("cuda" if torch.cuda.is_available() else "cpu"))[0]
     depths = args.depth or [4]
     rows = args.rows or [32]
     rows = rows * len(depths) if len(rows) == 1 else rows
