@@ -61,6 +61,15 @@ def test_prefill_in_chunks_is_one_prefill(model, prompt, greedy, size):
     torch.testing.assert_close(torch.cat(pieces, 1), model(tokens(2, 40), use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_embeddings_start_generation_only_where_no_value_embedding_needs_ids(model, prompt, greedy):
+    embedded = dict(inputs_embeds=model.model.embed_tokens(prompt["input_ids"]), attention_mask=prompt["attention_mask"])
+    if model.config.use_value_embeddings:
+        with pytest.raises(ValueError, match="value embeddings are looked up by id"):
+            model.generate(**embedded, **LONG)
+    else:
+        assert torch.equal(model.generate(**embedded, **LONG), greedy[:, 10:])
+
+
 def test_generation_goes_on_from_a_cache(model, prompt, greedy):
     first = model.generate(**prompt, **LONG | dict(max_new_tokens=12), return_dict_in_generate=True)
     mask = torch.ones_like(first.sequences)
