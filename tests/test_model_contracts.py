@@ -269,6 +269,10 @@ def test_the_flash_family_is_told_the_documents_of_all_rows(monkeypatch):
         heard.clear()
         same(model(ids, position_ids=positions).logits, expected, 1e-4)
         assert heard == [(borders, 9), (borders, 9), (borders, 9), (borders, None)]
+    heard.clear()
+    own = torch.tensor([0, 30, 60], dtype=torch.int32)  # a padding-free collator brings the borders itself
+    model(ids, position_ids=packed_positions(), cu_seq_lens_q=own, cu_seq_lens_k=own, max_length_q=30, max_length_k=30)
+    assert heard[0][0] == [0, 30, 60]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

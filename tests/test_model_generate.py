@@ -7,6 +7,7 @@ from transformers import (
     AutoTokenizer,
     CompileConfig,
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StaticCache,
@@ -184,6 +185,18 @@ def test_inductor_decodes_what_eager_decodes(prompt):
     model = build()
     out = model.generate(**prompt, **LONG, cache_implementation="static", compile_config=compiled)
     assert torch.equal(out, model.generate(**prompt, **LONG))
+
+
+@pytest.mark.slow
+def test_continuous_batching_over_a_paged_cache_says_what_greedy_says(prompt):
+    model = build()
+    settings = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=-1, pad_token_id=3)
+    prompts = [*prompt["input_ids"].tolist(), tokens(1, 5, 9)[0].tolist()]
+    out = model.generate_batch(inputs=prompts, generation_config=settings)
+    for row, answer in zip((0, 1), out.values(), strict=False):
+        alone = model.generate(**{n: t[row : row + 1] for n, t in prompt.items()}, **LONG)
+        assert answer.generated_tokens == alone[0, 10:].tolist()
+    assert len(out) == 3
 
 
 # With text

@@ -271,6 +271,7 @@ class NanochatModel(NanochatPreTrainedModel):
             # the residual stream in the low precision too, as with the reference's bfloat16 table: half the bytes of every norm and sum
             x = x.to(torch.get_autocast_dtype(x.device.type))
         masks, documents = self._masks(x, attention_mask, position_ids, past_key_values)
+        kwargs = documents | kwargs  # collators may bring the borders themselves
         own_positions = position_ids
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -291,7 +292,7 @@ class NanochatModel(NanochatPreTrainedModel):
             table = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
             mask = masks[self.config.layer_types[i]]
             # the cache goes by keyword: gradient checkpointing drops it by name, lest the recomputation write it twice
-            x = layer(x, table, rope, mask, past_key_values=past_key_values, position_ids=own_positions, **documents, **kwargs)
+            x = layer(x, table, rope, mask, past_key_values=past_key_values, position_ids=own_positions, **kwargs)
         x = norm(x, self.config.rms_norm_eps)
         hidden = (*hidden, x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, hidden_states=hidden)
