@@ -1,10 +1,18 @@
 PYTHON ?= python3
 VENV := .venv
-.PHONY: test quickstart quickstart-clean lint
+XLA := .venv-xla
+.PHONY: test test-xla quickstart quickstart-clean lint
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+# torch_xla takes over wherever it is importable, so it lives in a venv of its own
+$(XLA)/.installed: constraints-xla.txt setup.cfg
+	$(PYTHON) -m venv $(XLA)
+	$(XLA)/bin/python -m pip install -q -c constraints-xla.txt --only-binary torch_xla -e . torch_xla pytest pytest-timeout || { \
+		echo "torch_xla could not be installed (pip says why, above): it has wheels for Linux on x86_64 only, and this is $$(uname -sm)" >&2; exit 1; }
 	touch $@
 
 lint: $(VENV)/.installed
@@ -12,6 +20,9 @@ lint: $(VENV)/.installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+test-xla: $(VENV)/.installed $(XLA)/.installed
+	PLAIN_PYTHON=$(VENV)/bin/python $(XLA)/bin/python -m pytest -o timeout=1200 tests/xla
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m scripts.quickstart

@@ -10,11 +10,11 @@ import torch
 from . import checkpoint
 from .evals.bpb import evaluate_bpb
 from .generation import Engine
-from .runtime import agree, peak_flops, sum_over_ranks, whole_weights
-from .tracking import Ema, MetricsFile, Progress, wandb_run_id
+from .runtime import agree, for_generation, peak_flops, step_by_step, sum_over_ranks, whole_weights
+from .tracking import Ema, MetricsFile, Progress, say, wandb_run_id
 
 EVAL_TOKENS = 8192  # positions whose float32 logits an evaluation holds at a time: 1 GiB at 32,768 tokens of vocabulary
-SETTLING_STEPS = 10  # compilation and warm-up: left out of the run's time, as the reference leaves them out
+SETTLING_STEPS, ESTIMATE_AT = 3, 10  # the steps that compile, and the one after which the rest of the run is foretold
 
 
 def due(step, every):
@@ -62,10 +62,10 @@ class Log:
         done = info.step - self.first
         if done == SETTLING_STEPS:
             self.settled = time.perf_counter(), info.step
-        if self.settled and not self.estimated and done >= 2 * SETTLING_STEPS:
+        if self.settled and not self.estimated and done >= ESTIMATE_AT:
             each = (time.perf_counter() - self.settled[0]) / (info.step - self.settled[1])
             left = each * (trainer.num_steps - info.step)
-            trainer.accelerator.print(f"{each:.3g} s a step, about {left / 60:.1f} min to go")
+            say(trainer.accelerator, f"{each:.3g} s a step, about {left / 60:.1f} min to go")
             self.estimated = True
         if info.step % self.every and info.step != trainer.num_steps:
             self.progress.update(info.step, **self.figures)
@@ -86,7 +86,7 @@ class Log:
         self.clock, self.tokens = now, state.tokens
         values = {
             "train/loss": loss, "train/lr_multiplier": info.lr_multiplier, "train/tokens_per_second": rate,
-            "train/step_seconds": info.seconds, "train/tokens": state.tokens, "train/targets": info.targets,
+            "train/step_seconds": info.seconds, "train/tokens": state.tokens, "train/targets": int(info.targets),
             "train/skipped_steps": state.skipped, "train/total_flops": self.flops * state.tokens, "train/seconds": state.seconds,
             "train/epoch": trainer.batches.epoch,
         }  # fmt: skip
@@ -113,7 +113,8 @@ class Log:
                 "lower --matrix-lr and --embedding-lr, or use --dtype bfloat16 or float32; the last checkpoint is whole"
             )
         if row or not math.isfinite(loss):
-            trainer.accelerator.print(
+            say(
+                trainer.accelerator,
                 f"warning: step {info.step}: loss {loss:.4g}, {row} steps in a row skipped for non-finite gradients ({name or 'elsewhere'})"
             )
 
@@ -128,16 +129,17 @@ class Evaluate:
     def run(self, trainer):
         """Evaluate now; returns bpb, equal on all ranks."""
         with evaluating(trainer) as model:
-            self.last = evaluate_bpb(model, pieces(self.batches), self.token_bytes, reduce=sum_over_ranks(trainer.accelerator))
+            batches = step_by_step(model.device, pieces(self.batches))
+            self.last = evaluate_bpb(model, batches, self.token_bytes, reduce=sum_over_ranks(trainer.accelerator))
         self.first = self.last if self.first is None else self.first
         accelerator, step = trainer.accelerator, trainer.state.step
         if self.last > 1.02 * self.best:
-            accelerator.print(f"warning: step {step}: validation rose to {self.last:.4f} bpb from {self.best:.4f}; the run may be diverging")
+            say(accelerator, f"warning: step {step}: validation rose to {self.last:.4f} bpb from {self.best:.4f}; the run may be diverging")
         better, self.best = self.last < self.best, min(self.best, self.last)
         accelerator.log({"val/bpb": self.last}, step=step)
         if accelerator.is_main_process:
             MetricsFile(f"{self.output_dir}/metrics.jsonl" if self.output_dir else None).write(step=step, **{"val/bpb": self.last})
-        accelerator.print(f"step {step}: validation {self.last:.4f} bpb")
+        say(accelerator, f"step {step}: validation {self.last:.4f} bpb")
         if better and self.best_dir and step and step < trainer.num_steps:
             weights = whole_weights(trainer.raw_model)
             if accelerator.is_main_process:
@@ -160,9 +162,9 @@ class Sample:
         if not due(info.step, self.every) and not (self.every and info.step == trainer.num_steps):
             return
         with evaluating(trainer) as model:  # on every rank: split weights need all of them
-            answers = Engine(model, self.tokenizer).generate([ids for _, ids in self.prompts], max_new_tokens=self.max_new_tokens)
+            answers = Engine(for_generation(model), self.tokenizer).generate([ids for _, ids in self.prompts], max_new_tokens=self.max_new_tokens)
         lines = [f"- {text} → {row[0].text!r}" for (text, _), row in zip(self.prompts, answers, strict=True)]
-        trainer.accelerator.print(f"step {info.step}: samples", *lines, sep="\n")
+        say(trainer.accelerator, f"step {info.step}: samples", *lines)
         if trainer.accelerator.is_main_process and self.output_dir:
             Path(self.output_dir, "samples.md").write_text("\n".join(lines) + "\n")
 
@@ -180,7 +182,7 @@ class Save:
             run = wandb_run_id(trainer.accelerator)
             folder = checkpoint.save(trainer, self.output_dir, self.tokenizer, self.settings, self.keep, {"wandb": run} if run else {})
             self.last = time.monotonic()
-            trainer.accelerator.print(f"step {info.step}: saved {folder}")
+            say(trainer.accelerator, f"step {info.step}: saved {folder}")
 
 
 class CollectGarbage:

@@ -69,7 +69,8 @@ def _write(trainer, folder, tokenizer, settings, trackers):
     accelerator.wait_for_everyone()
     # collectives where weights or state are split, so every rank asks
     weights, optimizer = whole_weights(trainer.raw_model), trainer.optimizer.optimizer.full_state_dict(rank0_only=True)
-    own = {"data": trainer.batches.state_dict(), "rng": rng_state()}
+    stateful = hasattr(trainer.batches, "state_dict")  # a loader of the user's own, prepared by Accelerate or not, may have no state
+    own = {"data": trainer.batches.state_dict() if stateful else None, "rng": rng_state()}
     torch.save(own, folder / f"rank{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         trainer.raw_model.save_pretrained(folder, state_dict=weights)
@@ -104,7 +105,10 @@ def load(trainer, folder):
         accelerator.scaler.load_state_dict(optimizer["scaler"])
     same = saved["num_processes"] == accelerator.num_processes
     rank = _torch_load(folder / f"rank{accelerator.process_index if same else 0}.pt")
-    trainer.batches.load_state_dict(rank["data"])
+    if rank["data"] is None:
+        accelerator.print(f"warning: {folder} has no position of the data, whose loader had no state_dict; the data begins anew")
+    else:
+        trainer.batches.load_state_dict(rank["data"])
     trainer.load_state_dict(saved["state"])
     if same:
         set_rng_state(rank["rng"])
@@ -175,8 +179,11 @@ def _fsync(path):
 def prepare_folder(path):
     """Make the output folder and prove that it can be written to; returns its Path. OSError where it cannot."""
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
-    probe.touch()
-    probe.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--output-dir {path}: cannot be written to ({error.strerror}); give a folder that can") from None
     return folder

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from itertools import chain
+from os.path import commonprefix
 
 import numpy as np
 
@@ -111,10 +113,13 @@ class PlainEncoder:
     def _load(self, text):
         from tokenizers import Tokenizer
 
-        self.backend = Tokenizer.from_str(text)
-        self.backend.encode_special_tokens = True
-        self.backend.no_truncation()
-        self.backend.no_padding()
+        self.backend, self.joined = Tokenizer.from_str(text), Tokenizer.from_str(text)
+        for backend in (self.backend, self.joined):
+            backend.no_truncation()
+            backend.no_padding()
+        self.backend.encode_special_tokens, self.joined.encode_special_tokens = True, False
+        self.strings = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+        self.prefix = commonprefix(self.strings)  # one search instead of nine
 
     def __getstate__(self):
         return {"special": self.special, "text": self.backend.to_str()}
@@ -133,8 +138,34 @@ class PlainEncoder:
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def render(self, conversations):
-        """Many conversations at once → (ids int32, mask uint8, lengths): `render` of each, one behind the other, in flat arrays."""
+        """Many conversations at once → (ids int32, mask uint8, lengths): `render` of each, one behind the other, in flat arrays.
+
+        A conversation is encoded as one string whose special tokens the tokenizer cuts out itself, a third faster than piece by piece; where a text
+        holds the string of a special token, piece by piece.
+        """
         layouts = [list(layout(c)) for c in conversations]
+        if any(self._holds_special(piece) for pieces in layouts for piece, special, _ in pieces if not special):
+            return self._render_pieces(layouts)
+        texts = ["".join(piece for piece, _, _ in pieces) for pieces in layouts]
+        encoded = [e.ids for e in self.joined.encode_batch_fast(texts, add_special_tokens=False)]
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+        ids = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(lengths.sum()))
+        return ids, self._mask(ids), lengths
+
+    def _holds_special(self, text):
+        return self.prefix in text and any(s in text for s in self.strings)
+
+    def _mask(self, ids):
+        """Learned are the tokens behind assistant_start up to assistant_end, but for output_start to output_end."""
+
+        def within(name):
+            start, end = (ids == self.special[f"<|{name}_{side}|>"] for side in ("start", "end"))
+            return start, (np.cumsum(start, dtype=np.int32) > np.cumsum(end, dtype=np.int32)) | end
+
+        (begins, said), (_, output) = within("assistant"), within("output")
+        return (said & ~begins & ~output).astype(np.uint8)
+
+    def _render_pieces(self, layouts):
         encoded = iter(self.encode([piece for pieces in layouts for piece, special, _ in pieces if not special]))
         ids, sizes, trained, lengths = [], [], [], []
         for pieces in layouts:

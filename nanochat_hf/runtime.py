@@ -1,40 +1,54 @@
-"""The machine: Accelerator, device, peak FLOPS, agreement between ranks."""
+"""The machine: Accelerator, device, peak FLOPS, agreement between ranks, and everything that only XLA (TPU) needs."""
 
+import functools
 import os
 import signal
+import threading
+from importlib.util import find_spec
 
 import torch
-from accelerate import Accelerator
+import torch.nn.functional as F
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, is_torch_xla_available, set_seed
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Dense bf16 peaks in FLOP/s by a part of the device's name (vendors' data sheets); first match wins.
 PEAK_FLOPS = (
     ("B200", 2.25e15), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800", 989e12),
     ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("L4", 121e12), ("4090", 165e12), ("3090", 71e12),
 )  # fmt: skip
-REFUSED = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+# How Accelerate's launcher says which of the launch types that keep an optimizer of their own it was asked for.
+REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=None, seed=0, compile=False):
     """An Accelerator for `accumulation` micro-batches a step. `dtype`: None (the launcher's), float32, bfloat16 or float16.
 
     `compile` lets Accelerate compile the prepared model, for fixed shapes.
-    ValueError where `dtype` contradicts the launcher, or the launch type is one that does not carry this optimizer.
+    ValueError where `dtype` contradicts the launcher, or the launch type is one that does not carry this optimizer. On XLA None is
+    bfloat16, for there the launcher cannot say it (see XLAAccelerator).
     """
+    for variable, kind in REFUSED.items():  # before Accelerate asks for their packages
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ValueError(f"{kind} keeps its own optimizer and cannot run Muon; launch with DDP (multi_gpu.yaml) or FSDP2 (fsdp2.yaml)")
     precision = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is not None and launched not in (None, "", precision):
         raise ValueError(f"--dtype {dtype} disagrees with the launcher's mixed_precision={launched}; drop one of them")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype} must be float32, bfloat16 or float16")
-    accelerator = Accelerator(
+    shared = dict(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
-        mixed_precision=precision, log_with=trackers or None, project_dir=output_dir, step_scheduler_with_optimizer=False,
-        dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if compile else None,
-        cpu=not is_torch_xla_available() and not on_accelerator(),  # where torch_xla is importable Accelerate takes it, whatever is asked
+        log_with=trackers or None, project_dir=output_dir, step_scheduler_with_optimizer=False,
     )  # fmt: skip
-    if accelerator.distributed_type in REFUSED:
-        raise ValueError(f"{accelerator.distributed_type} keeps its own optimizer and cannot run Muon; use DDP or FSDP2")
+    if is_torch_xla_available():  # wherever it is importable Accelerate takes it, whatever is asked
+        accelerator = XLAAccelerator(dtype=dtype, compile=compile, **shared)
+    else:
+        accelerator = Accelerator(
+            **shared, mixed_precision=precision, cpu=not on_accelerator(),
+            dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if compile else None,
+        )  # fmt: skip
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("float16 needs a GPU: on the CPU Accelerate would silently train in float32; use --dtype bfloat16 or float32")
     set_seed(seed)
@@ -63,6 +77,11 @@ def peak_of(name):
     return next((peak for part, peak in PEAK_FLOPS if part.lower() in name.lower()), None)
 
 
+def device_memory(device):
+    """GiB of a CUDA device."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30
+
+
 def sum_over_ranks(accelerator):
     """A function that sums a tensor over ranks, on the accelerator's device."""
     return lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum")
@@ -72,24 +91,35 @@ class StopSignal:
     """SIGTERM and SIGINT ask for a stop after the running step; so does the launcher's death. Ranks agree through `agreed`."""
 
     def __init__(self, accelerator):
-        self.accelerator, self.received, self.parent = accelerator, 0, os.getppid()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        self.accelerator, self.received, self.parent, self.earlier = accelerator, 0, os.getppid(), None
+        if threading.current_thread() is threading.main_thread():  # XLA's launcher trains in a thread, where Python takes no handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
         self.received = number
 
     def agreed(self):
-        """True on all ranks once any rank was asked to stop (one small collective when there are several)."""
-        return agree(self.accelerator, bool(self.received) or os.getppid() != self.parent)
+        """True on all ranks once any rank was asked to stop (one small collective when there are several).
+
+        Several XLA devices learn it one step later, lest the host wait for the step that it has just sent off.
+        """
+        wanted = bool(self.received) or os.getppid() != self.parent
+        if self.accelerator.num_processes == 1 or self.accelerator.device.type != "xla":
+            return agree(self.accelerator, wanted)
+        earlier, self.earlier = self.earlier, _any_rank(self.accelerator, wanted)
+        return earlier is not None and bool(earlier.item())
 
 
 def agree(accelerator, wanted):
     """True on all ranks where any rank wants it: one small collective, none on one process."""
     if accelerator.num_processes == 1:
         return bool(wanted)
-    flag = torch.tensor([float(wanted)], device=accelerator.device)
-    return bool(accelerator.reduce(flag, reduction="sum").item())
+    return bool(_any_rank(accelerator, wanted).item())
+
+
+def _any_rank(accelerator, wanted):
+    return accelerator.reduce(torch.tensor([float(wanted)], device=accelerator.device), reduction="sum")
 
 
 def whole_weights(model):
@@ -111,3 +141,166 @@ def load_whole_weights(model, weights):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+
+
+class XLAAccelerator(Accelerator):
+    """Accelerate on XLA devices, with a mixed precision and masks of packed rows of our own.
+
+    On a TPU Accelerate's mixed_precision="bf16" sets XLA_USE_BF16, which turns the float32 master weights into bfloat16; here it stays
+    "no", and autocast lowers the products alone. transformers looks at position_ids to see whether rows are packed, which waits for the
+    device at each forward; here the masks come from position_ids unseen, in one fixed shape.
+    """
+
+    def __init__(self, *, dtype=None, compile=False, **kwargs):
+        """`dtype`: float32, bfloat16 or None (bfloat16). ValueError for what harms the weights or cannot run."""
+        for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
+            if os.environ.get(name, "0") not in ("", "0"):
+                raise ValueError(
+                    f"{name}={os.environ[name]} makes bfloat16 of the float32 master weights; unset it, set mixed_precision: no in "
+                    "Accelerate's YAML (accelerate_configs/tpu.yaml does), and choose with --dtype"
+                )
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched not in ("", "no"):
+            raise ValueError(f"mixed_precision={launched} of the launcher is unsafe on XLA; set it to no and choose with --dtype")
+        if dtype == "float16":
+            raise ValueError("--dtype float16 is not for XLA, which has no loss scaling here; use bfloat16 or float32")
+        if compile:
+            raise ValueError("--compile true is not for XLA, which compiles every step itself; drop it")
+        state = PartialState()
+        state.local_process_index = max(0, state.local_process_index)  # Accelerate has -1 off TPUs, and then prints nothing
+        self.autocast_enabled = dtype != "float32"
+        super().__init__(mixed_precision="no", **kwargs)
+
+    @property
+    def mixed_precision(self):
+        """What the products run in; Accelerate's own setting stays "no"."""
+        return "bf16" if self.autocast_enabled else "no"
+
+    def autocast(self, autocast_handler=None):
+        return torch.autocast("xla", dtype=torch.bfloat16, enabled=self.autocast_enabled)
+
+    def backward(self, loss, **kwargs):
+        (loss / as_input(self.gradient_accumulation_steps, loss.device)).backward(**kwargs)
+
+    def prepare_model(self, model, device_placement=None, evaluation_mode=False):
+        """Move the model; its forward then runs under `autocast`, with masks made from position_ids where there are any."""
+        model = super().prepare_model(model, device_placement, evaluation_mode)
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def run(*args, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+            if attention_mask is None and position_ids is not None and past_key_values is None:
+                attention_mask = packed_masks(model.config, position_ids)
+            with self.autocast():
+                return forward(*args, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
+
+        model.forward = run
+        return model
+
+
+def mark_step(device):
+    """On XLA, run what was recorded: the next operations become a program of their own. Elsewhere nothing."""
+    if device.type == "xla":
+        import torch_xla
+
+        torch_xla.sync()
+
+
+def as_input(number, device):
+    """A number that changes, as a program may take it: on XLA a 0-d float32 tensor on the device; elsewhere, and a tensor, as it is.
+
+    XLA bakes single numbers of 0 and 1 into a program and takes equal ones for one input, so that a value which happens to equal
+    another makes a new program; it does neither with the elements of a vector.
+    """
+    if device.type != "xla" or isinstance(number, torch.Tensor):
+        return number
+    return torch.tensor([float(number)]).to(device).squeeze(0)
+
+
+def step_by_step(device, items):
+    """The items of an iterable, with a mark_step after the work on each, so that a loop is not unrolled into one program."""
+    for item in items:
+        yield item
+        mark_step(device)
+
+
+def reduce_gradients(accelerator, optimizer):
+    """On XLA, average complete gradients over the replicas, once a step, so that norms see the whole; DDP and FSDP2 did it in backward."""
+    state = accelerator.gradient_state
+    if accelerator.distributed_type != DistributedType.XLA or state.is_xla_gradients_synced:
+        return
+    import torch_xla.core.xla_model as xm
+
+    gradients = [param.grad for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+    xm.all_reduce(xm.REDUCE_SUM, gradients, scale=1.0 / accelerator.num_processes)
+    state.is_xla_gradients_synced = True  # Accelerate's optimizer then does not reduce again, and resets it
+
+
+def enable_checkpointing(model, device):
+    """Gradient checkpointing for layers. On XLA its own, with a barrier without which XLA merges the recomputation with the original."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": device.type == "xla"})
+    if device.type != "xla":
+        return
+    from torch_xla.utils.checkpoint import checkpoint
+
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = functools.partial(checkpoint, preserve_rng_state=False)  # nothing here is random
+
+
+def for_generation(model):
+    """The model itself; on XLA a copy on the host, for each new length would be compiled anew there."""
+    if model.device.type != "xla":
+        return model
+    with torch.device("meta"):
+        copy = type(model)(model.config)
+    copy.load_state_dict(whole_weights(model), assign=True)
+    return copy.eval()
+
+
+def documents(position_ids):
+    """Number of the document of each position, (B, T): a new one begins where positions do not go on by one.
+
+    documents([[0, 1, 0, 1, 2]]) → [[0, 0, 1, 1, 1]]
+    """
+    return F.pad((position_ids.diff(dim=-1) != 1).long(), (1, 0)).cumsum(-1)
+
+
+def packed_masks(config, position_ids):
+    """Boolean masks (B, 1, T, T) by layer type that keep causality, documents and windows; True where a query sees a key."""
+    number = documents(position_ids)
+    place = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    distance = place[:, None] - place[None, :]  # (T, T)
+    full = ((number[:, :, None] == number[:, None, :]) & (distance >= 0)).unsqueeze(1)
+    masks = {"full_attention": full}
+    if "sliding_attention" in config.layer_types:
+        masks["sliding_attention"] = full & (distance < config.sliding_window)
+    return masks
+
+
+def pallas_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, position_ids=None, **kwargs):
+    """XLA's flash kernel for layers without a window; SDPA with the mask for those with one, and for lengths that 128 does not divide.
+
+    query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D), None. Documents become the kernel's segments.
+    """
+    B, H, T, _ = query.shape
+    if sliding_window is not None or T % 128 or key.shape[2] != T:
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs)
+    from torch_xla.experimental.custom_kernel import flash_attention
+
+    key, value = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (key, value))
+    segments = None if position_ids is None else documents(position_ids).to(torch.int32).expand(B, T)
+    out = flash_attention(query, key, value, causal=True, q_segment_ids=segments, kv_segment_ids=segments, sm_scale=scaling)
+    return out.transpose(1, 2), None
+
+
+def flash_kernel():
+    """(name or None, reason): the TPU's flash attention where it can run, registered with transformers."""
+    if not is_torch_xla_available(check_is_tpu=True):
+        return None, "no TPU"
+    if find_spec("jax") is None:
+        return None, "the flash kernel needs jax; pip install 'torch_xla[pallas]'"
+    ALL_ATTENTION_FUNCTIONS.register("pallas", pallas_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("pallas", sdpa_mask)
+    return "pallas", "segments isolate documents; layers with a window take sdpa"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def tokenise(source, encoder, *, num_proc=None, progress=False):
     import datasets
     from filelock import FileLock
 
-    rows, content, form = raw_rows(source)
+    with _bars(progress):
+        rows, content, form = raw_rows(source)
     how = [encoder.fingerprint, content, source.task, source.start, source.columns, source.converter, "ids+mask"]
     fingerprint = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "nanochat_hf"
@@ -124,7 +126,7 @@ def tokenise(source, encoder, *, num_proc=None, progress=False):
 def _bars(shown):
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    before = are_progress_bars_disabled()
+    shown, before = shown and sys.stderr.isatty(), are_progress_bars_disabled()  # in a log file a bar is a page of noise
     (enable_progress_bars if shown else disable_progress_bars)()
     try:
         yield

@@ -57,6 +57,13 @@ def read_metrics(path):
     return entries
 
 
+def say(accelerator, *lines):
+    """Print lines on the main process, above the bar where there is one."""
+    if accelerator.is_main_process:
+        tqdm.write("\n".join(lines))
+        sys.stdout.flush()
+
+
 class Progress:
     """On a terminal one bar with %, step, figures and ETA; elsewhere a plain line whenever there are new figures. Main process only."""
 

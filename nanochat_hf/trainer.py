@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 
 from .optim import gradient_norms
+from .runtime import as_input, mark_step, reduce_gradients
 
 
 @dataclass
@@ -23,11 +24,14 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """One finished step: loss (0-d tensor on the device: this rank's share), valid targets of all ranks, seconds, lr multiplier."""
+    """One finished step: loss (0-d tensor on the device: this rank's share), valid targets of all ranks, seconds, lr multiplier.
+
+    `targets` is a 0-d tensor on several XLA devices, whose host never waits for it.
+    """
 
     step: int
     loss: torch.Tensor
-    targets: int
+    targets: int | torch.Tensor
     seconds: float
     lr_multiplier: float
     grad_norms: dict | None = None  # of each parameter group, before clipping; only on the steps that are asked for
@@ -70,9 +74,10 @@ class Trainer:
             raise ValueError(f"the data gave {len(micro_batches)} of {self.accumulation} micro-batches; it is shorter than one step")
         targets = self._valid_targets(micro_batches)
         multiplier = self.schedule(self.optimizer, self.state.step)
-        loss, norms = self._accumulate(micro_batches, targets) if targets else (torch.zeros(()), None)
-        self.state.skipped += targets == 0
-        if self.accelerator.scaler is not None and targets:
+        empty = isinstance(targets, int) and targets == 0
+        loss, norms = (torch.zeros(()), None) if empty else self._accumulate(micro_batches, targets)
+        self.state.skipped += empty
+        if self.accelerator.scaler is not None and not empty:
             self.overflows = self.overflows + 1 if self.optimizer.step_was_skipped else 0
             self.state.overflowed += self.overflows > 0
         self.state.step += 1
@@ -87,27 +92,34 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return local
         count = torch.tensor([local], dtype=torch.float64 if self.accelerator.device.type == "cpu" else torch.float32)
-        return int(self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum").item())
+        count = self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum")
+        # the host of an XLA device runs ahead of it: the number stays there, and a step without a target becomes one of zero gradients
+        return count[0].clamp(min=1) if self.accelerator.device.type == "xla" else int(count.item())
 
     def _accumulate(self, micro_batches, targets):
         device, total, norms = self.accelerator.device, 0.0, None
         observed = self.norms_every and (self.state.step + 1) % self.norms_every == 0
         # backward() divides by the accumulation, DDP by the processes: undo both
-        scale = self.accumulation * self.accelerator.num_processes / targets
+        scale = as_input(self.accumulation * self.accelerator.num_processes / targets, device)
+        targets = as_input(targets, device)
         for batch in micro_batches:
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with self.accelerator.accumulate(self.model):
                 # a sum, divided outside: a compiled model would be compiled anew for every other number of targets
                 loss = self.model(**batch, num_items_in_batch=1).loss
                 self.accelerator.backward(loss * scale)
-                if self.accelerator.sync_gradients and observed:
-                    scaled = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()  # until step() unscales
-                    norms = {name: norm / scaled for name, norm in gradient_norms(self.optimizer).items()}
-                if self.accelerator.sync_gradients and self.max_grad_norm:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            total = total + loss.detach() / targets
+                total = total + loss.detach() / targets
+                mark_step(device)  # programs of XLA: each micro-batch, then the update, so that a change in one compiles one
+                if self.accelerator.sync_gradients:  # on XLA the optimizer's wrapper reduces whenever it is called, complete or not
+                    reduce_gradients(self.accelerator, self.optimizer)
+                    if observed:
+                        scaled = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()  # until step() unscales
+                        norms = {name: norm / scaled for name, norm in gradient_norms(self.optimizer).items()}
+                    if self.max_grad_norm:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                    mark_step(device)
         return total, norms
 
     def state_dict(self):

@@ -50,7 +50,7 @@ def main(argv=None):
     with accelerator.main_process_first():  # the others find what it downloaded and prepared
         model, tokenizer = load(config.model, DTYPES[accelerator.mixed_precision])
         rows = [evaluation_rows(task, path, config.limit) for task, path in chosen]
-    model.to(accelerator.device)
+    model.to("cpu" if accelerator.device.type == "xla" else accelerator.device)  # each new length would be a new program of XLA
     results = []
     for (task, _), task_rows in zip(chosen, rows, strict=True):
         if task.notice and accelerator.is_main_process:

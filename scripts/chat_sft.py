@@ -5,6 +5,8 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from nanochat_hf import NanochatForCausalLM, scaling
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.conversation import render_prompt
@@ -13,7 +15,7 @@ from nanochat_hf.hub import HubConfig, HubPusher, fetch_model
 from nanochat_hf.runtime import build_accelerator
 from nanochat_hf.tasks.base import pair
 from nanochat_hf.tokenizer import load_tokenizer
-from scripts.training import TrainConfig, accelerate, run, smoke
+from scripts.training import TrainConfig, accelerate, divided, run, smoke
 
 PROMPTS = ("Why is the sky blue?", "Spell the word: elephant", "How many r are in strawberry?", "What is 12*7?")
 
@@ -38,6 +40,7 @@ class SFTConfig:
 def main(argv=None):
     sft, config, hub, lists = parse([SFTConfig, TrainConfig, HubConfig], argv, lists=("train_data", "validation_data"), description=__doc__)
     config = smoke(config)
+    disable_progress_bar()  # the run has its own
     if sft.model == "newest":
         sft = replace(sft, model=newest_base())
     train = [SourceConfig.from_recipe(entry) for entry in lists.get("train_data", [])]
@@ -75,8 +78,9 @@ def main(argv=None):
         )
     plan = {"data": data, "start": sft.model}
     # whatever is trained on, validation counts the assistant's tokens of conversations that stand alone, so that runs compare
-    measured = shape | {"train_on_all_tokens": False, "isolate": True}
+    measured = shape | {"train_on_all_tokens": False, "isolate": True, "rank": 0, "world_size": 1}
     validation = SFTBatches(held_out or train, tokenizer, **measured, **told, seed=config.seed + 1, prefetch=0).take(config.eval_batches)
+    validation = divided(validation, accelerator.process_index, processes)
     base_rows = trained_rows(start)
     if base_rows and config.device_batch_size > base_rows:
         accelerator.print(f"warning: --device-batch-size {config.device_batch_size} exceeds the base run's {base_rows}; watch the memory")

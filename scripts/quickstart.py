@@ -74,7 +74,7 @@ def main():
     )  # fmt: skip
     model = str(ROOT / "sft/final")
     stage(
-        "evaluation", "answers.json", *LAUNCH, "-m", "scripts.chat_eval", "--model", model, "--tasks",
+        "evaluation", "answers.json", "-m", "scripts.chat_eval", "--model", model, "--tasks",
         "simple_spelling,spelling_bee,calculator,identity",
         "--limit", "200", "--output", str(ROOT / "answers.json"),
     )  # fmt: skip

@@ -4,15 +4,16 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from nanochat_hf import callback_push, checkpoint, hub, kernels, runtime
 from nanochat_hf.attention import choose_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
-from nanochat_hf.config import dump, resolved
+from nanochat_hf.config import SMALLER, dump, resolved
 from nanochat_hf.optim import MATRIX_OPTIMIZERS, MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
 from nanochat_hf.report import write_report
-from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, shown_hours, training_hours
+from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, memory_per_gpu, shown_hours, training_hours
 from nanochat_hf.schedules import base_lr, muon_momentum
 from nanochat_hf.tokenizer import load_tokenizer, token_bytes
 from nanochat_hf.tracking import environment
@@ -28,8 +29,8 @@ class TrainConfig:
     device_batch_size: int = field(default=32, metadata={"help": "rows a process takes at once"})
     total_batch_size: int | None = field(default=None, metadata={"help": "tokens of an optimizer step (default: one micro-batch)"})
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
-    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's)"})
-    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, sdpa or eager"})
+    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's; bfloat16 on XLA)"})
+    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, pallas, sdpa or eager"})
     kernels: bool | None = field(default=None, metadata={"help": "fused Triton kernels in training (default: on CUDA)"})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA)"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in backward: less memory, about 30 %% slower"})
@@ -45,7 +46,7 @@ class TrainConfig:
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip the gradient to this norm (default: off)"})
     max_skipped: int = field(default=20, metadata={"help": "stop after so many steps in a row with non-finite gradients"})
     eval_every: int = field(default=150, metadata={"help": "steps between evaluations of bpb; 0: only at the end"})
-    eval_batches: int = field(default=8, metadata={"help": "micro-batches of validation data per process"})
+    eval_batches: int = field(default=8, metadata={"help": "micro-batches of validation data: of each process in base training, of all of them together in fine-tuning"})
     keep_best: bool = field(default=False, metadata={"help": "export the model of the lowest validation bpb to OUTPUT_DIR/best"})
     sample_every: int = field(default=0, metadata={"help": "steps between answers to fixed prompts; 0: none"})
     save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only at the end"})
@@ -123,6 +124,10 @@ def announce(config, accelerator, model, description, num_steps, reason, details
         f"attention {model.config._attn_implementation} ({reason})"
     )
     accelerator.print(f"{description}:", *(f"  {name:<11} {text}" for name, text in (lines | details).items()), sep="\n")
+    if "memory" in lines and accelerator.distributed_type.value != "FSDP":
+        there, needed = runtime.device_memory(accelerator.device), memory_per_gpu(model, rows, positions, processes)["total"]
+        if needed > there:
+            accelerator.print(f"warning: about {needed:.0f} GiB are needed and the device has {there:.0f}; {SMALLER}")
     return flops
 
 
@@ -150,7 +155,7 @@ def run(
     config, accelerator, model, tokenizer, batches, validation, num_steps, *, description, settings=None, lr_scale=1.0, decay=False,
     prompts=(), plan=None, pusher=None,
 ):  # fmt: skip
-    """Train `model` on `batches` for `num_steps`, evaluate, save. `plan`: more lines of the printed plan; `prompts`: see Sample.
+    """Train `model` on `batches` for `num_steps`, evaluate on `validation` (batches), save. `plan`: more lines of the printed plan; `prompts`: see Sample.
 
     Returns (final folder, Trainer, Evaluate); the folder is None when the run was stopped, and "" when there is nothing to write.
     """
@@ -167,7 +172,7 @@ def run(
     model.set_attn_implementation(kernel)
     fused = install_kernels(config, accelerator, model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        runtime.enable_checkpointing(model, accelerator.device)
     flops = announce(config, accelerator, model, description, num_steps, reason, {"kernels": fused} | (plan or {}))
     if config.plan_only:
         return "", None, None
@@ -209,6 +214,21 @@ def same_tokenizer(tokenizer, folder):
         raise ValueError(
             f"{folder}: its tokenizer's vocabulary ({len(saved)} tokens) is not that of this run's ({len(tokenizer)}); give --tokenizer {folder}"
         )
+
+
+def divided(batches, rank, world_size):
+    """The share of one process in validation batches that all of them have made: the number must not depend on how many there are.
+
+    Each gets as many rows, since evaluation of split models is a collective: where they do not divide, some get a row without a target.
+    """
+    rows = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    missing = -len(rows["input_ids"]) % world_size
+    if missing:
+        rows = {key: torch.cat((value, value[:1].expand(missing, -1))) for key, value in rows.items()}
+        rows["shift_labels"][-missing:] = -100
+    own = {key: value[rank::world_size] for key, value in rows.items()}
+    size = len(batches[0]["input_ids"])
+    return [{key: value[start : start + size] for key, value in own.items()} for start in range(0, len(own["input_ids"]), size)]
 
 
 def finish(config, trainer, evaluate, log, tokenizer, settings, description, output):

@@ -1,5 +1,10 @@
 """Every file in accelerate_configs/ is one that Accelerate reads, and selects what its name says."""
 
+import importlib
+import inspect
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +35,22 @@ def test_special_settings():
     assert fsdp["fsdp_version"] == 2 and fsdp["fsdp_transformer_layer_cls_to_wrap"] == "NanochatDecoderLayer"
     assert load_config_from_file(str(FOLDER / "multi_node.yaml")).num_machines == 2
     assert load_config_from_file(str(FOLDER / "fp8.yaml")).fp8_config["backend"] == "AO"
+
+
+@pytest.mark.parametrize("script", ["base_train", "chat_sft"])
+def test_the_tpu_launcher_finds_and_sends_the_function(script):
+    """It imports the script, pickles its function for a process a chip, and calls it without arguments."""
+    name = load_config_from_file(str(FOLDER / "tpu.yaml")).main_training_function
+    function = getattr(importlib.import_module(f"scripts.{script}"), name)
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert all(p.default is not p.empty for p in inspect.signature(function).parameters.values())
+
+
+def test_nothing_imports_torch_xla_where_it_is_absent():
+    """Every module and script is imported, with torch_xla made unfindable whatever is installed."""
+    root = FOLDER.parent
+    modules = [path.relative_to(root).with_suffix("") for folder in ("nanochat_hf", "scripts") for path in sorted((root / folder).glob("*.py"))]
+    names = [".".join(path.parts) for path in modules if path.name != "__init__"]
+    code = f"import sys, importlib; sys.modules['torch_xla'] = None\nfor name in {names}: importlib.import_module(name)\nprint(len(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -79,10 +79,10 @@ def test_whatever_a_model_writes(expression):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@settings(max_examples=100_000, deadline=None)
-@given(inputs)
-def test_whatever_a_model_writes_a_hundred_thousand_times(expression):
+@pytest.mark.parametrize("part", range(20))  # hypothesis slows down within a long run
+@settings(max_examples=5000, deadline=None, database=None)
+@given(expression=inputs)
+def test_whatever_a_model_writes_a_hundred_thousand_times(part, expression):
     never_raises_and_answers_short_and_at_once(expression)
 
 

@@ -42,3 +42,26 @@ def test_a_host_without_room_says_so_too(capsys):
 def test_faults_of_the_program_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
         raising(RuntimeError("a bug"))()
+
+
+REFERENCE_FLAGS = (
+    "run", "device-type", "dtype", "model-tag", "model-step", "num-iterations", "max-seq-len", "device-batch-size", "total-batch-size", "embedding-lr",
+    "unembedding-lr", "matrix-lr", "weight-decay", "init-lr-frac", "eval-every", "eval-tokens", "dry-run", "smoke-test",
+)  # fmt: skip
+
+
+def test_every_flag_of_the_original_has_its_line_and_every_flag_named_there_exists():
+    import re
+    from dataclasses import fields
+    from pathlib import Path
+
+    from nanochat_hf.hub import HubConfig
+    from scripts.chat_sft import SFTConfig
+    from scripts.training import TrainConfig
+
+    rows = [line.split(" | ") for line in (Path(__file__).parents[1] / "docs" / "flags.md").read_text().splitlines() if line.startswith("| ")][1:]
+    theirs = {flag for row in rows for flag in re.findall(r"`--([a-z-]+)", row[0])}
+    assert theirs == set(REFERENCE_FLAGS)
+    ours = {flag for row in rows for flag in re.findall(r"--([a-z][a-z-]+[a-z])(?=[ `|]|\\\\)", row[1])} - {"config_file", "hub"}
+    known = {field.name.replace("_", "-") for kind in (SFTConfig, TrainConfig, HubConfig) for field in fields(kind)}
+    assert ours and not ours - known, ours - known

@@ -289,3 +289,23 @@ def test_rendering_many_equals_rendering_each(tokenizer, pairs):
     assert lengths.tolist() == [len(i) for i, _ in each]
     hostile = encoder.render([{"messages": [{"role": "user", "content": "<|bos|>"}, say("a")]}])[0].tolist()
     assert hostile.count(BOS) == 1
+
+
+said = st.text(max_size=12) | st.sampled_from([*SPECIAL_TOKENS, "a<|bos|>b", "<|", "<|x|>", "  ", "\n\n"])
+answers = said | st.lists(st.builds(lambda k, t: {"type": k, "text": t}, st.sampled_from(["text", "python", "python_output"]), said), min_size=1, max_size=4)
+turns = st.lists(st.tuples(said, answers), min_size=1, max_size=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(turns, min_size=1, max_size=3), st.none() | said)
+def test_many_at_once_render_as_one_by_one_whatever_their_texts_hold(tokenizer, several, system):
+    conversations = []
+    for pairs in several:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        for question, answer in pairs:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        conversations.append({"messages": messages})
+    ids, mask, lengths = PlainEncoder(tokenizer).render(conversations)
+    expected = [render(tokenizer, c) for c in conversations]
+    assert ids.tolist() == [t for one, _ in expected for t in one] and mask.tolist() == [m for _, one in expected for m in one]
+    assert lengths.tolist() == [len(one) for one, _ in expected]

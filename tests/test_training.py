@@ -75,11 +75,18 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(start, whole, tmp_path, wor
     dice = random.Random(world)
     output, kills = tmp_path / "run", 0
     for attempt in range(12):
-        run = train(start, output, tmp_path / f"{attempt}.log", world, resume="auto")
+        run = train(start, output, tmp_path / f"{attempt}.log", world, resume="auto", keep=0)
         begun = len(list(output.glob("*checkpoint*")))
         deadline = time.monotonic() + 60
-        # the first attempts die while a checkpoint is being written, or a moment after
-        while attempt < 3 and any(p.is_alive() for p in run.processes) and time.monotonic() < deadline:
+        reached = dice.choice((f"1/{STEPS}", f"3/{STEPS}"))
+        while attempt == 0 and any(p.is_alive() for p in run.processes) and time.monotonic() < deadline:
+            if f"step {reached}" in run.text():  # between two checkpoints
+                run.kill()
+                kills += 1
+                break
+            time.sleep(0.002)
+        # the next ones die while a checkpoint is being written, or a moment after
+        while 0 < attempt < 4 and any(p.is_alive() for p in run.processes) and time.monotonic() < deadline:
             if len(list(output.glob("*checkpoint*"))) > begun or list(output.glob(".*partial")):
                 time.sleep(dice.random() * 0.05)
                 run.kill()
@@ -88,7 +95,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(start, whole, tmp_path, wor
             time.sleep(0.002)
         if run.wait() == [0] * world:
             break
-    assert kills >= 2 and (output / "final").is_dir(), run.text()
+    assert kills >= 3 and (output / "final").is_dir(), run.text()
     expected = weights(whole / str(world))
     assert all(torch.equal(value, expected[name]) for name, value in weights(output).items())
     steps = [entry["step"] for entry in read_metrics(output / "metrics.jsonl") if "train/loss" in entry]
@@ -206,9 +213,46 @@ def test_trackers_get_stable_names_and_a_resumed_run_is_the_same_run(start, tmp_
 
 
 def test_best_and_samples_and_report(start, tmp_path):
-    run = train(start, tmp_path / "run", tmp_path / "log", eval_every=2, keep_best=True, sample_every=4)
+    run = train(start, tmp_path / "run", tmp_path / "log", eval_every=2, keep_best=True, sample_every=4, num_steps=12)
     assert run.wait() == [0], run.text()
+    assert run.text().index("step 10/12") > 0 and "s a step, about" in run.text()  # the estimate, once ten steps are known
     assert run.text().index("saved") < run.text().index("step 2: validation")  # work is safe before evaluation starts
     NanochatForCausalLM.from_pretrained(tmp_path / "run" / "best")
     report = (tmp_path / "run" / "report.md").read_text()
     assert "minimum validation bpb" in report and "elephant" in report and (tmp_path / "run" / "curves.png").stat().st_size > 5000
+
+
+def test_streams_on_two_processes_stop_together_and_resume_to_the_same_bits(start, tmp_path):
+    changed = {"streaming": True, "device_batch_size": 3, "save_every": 4}
+    one = train(start, tmp_path / "run", tmp_path / "log", 2, **changed)
+    assert one.wait() == [0, 0], one.text()
+    assert "1 streams, packed window by window" in one.text() and f"step {STEPS}/{STEPS}" in one.text()
+    again = train(start, tmp_path / "again", tmp_path / "log2", 2, **changed, resume=tmp_path / "run" / "checkpoint-000004")
+    assert again.wait() == [0, 0], again.text()
+    expected = weights(tmp_path / "run")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "again").items())
+    other = train(start, tmp_path / "other", tmp_path / "log3", **changed, resume=tmp_path / "run" / "checkpoint-000004")
+    assert other.wait() == [2] and "split over 2 processes, this run has 1; resume with 2" in other.text()
+    endless = train(start, tmp_path / "endless", tmp_path / "log4", streaming=True, num_steps=None)
+    assert endless.wait() == [2] and "give --num-steps" in endless.text()
+
+
+@pytest.mark.parametrize("rows, world", [(6, 2), (7, 2), (8, 3), (1, 3)])
+def test_validation_rows_are_dealt_out_once_and_equally_many(rows, world):
+    from scripts.training import divided
+
+    ids = torch.arange(rows).unsqueeze(1).expand(-1, 4)
+    batches = [{"input_ids": ids[i : i + 3], "shift_labels": ids[i : i + 3] + 1} for i in range(0, rows, 3)]
+    shares = [divided(batches, rank, world) for rank in range(world)]
+    assert len({tuple(len(b["input_ids"]) for b in share) for share in shares}) == 1
+    counted = [row[0] - 1 for share in shares for b in share for row in b["shift_labels"].tolist() if row[0] != -100]
+    assert sorted(counted) == list(range(rows)) and (ids[:, 0] == torch.arange(rows)).all()
+
+
+def test_bpb_is_the_same_on_two_processes(start, tmp_path):
+    changed = {"eval_every": 1, "num_steps": 1, "device_batch_size": 3, "eval_batches": 3}
+    runs = [train(start, tmp_path / str(w), tmp_path / f"{w}.log", w, **changed, total_batch_size=6 * 64) for w in (1, 2)]
+    for world, run in zip((1, 2), runs, strict=True):
+        assert run.wait() == [0] * world, run.text()
+    one, two = ([e["val/bpb"] for e in read_metrics(tmp_path / str(w) / "metrics.jsonl") if "val/bpb" in e][0] for w in (1, 2))
+    assert two == pytest.approx(one, rel=1e-6)

@@ -15,7 +15,7 @@ def evaluate_bpb(model, batches, token_bytes, reduce=None):
     device = model.device
     sizes = token_bytes.to(device)
     # float64 where the device has it, so that the sum does not depend on the batches' geometry
-    sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float32 if device.type in ("mps", "xla") else torch.float64, device=device)
     for batch in batches:
         batch = {key: value.to(device) for key, value in batch.items()}
         targets = batch["shift_labels"]

@@ -195,7 +195,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if grads:  # a norm is not finite if one element is not; one fused pass over the gradients on CUDA
             bad = ~torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in grads])]).isfinite()
             ok = ~bad.any()
-            culprit = torch.where(ok, culprit, self._places(grads, device)[bad.float().argmax()])
+            culprit = torch.where(ok, culprit, self._places(grads, device).take(bad.float().argmax()))  # indexing would wait for the device
         ok = all_agree(ok, Shard.current())
         row = torch.zeros((), device=device) if self._health is None else self._health[0].to(device)
         self._health = torch.stack((torch.where(ok, 0.0, row + 1.0), culprit))
@@ -217,7 +217,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _scalars(group, device) -> tuple[torch.Tensor, ...]:
-        # 0-d CPU tensors mix with CUDA tensors and need no copy to the device; XLA wants its own
+        values = [float(group[key]) for key in ("lr", "weight_decay", "momentum")]
+        if device.type == "xla":  # a vector, since of single numbers it bakes 0 and 1 into the program, and equal ones it merges
+            return torch.tensor(values).to(device).unbind(0)
+        # 0-d CPU tensors mix with CUDA tensors and need no copy to the device
         home = "cpu" if device.type in ("cpu", "cuda") else device
-        values = (group["lr"], group["weight_decay"], group["momentum"])
-        return tuple(torch.tensor(float(value), dtype=torch.float32).to(home) for value in values)
+        return tuple(torch.tensor(value, dtype=torch.float32).to(home) for value in values)

@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
+import torch
 
+from nanochat_hf import NanochatForCausalLM
+from nanochat_hf.attention import choose_attention
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.conversation import PlainEncoder, layout
 from nanochat_hf.data import SFTBatches, SourceConfig, TextBatches, conversations
 from nanochat_hf.packing import plan_rows
+from nanochat_hf.runtime import build_accelerator, on_cuda
+from nanochat_hf.scaling import model_config
 from nanochat_hf.tokenizer import load_tokenizer
-from scripts.benchmarks.measure import report
+from scripts.benchmarks.measure import median_ms, report
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class DataBench:
     batches: int = field(default=40, metadata={"help": "batches to measure loaders with"})
     repeats: int = field(default=5, metadata={"help": "times of which the median counts"})
     step_ms: float | None = field(default=None, metadata={"help": "milliseconds the model takes for a micro-batch of that shape, to compare with"})
+    depth: int | None = field(default=None, metadata={"help": "measure that on a model of so many layers instead, on the device at hand"})
     json: str | None = field(default=None, metadata={"help": "write the table there, as JSON"})
 
 
@@ -43,7 +49,11 @@ def main(argv=None):
     if config.text:
         rows += [text(config, tokenizer, mode, streaming) for mode in ("crop", "keep") for streaming in (False, True)]
     rows.append(planning())
-    report([row | _against(row, config) for row in rows], config.json)
+    step_ms = config.step_ms or (model_ms(config, len(tokenizer)) if config.depth else None)
+    bare = next((row["tokens/s"] for row in rows if "encode_batch_fast" in row["what"]), None)
+    report([row | against(row, config, step_ms, bare) for row in rows], config.json)
+    if step_ms:
+        print(f"the model takes {step_ms:.1f} ms for a micro-batch of {config.device_batch_size} × {config.max_seq_len}, forward and backward")
 
 
 def chats(config, tokenizer):
@@ -82,7 +92,51 @@ def chats(config, tokenizer):
     for workers in (0, 1):
         batches.num_workers = workers
         table.append(line(f"SFTBatches to the loop, {workers or 'thread'}{' worker' * workers}", positions, loop(batches, config.batches)))
+    if torch.cuda.is_available():
+        batches.num_workers = 0
+        table += [copying(batches, config, pinned) for pinned in (True, False)]
     return table
+
+
+def copying(batches, config, pinned):
+    """Moving the loader's batches to the GPU as the trainer does: pinned by the loader, or from ordinary memory. Seconds are the host's,
+    which goes on with its work as soon as the copies are launched."""
+    some = batches.take(8)
+    if not all(value.is_pinned() for batch in some for value in batch.values()):
+        raise ValueError("the loader's batches are not pinned, though there is a GPU; pinning failed")
+    some = some if pinned else [{key: value.clone() for key, value in batch.items()} for batch in some]
+
+    def move():
+        for batch in some:
+            for value in batch.values():
+                value.to("cuda", non_blocking=True)
+
+    seconds = []
+    for _ in range(3 + config.repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        move()
+        seconds.append(time.perf_counter() - start)
+    name = "to the GPU, pinned by the loader: the host is busy" if pinned else "to the GPU from ordinary memory: the host is busy"
+    return line(name, len(some) * config.device_batch_size * config.max_seq_len, float(np.median(seconds[3:])))
+
+
+def model_ms(config, vocab_size):
+    """Milliseconds of forward and backward of one micro-batch on the device at hand, compiled where the scripts compile."""
+    accelerator = build_accelerator(1, dtype="bfloat16", compile=on_cuda())
+    device = accelerator.device
+    with device:
+        model = NanochatForCausalLM(model_config(config.depth, vocab_size, config.max_seq_len))
+    model.set_attn_implementation(choose_attention(device)[0])
+    model = accelerator.prepare(model.train())
+    ids = torch.randint(vocab_size, (config.device_batch_size, config.max_seq_len), device=device)
+    places = torch.arange(config.max_seq_len, device=device).expand_as(ids) % 512  # documents of 512 tokens
+
+    def step():
+        model(input_ids=ids, shift_labels=ids, position_ids=places, num_items_in_batch=1).loss.backward()
+        model.zero_grad()
+
+    return median_ms(step, device, warmup=2, repeats=config.repeats)
 
 
 def text(config, tokenizer, mode, streaming):
@@ -90,8 +144,10 @@ def text(config, tokenizer, mode, streaming):
     batches = TextBatches(
         SourceConfig(path=config.text), tokenizer, rows=config.device_batch_size, positions=config.max_seq_len, mode=mode, streaming=streaming
     )
-    name = f"TextBatches to the loop, {mode}, {'stream' if streaming else 'mapped'}"
-    return line(name, config.batches * config.device_batch_size * config.max_seq_len, loop(batches, config.batches))
+    seconds = loop(batches, config.batches)
+    read, cropped = (sum(counts[key] for counts in batches.counts) for key in ("read", "cropped"))
+    name = f"TextBatches to the loop, {mode}, {'stream' if streaming else 'mapped'}, {cropped / read:.1%} of the tokens discarded"
+    return line(name, config.batches * config.device_batch_size * config.max_seq_len, seconds)
 
 
 def planning(count=860_000, capacity=2049):
@@ -116,13 +172,13 @@ def loop(batches, count):
 
 
 def alternating(ways, repeats):
-    """Median seconds of each function, measured in turns, since a shared machine's speed drifts."""
+    """Median CPU seconds of each function (none of them has threads), measured in turns, since a shared machine's speed drifts."""
     seconds = {name: [] for name in ways}
     for _ in range(repeats):
         for name, function in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             function()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
@@ -131,10 +187,14 @@ def line(name, tokens, seconds):
     return {"what": name, "tokens": float(tokens), "seconds": seconds, "tokens/s": tokens / seconds}
 
 
-def _against(row, config):
-    if config.step_ms is None:
-        return {}
-    return {"of the model's need": row["tokens/s"] / (config.device_batch_size * config.max_seq_len / config.step_ms * 1e3)}
+def against(row, config, step_ms, bare):
+    """What a row's rate is beside bare encoding, where it tokenises, and beside the tokens that the model takes in the same time."""
+    added = {}
+    if bare:
+        added["of bare encode_batch_fast"] = f"{row['tokens/s'] / bare:.0%}" if "encode" in row["what"] or "render" in row["what"] else ""
+    if step_ms:
+        added["of the model's need"] = f"{row['tokens/s'] / (config.device_batch_size * config.max_seq_len / step_ms * 1e3):,.1f}×"
+    return added
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def measure(depth, rows, args):
         return 1.0
 
     batches = RandomTokens(args.vocab_size, rows, args.positions, args.document, device.type == "cuda")
+    update = Timed(optimizer, "step", device)  # before Accelerate wraps it, whose scaler calls the method that it finds then
     trainer = Trainer(accelerator, model, optimizer, batches, num_steps=args.steps + 2, schedule=schedule)
-    update = Timed(optimizer, "step", device)
     marks = [time.perf_counter()]
 
     def mark(trainer, info):
@@ -97,7 +97,7 @@ def measure(depth, rows, args):
     trainer.callbacks = [mark]
     trainer.fit()
     seconds = statistics.median(b - a for a, b in zip(marks[2:], marks[3:], strict=False))
-    updates = statistics.median(update.milliseconds()[-args.steps :])
+    updates = statistics.median(update.milliseconds()[-args.steps :] or [float("nan")])
     tokens = args.total_batch_size
     peak = peak_flops(device)
     figures = {
@@ -105,6 +105,7 @@ def measure(depth, rows, args):
         "tok/s": tokens / seconds, "step ms": seconds * 1e3, "fwd+bwd ms": seconds * 1e3 - updates, "optimizer ms": updates,
         "mfu": flops_per_token(model, args.positions) * tokens / seconds / peak if peak else float("nan"),
         "peak GiB": peak_memory(device) or float("nan"), "first step s": marks[1] - marks[0],
+        "overflowed": trainer.state.overflowed,
     }  # fmt: skip
     if args.profile:
         profile(trainer, batches, depth)

@@ -20,7 +20,6 @@ import torch
 import yaml
 
 from nanochat_hf.config import parse, read_recipe, user_errors
-from nanochat_hf.tasks import get_task
 from nanochat_hf.tracking import read_metrics
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -45,6 +44,7 @@ class ResultConfig:
     device_batch_size: int = field(default=32, metadata={"help": "rows taken at once"})
     total_batch_size: int | None = field(default=None, metadata={"help": "tokens of an optimizer step (default: four micro-batches)"})
     eval_batches: int = field(default=8, metadata={"help": "micro-batches of validation data"})
+    tasks: str = field(default="gsm8k,arc_easy,arc_challenge,mmlu,spelling_bee", metadata={"help": "tasks to evaluate, of eval_local.yaml"})
     limit: int = field(default=200, metadata={"help": "questions of each task"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
     jobs: int | None = field(default=None, metadata={"help": "programs at a time, dealt to the GPUs in turn (default: one a GPU)"})
@@ -96,7 +96,7 @@ def main(argv=None):
     config, _ = parse([ResultConfig], argv, description=__doc__)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    mixture, tasks = (localised(name, config.data_root, folder) for name in ("sft_local.yaml", "eval_local.yaml"))
+    mixture, tasks = (localised(name, config, folder) for name in ("sft_local.yaml", "eval_local.yaml"))
     jobs, start = Jobs(folder, config.jobs), time.perf_counter()
     # the fine-tunings first: they take longest
     runs = {arm: jobs.run(arm, *fine_tuning(config, arm, flags, mixture, tasks, folder, jobs)) for arm, flags in ARMS.items()}
@@ -113,12 +113,12 @@ def main(argv=None):
     print(f"{text}\n\n{time.perf_counter() - start:.0f} s in all; written: {folder / 'result.md'}, {folder / 'result.json'}")
 
 
-def localised(name, root, folder):
-    """A copy of a recipe in `folder` whose paths lie under `root`; returns its path. ValueError where a file is missing."""
-    recipe = read_recipe(RECIPES / name)
+def localised(name, config, folder):
+    """A copy of a recipe in `folder` whose paths lie under --data-root; returns its path. ValueError where a file is missing."""
+    recipe, root = read_recipe(RECIPES / name), config.data_root
     for key, entries in recipe.items():
         for entry in entries if key.endswith("_data") else ():
-            if "path" in entry:
+            if "path" in entry and (key != "eval_data" or entry["task"] in config.tasks.split(",")):
                 entry["path"] = entry["path"].replace("../shared/data", root.rstrip("/"))
                 if not Path(entry["path"]).is_file():
                     raise ValueError(f"--data-root {root}: {entry['path']} is not there; give the folder that holds it")
@@ -148,17 +148,16 @@ def fine_tuning(config, arm, flags, mixture, tasks, folder, jobs):
 def evaluation(config, model, tasks, output):
     """The command that answers the tasks' questions with `model`."""
     return [
-        "-m", "scripts.chat_eval", "--config", tasks, "--model", model, "--limit", str(config.limit),
-        "--max-new-tokens", str(config.max_new_tokens), "--output", str(output),
+        "-m", "scripts.chat_eval", "--config", tasks, "--tasks", config.tasks, "--model", model, "--limit", str(config.limit),
+        "--dtype", "bfloat16", "--max-new-tokens", str(config.max_new_tokens), "--output", str(output),
     ]  # fmt: skip
 
 
 def accuracies(path):
-    """{"mmlu, % of 200": 24.5, …, "ChatCORE without HumanEval": 0.05} from the file that chat_eval wrote."""
-    entries = json.loads(path.read_text())
-    above = [(e["accuracy"] - get_task(e["name"]).baseline) / (1 - get_task(e["name"]).baseline) for e in entries]
-    core = {"ChatCORE without HumanEval": round(sum(above) / len(above), 4)}
-    return {f"{e['name']}, % of {e['total']}": round(100 * e["accuracy"], 1) for e in entries} | core
+    """{"mmlu, % of 200": 24.5, …, "ChatCORE of these": 0.05} from the file that chat_eval wrote."""
+    found = json.loads(path.read_text())
+    core = {"ChatCORE of these tasks": round(found["chatcore_of_these_tasks"]["value"], 4)} if "chatcore_of_these_tasks" in found else {}
+    return {f"{task['name']}, % of {task['total']}": round(100 * task["accuracy"], 1) for task in found["tasks"]} | core
 
 
 def measured(path):

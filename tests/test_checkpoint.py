@@ -1,0 +1,43 @@
+"""Checkpoints as files: nothing in them can run, generators come back exactly, and a folder that cannot be written is said at once."""
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat_hf import checkpoint
+
+
+class Bomb:
+    """A pickle that runs code where it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path):
+    (tmp_path / "rank0.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol=2))
+    torch.save({"data": Bomb(tmp_path / "ran")}, tmp_path / "rank1.pt")
+    for name in ("rank0.pt", "rank1.pt", "missing.pt"):
+        with pytest.raises(ValueError, match=f"{name}: damaged, missing or not ours .*older checkpoint") as caught:
+            checkpoint._torch_load(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_generators_come_back_exactly_from_a_file(tmp_path):
+    torch.save(checkpoint.rng_state(), tmp_path / "rng.pt")
+    drawn = random.random(), np.random.rand(), torch.rand(3).tolist(), random.gauss(0, 1), np.random.randn()
+    checkpoint.set_rng_state(checkpoint._torch_load(tmp_path / "rng.pt"))
+    assert drawn == (random.random(), np.random.rand(), torch.rand(3).tolist(), random.gauss(0, 1), np.random.randn())
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="--output-dir .*file/run: cannot be written to .*give a folder that can"):
+        checkpoint.prepare_folder(tmp_path / "file" / "run")

@@ -1,0 +1,57 @@
+"""Under `accelerate launch`: a stop signal to the launcher and the launcher's death both save; its own launch types are refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_training import flags, start  # noqa: F401 - a fixture
+
+from nanochat_hf.runtime import build_accelerator
+
+ROOT = Path(__file__).parents[1]
+
+
+def launched(start, output, log, **changed):  # noqa: F811
+    """The launcher's process, started as the documentation says, once training is under way."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", "-m", "scripts.chat_sft"]
+    options = [str(part) for part in flags(start, output, **({"dtype": "bfloat16", "num_steps": 100000, "save_every": 0} | changed))]
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, *options], cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    until(lambda: "step 3/" in log.read_text() or process.poll() is not None, 90)
+    assert process.poll() is None, log.read_text()[-2000:]
+    return process
+
+
+def until(true, seconds):
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return true()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["sigterm", "killed"])
+def test_the_end_of_the_launcher_saves(start, tmp_path, number):  # noqa: F811
+    process = launched(start, tmp_path / "run", tmp_path / "log")
+    process.send_signal(number)
+    process.wait(60)
+    assert process.returncode != 0  # the launcher's own: its child's 143 does not come through
+    assert until(lambda: "stopped at step" in (tmp_path / "log").read_text(), 30), (tmp_path / "log").read_text()[-2000:]
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert json.loads((saved / "trainer.json").read_text())["state"]["step"] >= 3
+
+
+@pytest.mark.parametrize("flag, kind", [("--use_deepspeed", "DeepSpeed"), ("--use_megatron_lm", "Megatron-LM")])
+def test_launch_types_with_optimizers_of_their_own_are_refused_in_one_line(monkeypatch, flag, kind):
+    from accelerate.commands.launch import launch_command_parser
+
+    arguments = launch_command_parser().parse_args([flag, "--mixed_precision", "bf16", "-m", "scripts.chat_sft"])
+    assert getattr(arguments, flag.strip("-"))  # the launcher turns it into the variable
+    monkeypatch.setenv({"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM"}[kind], "true")
+    with pytest.raises(ValueError, match=f"{kind} keeps its own optimizer and cannot run Muon; launch with DDP") as caught:
+        build_accelerator(1)
+    assert "\n" not in str(caught.value)
