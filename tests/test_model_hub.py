@@ -62,6 +62,8 @@ def test_remote_code_loads_generates_and_saves_again_where_the_package_is_blocke
     ids = tokens(1, 20)
     code = f"""
 import sys; sys.modules["nanochat_hf"] = None
+from transformers.cli.transformers import main  # first, as the command line does: afterwards two modules of transformers are about
+from transformers.cli.serving.model_manager import ModelManager
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 load = lambda auto, folder: auto.from_pretrained(folder, trust_remote_code=True)
@@ -73,6 +75,8 @@ assert model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
 model.save_pretrained("again")
 again = load(AutoModelForCausalLM, "again")
 assert torch.equal(again(ids).logits, model(ids).logits)
+served = ModelManager(device="cpu", trust_remote_code=True)._load_model({str(saved)!r} + "@main")  # transformers serve
+assert torch.equal(served(ids).logits, model(ids).logits)
 torch.save(model(ids).logits, "logits.pt")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

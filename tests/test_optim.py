@@ -235,6 +235,25 @@ def test_unowned_parameters_and_idle_rules_are_named():
     assert assign_rules(["a.x", "a.y"], ((r"x$", "first"), (r"^a", "second"))) == {"first": ["a.x"], "second": ["a.y"]}
 
 
+def test_rules_follow_a_model_without_value_embeddings():
+    model = tiny_model()
+    config = NanochatConfig(**{**model.config.to_dict(), "use_value_embeddings": False})
+    bare = NanochatForCausalLM(config).train()
+    groups = build_param_groups(bare)
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in bare.parameters())
+    optimizer, ids = MuonAdamW(groups), torch.arange(24).view(2, 12)
+    losses = []
+    for _ in range(8):
+        losses.append(bare(ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.5
+    model.config.use_value_embeddings = False  # says no, has them: nobody would train them
+    with pytest.raises(ValueError, match="value_embeds.1.weight is taken by no optimizer rule"):
+        build_param_groups(model)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="matrix_lr=-1"):
         OptimizerConfig(matrix_lr=-1)

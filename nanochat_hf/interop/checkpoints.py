@@ -9,12 +9,14 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig
 
 from .. import checkpoint
 from ..model import NanochatConfig, NanochatForCausalLM
 from ..tokenizer import load_tokenizer
 from .encoding import read_encoding, tokenizer_from_encoding, write_encoding
+from .from_transformers import model_from_transformers
 
 FIELDS = {  # the reference's name → ours
     "sequence_len": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
@@ -22,7 +24,10 @@ FIELDS = {  # the reference's name → ours
 }  # fmt: skip
 OLD_FIELDS = {"window_pattern": "L"}  # what a checkpoint from before the field was computed with
 OLD_LAMBDAS = {"resid_lambdas": 1.0, "x0_lambdas": 0.0}
-FIXED = {"rope_theta": 10000.0, "final_logit_softcapping": 15.0}  # no field of the reference sets these
+FIXED = {  # no field of the reference sets these
+    "rope_theta": 10000.0, "rope_in_bfloat16": True, "rms_norm_eps": None, "final_logit_softcapping": 15.0, "use_value_embeddings": True,
+}  # fmt: skip
+VALUE_EMBEDDINGS = re.compile(r"value_embeds\.\d+\.weight|transformer\.h\.\d+\.attn\.ve_gate\.weight")
 MATRICES = {
     "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
     "attn.ve_gate": "self_attn.ve_gate", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
@@ -30,8 +35,11 @@ MATRICES = {
 RECORD = "nanochat.json"
 
 
-def config_from_nanochat(fields):
-    """The reference's `model_config` (dict) → NanochatConfig. ValueError where a field is missing or no size can be so."""
+def config_from_nanochat(fields, weights=None):
+    """The reference's `model_config` (dict) → NanochatConfig. ValueError where a field is missing or no size can be so.
+
+    `weights`, the state dict, says what no field does: checkpoints of 2025 have no value embeddings, and no rows of padding.
+    """
     if not isinstance(fields, dict):
         raise ValueError(f"model_config holds {type(fields).__name__}; it must be an object with {', '.join(FIELDS)}")
     fields = OLD_FIELDS | {"n_kv_head": fields.get("n_head")} | fields
@@ -43,15 +51,22 @@ def config_from_nanochat(fields):
             raise ValueError(f"model_config: {name}={fields[name]!r} must be a positive whole number")
     if not isinstance(fields["window_pattern"], str):
         raise ValueError(f"model_config: window_pattern={fields['window_pattern']!r} must be text made of S and L")
-    return NanochatConfig(**{ours: fields[theirs] for theirs, ours in FIELDS.items()})
+    settings = {ours: fields[theirs] for theirs, ours in FIELDS.items()}
+    if weights is not None:
+        settings["use_value_embeddings"] = any(map(VALUE_EMBEDDINGS.fullmatch, weights))
+        if len(weights.get("lm_head.weight", ())) == fields["vocab_size"]:
+            settings["pad_vocab_to_multiple_of"] = 1
+    return NanochatConfig(**settings)
 
 
-def config_to_nanochat(config):
+def config_to_nanochat(config, of_2025=False):
     """NanochatConfig → the reference's `model_config`. ValueError for settings that it has no field for."""
     fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
     expected = config_from_nanochat(fields)
     for name in ("intermediate_size", "head_dim", "layer_types", "sliding_window", *FIXED):
         own, theirs = getattr(config, name), FIXED.get(name, getattr(expected, name))
+        if name == "use_value_embeddings" and of_2025:
+            continue  # it came from a nanochat that had none
         if own != theirs:
             raise ValueError(f"{name}={own} cannot be told to nanochat, which would compute with {theirs}; export a model made with that")
     return fields
@@ -69,17 +84,15 @@ def name_to_nanochat(name):
 
 
 def weights_from_nanochat(weights, config):
-    """A state dict of the reference → ours, in float32. Absent lambdas get the value that leaves the stream as it was.
+    """A state dict of the reference (no `_orig_mod.` prefixes) → ours, in float32. Absent lambdas get the value that leaves the stream as it was.
 
     ValueError names a tensor that is missing, unknown, of another shape or no floating point numbers.
     """
-    weights = {name.removeprefix("_orig_mod."): value for name, value in weights.items()}
+    weights = dict(weights)
     for name, value in OLD_LAMBDAS.items():
         weights.setdefault(name, torch.full((config.num_hidden_layers,), value))
     names = {name_to_nanochat(name): (name, value.shape) for name, value in _empty(config).state_dict().items()}
     missing, unknown = sorted(names.keys() - weights.keys()), sorted(weights.keys() - names.keys())
-    if missing and all("value_embeds" in name or "ve_gate" in name for name in missing):
-        raise ValueError("the checkpoint has no value embeddings: the architecture of 2025, which transformers' own NanoChat loads")
     if missing or unknown:
         kind, listed = ("lacks", missing) if missing else ("has the unknown", unknown)
         raise ValueError(f"the checkpoint {kind} {listed[0]} ({len(listed)} such tensors); its model_config does not describe it")
@@ -92,26 +105,42 @@ def weights_from_nanochat(weights, config):
     return {ours: weights[theirs].float().contiguous() for theirs, (ours, _) in names.items()}
 
 
-def weights_to_nanochat(weights, dtypes):
-    """Our state dict → the reference's; `dtypes` maps the reference's names to a torch dtype, float32 for the others."""
+def weights_to_nanochat(weights, dtypes, rows):
+    """Our state dict → the reference's; `dtypes` maps the reference's names to a torch dtype, float32 for the others.
+
+    Tables of the vocabulary get `rows` rows, those that they lack zeros.
+    """
     named = {name_to_nanochat(name): value.detach().cpu() for name, value in weights.items()}
+    for name in filter(is_table, named):
+        named[name] = F.pad(named[name], (0, 0, 0, rows - len(named[name])))
     return {name: value.to(dtypes.get(name, torch.float32)).contiguous() for name, value in named.items()}
+
+
+def is_table(name):
+    """Whether the reference's name is that of a table with a row per token."""
+    return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
 
 
 def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
     """`checkpoint_dir/model_{step}.pt` with its meta file and tokenizer.pkl → the model folder `output`; returns (model, tokenizer).
 
-    `step` defaults to the newest. The tokenizer is looked for beside the weights, then where nanochat keeps it: ../../tokenizer.
+    A folder of transformers' own NanoChat (config.json, safetensors, tokenizer) is taken too, and has no steps. `step` defaults to the newest. The tokenizer is looked for beside the weights, then where nanochat keeps it: ../../tokenizer.
     ValueError where a file is missing or damaged, where they do not fit each other, or where `output` already holds something.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} already holds something; name a new folder")
     folder = Path(checkpoint_dir)
+    if (folder / "config.json").is_file():
+        if step is not None:
+            raise ValueError(f"--step {step}: {folder} is a folder of transformers, which has no steps; leave it out")
+        model, tokenizer = model_from_transformers(folder, tokenizer_dir)
+        checkpoint.export(_told_its_ends(model, tokenizer), tokenizer, output)
+        return model.eval(), tokenizer
     step = _newest(folder) if step is None else step
     meta = _read_json(folder / f"meta_{step:06d}.json")
-    config = config_from_nanochat(meta.get("model_config"))
     stored = _read_weights(folder / f"model_{step:06d}.pt")
+    config = config_from_nanochat(meta.get("model_config"), stored)
     weights = weights_from_nanochat(stored, config)
     encoding = read_encoding(_find_tokenizer(folder, tokenizer_dir))
     tokenizer = tokenizer_from_encoding(encoding, config.max_position_embeddings)
@@ -119,11 +148,9 @@ def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; give the one it was trained with")
     model = _empty(config)
     model.load_state_dict(weights, assign=True)
-    ends = [tokenizer.eos_token_id, tokenizer.bos_token_id]
-    model.generation_config.update(bos_token_id=ends[1], eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    checkpoint.export(model, tokenizer, output)
-    dtypes = {n.removeprefix("_orig_mod."): str(v.dtype).removeprefix("torch.") for n, v in stored.items() if v.dtype != torch.float32}
-    absent = [n for n in OLD_LAMBDAS if n not in stored and f"_orig_mod.{n}" not in stored]
+    checkpoint.export(_told_its_ends(model, tokenizer), tokenizer, output)
+    dtypes = {n: str(v.dtype).removeprefix("torch.") for n, v in stored.items() if v.dtype != torch.float32}
+    absent = [n for n in OLD_LAMBDAS if n not in stored]
     record = {"step": step, "meta": meta, "dtypes": dtypes, "absent": absent, "tokenizer_name": encoding["name"]}
     (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return model.eval(), tokenizer
@@ -138,9 +165,9 @@ def export_checkpoint(folder, output, step=None, tokenizer_output=None):
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != NanochatConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {config.model_type}; only {NanochatConfig.model_type} can go to nanochat")
-    fields = config_to_nanochat(config)
-    tokenizer = load_tokenizer(folder)
     record = _read_json(Path(folder) / RECORD) if (Path(folder) / RECORD).is_file() else {}
+    fields = config_to_nanochat(config, of_2025=bool(record))
+    tokenizer = load_tokenizer(folder)
     step = record.get("step", 0) if step is None else step
     output = Path(output)
     path, meta_path = output / f"model_{step:06d}.pt", output / f"meta_{step:06d}.json"
@@ -149,9 +176,10 @@ def export_checkpoint(folder, output, step=None, tokenizer_output=None):
         if existing.exists():
             raise ValueError(f"{existing} exists already; name another folder")
     state = NanochatForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    tables = [n for n in map(name_to_nanochat, state) if n == "transformer.wte.weight" or n.startswith("value_embeds.")]
+    tables = [n for n in map(name_to_nanochat, state) if is_table(n) and n != "lm_head.weight"]
+    stored_rows = len(state["lm_head.weight"])
     dtypes = {n: getattr(torch, d) for n, d in record["dtypes"].items()} if record else dict.fromkeys(tables, torch.bfloat16)
-    weights = weights_to_nanochat(state, dtypes)
+    weights = weights_to_nanochat(state, dtypes, stored_rows if record else -(-stored_rows // 64) * 64)
     for name in record.get("absent", ()):
         del weights[name]
     encoding_folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +189,13 @@ def export_checkpoint(folder, output, step=None, tokenizer_output=None):
     meta_path.write_text(json.dumps(meta | {"step": step}, indent=2) + "\n", encoding="utf-8")
     torch.save(weights, path)
     return path
+
+
+def _told_its_ends(model, tokenizer):
+    """The model, whose generation now ends where a turn or a document does."""
+    ends = [tokenizer.eos_token_id, tokenizer.bos_token_id]
+    model.generation_config.update(bos_token_id=ends[1], eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    return model
 
 
 def _empty(config):
@@ -198,7 +233,7 @@ def _read_weights(path):
         raise ValueError(f"{path}: not a file of tensors ({str(error).splitlines()[0][:100]}); copy it again") from None
     if not isinstance(found, dict) or not all(isinstance(n, str) and torch.is_tensor(v) for n, v in found.items()):
         raise ValueError(f"{path}: not a state dict; give the model file, not the optimizer's")
-    return found
+    return {name.removeprefix("_orig_mod."): value for name, value in found.items()}
 
 
 def _find_tokenizer(folder, given):

@@ -21,7 +21,8 @@ def available(device) -> tuple[bool, str]:
 def install(model) -> list[str]:
     """Give the layers of a NanochatForCausalLM their fused kernels; returns the names of those that fit.
 
-    Layers whose projections are no plain nn.Linear (adapters, quantised weights) keep the plain formulas.
+    Layers whose projections are no plain nn.Linear (adapters, quantised weights) keep the plain formulas, and so does the attention of
+    models with an epsilon of their own or unrounded cosines (imported from transformers' NanoChat), which the kernel does not know.
     """
     from .cross_entropy import softcapped_nll_
 
@@ -31,8 +32,9 @@ def install(model) -> list[str]:
 
     config, installed = model.config, {"softcapped cross-entropy"}
     model.nll_and_slope = nll_and_slope
+    rotation_fits = config.rope_in_bfloat16 and config.rms_norm_eps is None and config.head_dim & (config.head_dim - 1) == 0
     for layer in model.model.layers:
-        if all(type(p) is nn.Linear for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)) and config.head_dim & (config.head_dim - 1) == 0:
+        if rotation_fits and all(type(p) is nn.Linear for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)):
             layer.self_attn.fused = queries_and_keys
             installed.add("rope and norm of queries and keys")
         if all(type(p) is nn.Linear for p in (layer.mlp.up_proj, layer.mlp.down_proj)):

@@ -14,6 +14,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanochat_hf import NanochatConfig
 
@@ -21,9 +23,9 @@ GATE_CHANNELS = 32
 LOSS_CHUNK = 8192  # tokens whose logits exist at one time: 512 MiB in bfloat16 at V = 32768
 
 
-def norm(x):
-    """RMS norm over the last axis, without a weight, with the dtype's own epsilon; autocast may not widen the stream."""
-    return F.rms_norm(x, (x.shape[-1],)).to(x.dtype)
+def norm(x, eps=None):
+    """RMS norm over the last axis, without a weight; eps None is the dtype's own. Autocast may not widen the stream."""
+    return F.rms_norm(x, (x.shape[-1],), eps=eps).to(x.dtype)
 
 
 def rotate(x, cos, sin):
@@ -43,9 +45,13 @@ def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def _rope(position_ids: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+def _angles(position_ids, head_dim, theta):
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
-    angle = position_ids[:, :, None, None].float() * frequency
+    return position_ids[:, :, None, None].float() * frequency  # (B, T, 1, D/2)
+
+
+def _rope(position_ids: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    angle = _angles(position_ids, head_dim, theta)
     # rounded to bfloat16 as the reference's tables are, with which its checkpoints were trained
     return torch.stack((angle.cos(), angle.sin())).bfloat16()  # float16 autocast refuses to stack bfloat16
 
@@ -80,7 +86,8 @@ class NanochatAttention(nn.Module):
         q, k = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj))
         cos, sin = (t.to(q.dtype) for t in rope)
         # norm after RoPE, so that attention logits stay bounded (arXiv:2302.05442)
-        return norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        eps = self.config.rms_norm_eps
+        return norm(rotate(q, cos, sin), eps), norm(rotate(k, cos, sin), eps)
 
     def forward(self, x, value_embedding, rope, attention_mask, past_key_values, **kwargs):
         B, T, _ = x.shape
@@ -120,13 +127,14 @@ class NanochatDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config, layer_idx):
         super().__init__()
+        self.eps = config.rms_norm_eps
         self.self_attn = NanochatAttention(config, layer_idx)
         self.mlp = NanochatMLP(config)
 
     def forward(self, hidden_states, value_embedding, rope, attention_mask=None, past_key_values=None, **kwargs):
-        attended, _ = self.self_attn(norm(hidden_states), value_embedding, rope, attention_mask, past_key_values, **kwargs)
+        attended, _ = self.self_attn(norm(hidden_states, self.eps), value_embedding, rope, attention_mask, past_key_values, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(norm(hidden_states))
+        return hidden_states + self.mlp(norm(hidden_states, self.eps))
 
 
 def linear(inputs, outputs, init_scheme="uniform"):
@@ -137,13 +145,27 @@ def linear(inputs, outputs, init_scheme="uniform"):
 
 
 def has_value_embedding(config, layer_idx):
-    """Every second layer has a table of value embeddings, the last one always."""
-    return layer_idx % 2 == (config.num_hidden_layers - 1) % 2
+    """Every second layer has a table of value embeddings, the last one always; none has where the config says so."""
+    return config.use_value_embeddings and layer_idx % 2 == (config.num_hidden_layers - 1) % 2
 
 
-def padded(vocab_size):
-    """Rows of the vocabulary's tables: the next multiple of 64, which matrix kernels like."""
-    return -(-vocab_size // 64) * 64
+def table_rows(config):
+    """Rows of the vocabulary's tables, V rounded up: matrix kernels like multiples of 64."""
+    multiple = config.pad_vocab_to_multiple_of
+    return -(-config.vocab_size // multiple) * multiple
+
+
+def varlen_arguments(position_ids, batch_size):
+    """What FlashAttention needs to keep packed documents apart: {cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k}.
+
+    A document begins with each row and wherever positions (B or 1, T) do not go on by one:
+    [[0, 1, 2, 0, 1]] → cu_seq_lens [0, 3, 5]. transformers itself looks for documents at B = 1 only, and then anew in every layer.
+    """
+    begins = torch.diff(position_ids, prepend=position_ids[:, :1], dim=-1) != 1  # a row's first difference is 0
+    begins = begins.expand(batch_size, -1).flatten().nonzero().flatten()
+    borders = F.pad(begins, (0, 1), value=batch_size * position_ids.shape[1]).int()  # (documents + 1)
+    longest = position_ids.shape[1]  # a bound will do, and costs no wait for the device
+    return dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
 
 
 class NanochatPreTrainedModel(PreTrainedModel):
@@ -157,6 +179,40 @@ class NanochatPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["resid_lambdas", "x0_lambdas"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _can_record_outputs = {"attentions": NanochatAttention}
+
+    @property
+    def dtype(self):
+        """The dtype of the weights; the float32 scalars, which come first among the parameters, do not decide it."""
+        return self.get_input_embeddings().weight.dtype
+
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        """What resize_token_embeddings does to the weights: of embedding, value embeddings and head, wherever the model has them.
+
+        Rows that only pad the vocabulary go first, so that afterwards each row is a token, as transformers has it.
+        """
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
+        if new_num_tokens is not None and new_num_tokens < 1:
+            raise ValueError(f"new_num_tokens={new_num_tokens} must be positive: give the number of tokens of the tokenizer")
+        tokens, value_tables = self.config.vocab_size, list(self.base_model.value_embeds.values())
+        self.config.pad_vocab_to_multiple_of = 1
+        for table in filter(None, (self.get_input_embeddings(), self.get_output_embeddings(), *value_tables)):
+            table.weight = nn.Parameter(table.weight.detach()[:tokens].clone(), requires_grad=table.weight.requires_grad)
+            setattr(table, "num_embeddings" if isinstance(table, nn.Embedding) else "out_features", tokens)
+        embedding = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for table in value_tables:
+            trained = table.weight.requires_grad
+            self._get_resized_embeddings(table, embedding.num_embeddings, mean_resizing=mean_resizing).requires_grad_(trained)
+        head = self.get_output_embeddings()
+        if head is not None:
+            head.init_scheme = "head"  # transformers has made a new layer
+        if not mean_resizing:  # transformers knows one distribution for all tables, these have one each
+            for table in filter(None, (embedding, head, *value_tables)):
+                old = table.weight.detach().clone()
+                self._init_weights(table)
+                table.weight.data[:tokens] = old[:tokens]
+        return embedding
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -178,7 +234,7 @@ class NanochatModel(NanochatPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        rows, width = padded(config.vocab_size), config.num_key_value_heads * config.head_dim
+        rows, width = table_rows(config), config.num_key_value_heads * config.head_dim
         layers = range(config.num_hidden_layers)
         self.embed_tokens = nn.Embedding(rows, config.hidden_size)
         self.embed_tokens.init_scheme = "unit"
@@ -191,50 +247,70 @@ class NanochatModel(NanochatPreTrainedModel):
 
     def rope(self, position_ids):
         """cos and sin (2, B, T, 1, D/2) for any position; computed, not stored, so that no length is too long."""
-        return torch.ops.nanochat_hf.rope(position_ids, self.config.head_dim, float(self.config.rope_theta))
+        head_dim, theta = self.config.head_dim, float(self.config.rope_theta)
+        if self.config.rope_in_bfloat16:
+            return torch.ops.nanochat_hf.rope(position_ids, head_dim, theta)
+        angle = _angles(position_ids, head_dim, theta)
+        return torch.stack((angle.cos(), angle.sin()))
 
+    @capture_outputs
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
         use_cache=None, output_hidden_states=None, **kwargs,
     ):  # fmt: skip
-        if input_ids is None or inputs_embeds is not None:
+        """`position_ids` (B, T) that start again within a row keep the documents there apart, given neither mask nor cache.
+        hidden_states: the stream before each layer, then what the head reads."""
+        if input_ids is None and (inputs_embeds is None or self.config.use_value_embeddings):
             raise ValueError("inputs_embeds cannot replace input_ids: value embeddings are looked up by id; give input_ids")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        x = self.embed_tokens(input_ids)  # (B, T, C)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             # the residual stream in the low precision too, as with the reference's bfloat16 table: half the bytes of every norm and sum
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        masks, documents = self._masks(x, attention_mask, position_ids, past_key_values)
+        kwargs = documents | kwargs  # collators may bring the borders themselves
         own_positions = position_ids
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(input_ids.shape[1], device=x.device) + past).unsqueeze(0)
-        masking = dict(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values,
-            position_ids=own_positions,
-        )  # fmt: skip
-        masks = attention_mask  # generation with a static cache brings both masks ready made
-        if not isinstance(attention_mask, dict):
-            masks = {"full_attention": create_causal_mask(**masking)}
-            if "sliding_attention" in self.config.layer_types:
-                masks["sliding_attention"] = create_sliding_window_causal_mask(**masking)
+            position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
         if use_cache and past_key_values is None:
             # made after the masks, which isolate documents only where no cache is given
             past_key_values = DynamicCache(config=self.config)
         rope = self.rope(position_ids)
-        x = x0 = norm(x)
-        hidden = () if output_hidden_states else None
+        x = x0 = norm(x, self.config.rms_norm_eps)
+        hidden = []
         for i, layer in enumerate(self.layers):
-            hidden = (*hidden, x) if output_hidden_states else None
-            # float32 scalars do not promote x, and cast to bfloat16 they would lose what training writes into them
-            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            if output_hidden_states:
+                hidden.append(x)
+            # float32 scalars do not promote x, and cast to bfloat16 they would lose what training writes into them;
+            # .to() does nothing unless device_map has put this layer elsewhere
+            resid, skip = self.resid_lambdas[i].to(x.device), self.x0_lambdas[i].to(x.device)
+            x = resid * x + skip * x0.to(x.device)
             table = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
             mask = masks[self.config.layer_types[i]]
             # the cache goes by keyword: gradient checkpointing drops it by name, lest the recomputation write it twice
             x = layer(x, table, rope, mask, past_key_values=past_key_values, position_ids=own_positions, **kwargs)
-        x = norm(x)
+        x = norm(x, self.config.rms_norm_eps)
         hidden = (*hidden, x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, hidden_states=hidden)
+
+    def _masks(self, x, attention_mask, position_ids, past_key_values):
+        """{layer type: mask}, and the arguments by which FlashAttention, which takes no mask of documents, keeps them apart."""
+        if isinstance(attention_mask, dict):
+            return attention_mask, {}  # generation with a static cache brings both masks ready made
+        masking = dict(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids,
+        )  # fmt: skip
+        masks = {"full_attention": create_causal_mask(**masking)}
+        if "sliding_attention" in self.config.layer_types:
+            masks["sliding_attention"] = create_sliding_window_causal_mask(**masking)
+        own_borders = position_ids is not None and attention_mask is None and past_key_values is None
+        if own_borders and "flash" in self.config._attn_implementation:
+            return masks, varlen_arguments(position_ids, x.shape[0])
+        return masks, {}
 
 
 def nll_and_slope(logits, target, weight, cap):
@@ -286,7 +362,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.model = NanochatModel(config)
-        self.lm_head = linear(config.hidden_size, padded(config.vocab_size), "head")
+        self.lm_head = linear(config.hidden_size, table_rows(config), "head")
         self.nll_and_slope = nll_and_slope  # a kernel may take its place
         self.post_init()
 
@@ -295,13 +371,19 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         cap = self.config.final_logit_softcapping
         return cap * torch.tanh(self.lm_head(hidden)[..., : self.config.vocab_size].float() / cap)
 
+    @can_return_tuple
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None,
-        shift_labels=None, loss_weights=None, num_items_in_batch=None, use_cache=None, logits_to_keep=0, **kwargs,
+        loss_weights=None, num_items_in_batch=None, use_cache=None, logits_to_keep=0, skip_logits=None, **kwargs,
     ):  # fmt: skip
         """loss = Σ nll·weight ÷ num_items_in_batch (default: valid targets of this call). `labels` (B, T) are unshifted,
-        `shift_labels` (B, T) hold the target of each position; −100 is ignored. In training the logits are None."""
-        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs)
+        `shift_labels` (B, T) hold the target of each position; −100 is ignored. `skip_logits` leaves the logits out (None); by default
+        training with targets does, since float32 logits would be its largest tensor."""
+        # not among the named arguments, since Trainer takes each of those with "label" in its name for a column that evaluation needs
+        shift_labels = kwargs.pop("shift_labels", None)
+        output = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True, **kwargs
+        )  # fmt: skip
         hidden = output.last_hidden_state
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
@@ -310,10 +392,14 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
             loss = self._loss(hidden, shift_labels, loss_weights)
             # without a single valid target the loss is 0, not NaN
             loss = loss / ((shift_labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-        if shift_labels is None or not self.training:
+        if skip_logits is None:
+            skip_logits = self.training and shift_labels is not None
+        if not skip_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
             logits = self.logits(hidden if isinstance(keep, int) else hidden[:, keep])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states, attentions=output.attentions,
+        )  # fmt: skip
 
     def _loss(self, hidden, targets, weights):
         hidden, targets = hidden.flatten(0, 1), targets.flatten()

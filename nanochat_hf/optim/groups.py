@@ -78,9 +78,11 @@ def build_param_groups(model: nn.Module, config: OptimizerConfig | None = None) 
     """
     config = config or OptimizerConfig()
     named = dict(model.named_parameters())
-    owned = assign_rules(named)
-    width = getattr(model, "module", model).config.hidden_size
-    width_scale = (width / 768) ** -0.5
+    model_config = getattr(model, "module", model).config
+    with_tables = getattr(model_config, "use_value_embeddings", True)
+    # a rule for tables that the model says it has not would be idle rightly
+    owned = {"value_embeds": []} | assign_rules(named, [rule for rule in RULES if with_tables or rule[1] != "value_embeds"])
+    width_scale = (model_config.hidden_size / 768) ** -0.5
     adamw = {  # name: (learning rate, betas)
         "unembedding": (config.unembedding_lr * width_scale, (0.8, 0.95)),
         "embedding": (config.embedding_lr * width_scale, (0.8, 0.95)),
