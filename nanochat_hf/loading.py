@@ -95,6 +95,8 @@ def quiet_worker(_):
     """Workers are the parallelism: the tokenizer's own threads would only take cores from one another."""
     import os
 
+    # a group of their own: Ctrl-C, and a SIGTERM to the whole group, would end them before the trainer has saved
+    os.setpgid(0, 0)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 

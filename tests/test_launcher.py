@@ -45,6 +45,20 @@ def test_the_end_of_the_launcher_saves(start, tmp_path, number):  # noqa: F811
     assert json.loads((saved / "trainer.json").read_text())["state"]["step"] >= 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+def test_a_signal_to_the_whole_group_saves_though_workers_make_the_batches(start, tmp_path, number):  # noqa: F811
+    log = tmp_path / "log"
+    options = flags(start, tmp_path / "run", dtype="bfloat16", num_steps=100000, save_every=0, num_workers=1)
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "scripts.chat_sft", *map(str, options)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment, start_new_session=True)
+    assert until(lambda: "step 3/" in log.read_text(), 90), log.read_text()[-2000:]
+    os.killpg(process.pid, number)
+    assert process.wait(60) == 143, log.read_text()[-2000:]
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
 @pytest.mark.parametrize("flag, kind", [("--use_deepspeed", "DeepSpeed"), ("--use_megatron_lm", "Megatron-LM")])
 def test_launch_types_with_optimizers_of_their_own_are_refused_in_one_line(monkeypatch, flag, kind):
     from accelerate.commands.launch import launch_command_parser
