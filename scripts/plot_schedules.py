@@ -1,15 +1,9 @@
-"""Draw the schedules of a run as an SVG file, or print them as a table.
-
-python -m scripts.plot_schedules --num-steps 1000 --output schedules.svg
-"""
+"""Draw the schedules of a run, or print them as a table: python -m scripts.plot_schedules --num-steps 3000 --output docs/schedules.png"""
 
 import argparse
 from pathlib import Path
 
 from nanochat_hf import schedules
-
-WIDTH, HEIGHT, MARGIN = 720, 320, 40
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728")
 
 
 def curves(num_steps: int, points: int = 200) -> dict[str, list[tuple[float, float]]]:
@@ -23,22 +17,20 @@ def curves(num_steps: int, points: int = 200) -> dict[str, list[tuple[float, flo
     }
 
 
-def svg(series: dict[str, list[tuple[float, float]]], num_steps: int) -> str:
-    """The curves as the text of an SVG image: progress to the right, value from 0 to 1 upwards."""
-    inner, tall = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<path d="M{MARGIN} {MARGIN}V{HEIGHT - MARGIN}H{WIDTH - MARGIN}" fill="none" stroke="black"/>',
-        f'<text x="{MARGIN - 12}" y="{MARGIN + 4}">1</text><text x="{MARGIN - 12}" y="{HEIGHT - MARGIN + 4}">0</text>',
-        f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 12}" text-anchor="end">step {num_steps}</text>',
-    ]
-    for i, (name, pairs) in enumerate(series.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        points = " ".join(f"{MARGIN + x * inner:.1f},{HEIGHT - MARGIN - y * tall:.1f}" for x, y in pairs)
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        lines.append(f'<text x="{MARGIN + 10}" y="{HEIGHT - MARGIN - 12 - 16 * i}" fill="{colour}">{name}</text>')
-    return "\n".join([*lines, "</svg>", ""])
+def draw(series: dict[str, list[tuple[float, float]]], num_steps: int, path: Path) -> None:
+    """Write the curves as an image, in the format that the file's ending names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), constrained_layout=True)
+    for name, points in series.items():
+        axes.plot([x * num_steps for x, _ in points], [y for _, y in points], label=name)
+    axes.set(xlabel="step", ylabel="multiplier; momentum as it is", ylim=(0, 1.05))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=120)
 
 
 def table(series: dict[str, list[tuple[float, float]]]) -> str:
@@ -53,14 +45,14 @@ def table(series: dict[str, list[tuple[float, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the schedules of a run.")
     parser.add_argument("--num-steps", type=int, default=1000, help="optimizer steps of the run")
-    parser.add_argument("--output", type=Path, help="SVG file to write; without it a table is printed")
+    parser.add_argument("--output", type=Path, help="image to write (png, svg, pdf); without it a table is printed")
     args = parser.parse_args()
     if args.num_steps < 1:
         parser.error(f"--num-steps {args.num_steps} must be at least 1")
     if args.output is None:
         print(table(curves(args.num_steps, points=11)))
         return
-    args.output.write_text(svg(curves(args.num_steps), args.num_steps))
+    draw(curves(args.num_steps), args.num_steps, args.output)
     print(f"wrote {args.output}")
 
 
