@@ -1,9 +1,16 @@
-"""The optimizer's step on random gradients: python -m scripts.bench optimizer --depth 12 --depth 20"""
+"""The optimizer's step on random gradients: python -m scripts.bench optimizer --depth 12 --depth 20
+
+With --ranks 1 --ranks 2 --ranks 4 the memory of its state on each of so many CPU processes instead.
+"""
 
 import argparse
 import gc
+import tempfile
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from nanochat_hf import NanochatForCausalLM
 from nanochat_hf.optim import MuonAdamW, build_param_groups
@@ -57,14 +64,39 @@ def measure(depth, name, build, device, args):
     return row
 
 
+def share(rank, world, folder, depth, vocab_size):
+    """One step on one of `world` processes; writes the bytes of the state that it holds."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    model = NanochatForCausalLM(model_config(depth, vocab_size))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = MuonAdamW(build_param_groups(model))
+    optimizer.step()
+    Path(folder, f"{rank}.bytes").write_text(str(state_bytes(optimizer)))
+    dist.destroy_process_group()
+
+
+def shares(depth, world, vocab_size):
+    """The state's memory on `world` processes → a dict of figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(share, args=(world, folder, depth, vocab_size), nprocs=world)
+        held = [int(Path(folder, f"{rank}.bytes").read_text()) / 2**20 for rank in range(world)]
+    return {"depth": depth, "processes": world, "most MiB": max(held), "least MiB": min(held), "all MiB": sum(held)}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.bench optimizer", description=__doc__)
     parser.add_argument("--depth", type=int, action="append", help="layers of the model whose parameters are stepped (default 4)")
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
     parser.add_argument("--repeats", type=int, default=7, help="timings, of which the median counts")
     parser.add_argument("--inner", type=int, default=5, help="steps in a timing")
+    parser.add_argument("--ranks", type=int, action="append", help="measure the state's memory on so many CPU processes, nothing else")
     parser.add_argument("--json", help="also write the figures there")
     args = parser.parse_args(argv)
+    if args.ranks:
+        report([shares(depth, world, args.vocab_size) for depth in args.depth or [4] for world in args.ranks], args.json)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds = {"MuonAdamW": lambda groups: MuonAdamW(groups)}
     if hasattr(torch.optim, "Muon"):
