@@ -12,7 +12,7 @@ from nanochat_hf.runtime import build_accelerator
 from nanochat_hf.sources import load_stream
 from nanochat_hf.texts import is_remote
 from nanochat_hf.tokenizer import load_tokenizer
-from scripts.training import TrainConfig, accelerate, run, smoke
+from scripts.training import TrainConfig, accelerate, data_workers, run, smoke
 
 PROMPTS = (
     "The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be", "The opposite of hot is",
@@ -34,7 +34,7 @@ class BaseConfig:
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     packing: str = field(default="crop", metadata={"help": "crop: cut documents that do not fit; keep: put their rest into a later row"})
     streaming: bool | None = field(default=None, metadata={"help": "read as a stream, without downloading first (default: the Hub's data, yes)"})
-    num_workers: int = field(default=0, metadata={"help": "processes that tokenise and pack; 0: a thread"})
+    num_workers: int | None = field(default=None, metadata={"help": "processes that tokenise and pack; 0: a thread (default: 4 on CUDA, else 0)"})
     depth: int = field(default=12, metadata={"help": "layers; everything else follows from it"})
     aspect_ratio: int = field(default=64, metadata={"help": "width per layer"})
     head_dim: int = field(default=128, metadata={"help": "width of an attention head"})
@@ -61,7 +61,7 @@ class BaseTrainConfig(TrainConfig):
 @user_errors
 def main(argv=None):
     base, config, core, hub, _ = parse([BaseConfig, BaseTrainConfig, CoreConfig, HubConfig], argv, description=__doc__)
-    config = smoke(config)
+    config, base = smoke(config), replace(base, num_workers=data_workers(base.num_workers))
     pusher = HubPusher.from_config(hub, idle=config.dry_run or config.plan_only)
     tokenizer = load_tokenizer(base.tokenizer)
     more = [] if config.smoke_test else core.callbacks(tokenizer, None if config.dry_run else config.output_dir)

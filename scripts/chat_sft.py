@@ -15,7 +15,7 @@ from nanochat_hf.hub import HubConfig, HubPusher, fetch_model
 from nanochat_hf.runtime import build_accelerator
 from nanochat_hf.tasks.base import pair
 from nanochat_hf.tokenizer import load_tokenizer
-from scripts.training import TrainConfig, accelerate, divided, run, smoke
+from scripts.training import TrainConfig, accelerate, data_workers, divided, run, smoke
 
 PROMPTS = ("Why is the sky blue?", "Spell the word: elephant", "How many r are in strawberry?", "What is 12*7?")
 
@@ -32,7 +32,7 @@ class SFTConfig:
     epochs: float = field(default=1.0, metadata={"help": "passes over the data, where --num-steps is not given"})
     overlong: str = field(default="truncate", metadata={"help": f"conversations longer than a row: {', '.join(OVERLONG)}"})
     streaming: bool = field(default=False, metadata={"help": "read the training data as streams, unplanned; needs --num-steps"})
-    num_workers: int = field(default=0, metadata={"help": "processes that make batches; 0: a thread"})
+    num_workers: int | None = field(default=None, metadata={"help": "processes that make batches; 0: a thread (default: 4 for --streaming on CUDA, else 0)"})
     num_proc: int | None = field(default=None, metadata={"help": "processes that tokenise (default: one)"})
 
 
@@ -68,10 +68,10 @@ def main(argv=None):
     )  # fmt: skip
     told = dict(progress=accelerator.is_main_process, num_proc=sft.num_proc)
     if sft.streaming:
-        batches = StreamedConversations(train, tokenizer, **shape, seed=config.seed, num_workers=sft.num_workers)
+        batches = StreamedConversations(train, tokenizer, **shape, seed=config.seed, num_workers=data_workers(sft.num_workers))
         data = f"{len(train)} streams, packed window by window"
     else:
-        batches = SFTBatches(train, tokenizer, **shape, **told, seed=config.seed, num_workers=sft.num_workers)
+        batches = SFTBatches(train, tokenizer, **shape, **told, seed=config.seed, num_workers=sft.num_workers or 0)
         data = (
             f"{len(batches.documents):,} conversations in {batches.num_rows:,} rows, padding {batches.padding_share:.2%}, "
             f"{batches.truncated} truncated, {batches.untrained} without a target left out"

@@ -88,6 +88,11 @@ def smoke(config):
     )  # fmt: skip
 
 
+def data_workers(wanted):
+    """Processes that tokenise while training runs: as asked, or as many as keep a GPU fed where there is one (a thread makes 0.35 M tokens/s)."""
+    return wanted if wanted is not None else 4 if runtime.on_cuda() else 0
+
+
 def accelerate(config, accumulation):
     """The Accelerator for `config`; transformers' own bars are silenced, since the run has its one."""
     disable_progress_bar()
