@@ -13,11 +13,8 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchD
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Dense bf16 peaks in FLOP/s by a part of the device's name (vendors' data sheets); first match wins.
-PEAK_FLOPS = (
-    ("B200", 2.25e15), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800", 989e12),
-    ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("L4", 121e12), ("4090", 165e12), ("3090", 71e12),
-)  # fmt: skip
+from .scaling import peak_of
+
 # How Accelerate's launcher says which of the launch types that keep an optimizer of their own it was asked for.
 REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
@@ -70,11 +67,6 @@ def peak_flops(device):
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device))
-
-
-def peak_of(name):
-    """Dense bf16 FLOP/s by a device's name, however it is written; None where unknown. peak_of("h100") → 989e12."""
-    return next((peak for part, peak in PEAK_FLOPS if part.lower() in name.lower()), None)
 
 
 def device_memory(device):

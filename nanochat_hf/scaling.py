@@ -11,6 +11,11 @@ from .model import NanochatConfig, NanochatForCausalLM
 # rows of 2048 20.5 GiB, d16 with 16 rows 22.7 GiB.
 LAYER_BYTES = 28.5
 LOGIT_BYTES = 2 * 8192  # a token of vocabulary: a chunk's logits, which become their own gradient
+# Dense bf16 peaks in FLOP/s by a part of the device's name (vendors' data sheets); first match wins.
+PEAK_FLOPS = (
+    ("B200", 2.25e15), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800", 989e12),
+    ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("L4", 121e12), ("4090", 165e12), ("3090", 71e12),
+)  # fmt: skip
 GIB = 2**30
 PLANNED_MFU = 0.4  # what plans assume: 41 % at d12 and 46 % at d20 were measured on one H100, before evaluation and saving
 
@@ -98,6 +103,11 @@ def memory_per_gpu(model, rows, positions, gpus=1):
         "activations": tokens * width * LAYER_BYTES * config.num_hidden_layers + LOGIT_BYTES * config.vocab_size,
     }
     return {name: size / GIB for name, size in (parts | {"total": sum(parts.values())}).items()}
+
+
+def peak_of(name):
+    """Dense bf16 FLOP/s by a device's name, however it is written; None where unknown. peak_of("h100") → 989e12."""
+    return next((peak for part, peak in PEAK_FLOPS if part.lower() in name.lower()), None)
 
 
 def training_hours(flops, peak, gpus, mfu):

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 
 from nanochat_hf import scaling
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.runtime import peak_of
 
 # GiB as the driver reports them or the vendor's data sheet says
 MEMORY = {"b200": 179, "h200": 140, "h100": 79, "h800": 79, "a100": 79, "a800": 79, "l40s": 45, "l4": 22, "4090": 24, "3090": 24}
@@ -70,7 +69,7 @@ def figures(config, depth):
         ratio=config.target_param_data_ratio,
     )  # fmt: skip
     tokens = steps * config.total_batch_size
-    hours = scaling.training_hours(flops * tokens, peak_of(config.gpu), config.gpus, config.mfu)
+    hours = scaling.training_hours(flops * tokens, scaling.peak_of(config.gpu), config.gpus, config.mfu)
     memory = scaling.memory_per_gpu(model, config.device_batch_size, config.max_seq_len, config.gpus)["total"]
     return {
         "depth": depth, "parameters": counts["total"], "tokens": tokens, "steps": steps, "FLOPs": flops * tokens, "GiB": memory, "hours": hours,
