@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat_hf import NanochatConfig, NanochatForCausalLM, kernels
-from nanochat_hf.kernels.mlp import squared_relu_mlp
+from nanochat_hf.kernels.mlp import SquaredReluMLP
 from nanochat_hf.model.modeling_nanochat_hf import nll_and_slope, norm, rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,6 +37,11 @@ def batch(device="cpu"):
     return {key: value.to(device) for key, value in dict(input_ids=ids, shift_labels=labels, position_ids=positions).items()}
 
 
+def compiled(model):
+    """As one graph; the interpreter's kernels run between operators that are not compiled further."""
+    return torch.compile(model, fullgraph=True, dynamic=False, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+
+
 def gradients(model, inputs, call=None):
     model.zero_grad()
     loss = (model if call is None else call)(**inputs).loss
@@ -49,7 +54,7 @@ def test_the_mlp_kernel_is_the_mlp(dtype, tolerance):
     torch.manual_seed(0)
     x, up, down = torch.randn(2, 8, 32), torch.randn(128, 32) / 6, torch.randn(32, 128) / 11
     results = []
-    for function in (lambda x, u, d: F.linear(F.relu(F.linear(x, u)).square(), d), squared_relu_mlp):
+    for function in (lambda x, u, d: F.linear(F.relu(F.linear(x, u)).square(), d), SquaredReluMLP.apply):
         tensors = [t.clone().requires_grad_() for t in (x, up, down)]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             y = function(*tensors)
@@ -63,7 +68,7 @@ def test_the_mlp_kernel_keeps_one_wide_activation():
     kept = []
     x, up, down = torch.randn(16, 32, requires_grad=True), torch.randn(128, 32), torch.randn(32, 128)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        squared_relu_mlp(x, up, down)
+        SquaredReluMLP.apply(x, up, down)
     assert kept.count((16, 128)) == 1
 
 
@@ -76,6 +81,33 @@ def test_nll_and_slope_is_cross_entropy_of_capped_logits():
     nll, slope = nll_and_slope(logits.detach(), target, weight, 15.0)
     torch.testing.assert_close(nll, plain.detach())
     torch.testing.assert_close(slope, logits.grad)
+
+
+class Halved(torch.nn.Linear):
+    """Stands for what replaces a linear layer later: float8, an adapter."""
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize(("owner", "name"), [("mlp", "up_proj"), ("self_attn", "k_proj")])
+def test_layers_replaced_after_the_kernels_came_are_called(owner, name):
+    model, inputs = tiny(), batch()
+    for layer in model.model.layers:
+        old = getattr(getattr(layer, owner), name)
+        new = Halved(old.in_features, old.out_features, bias=False)
+        new.load_state_dict(old.state_dict())
+        setattr(getattr(layer, owner), name, new)
+    loss, plain = gradients(model, inputs)
+    for layer in model.model.layers:
+        getattr(layer, owner).fused = {"mlp": kernels.squared_relu, "self_attn": kernels.queries_and_keys}[owner]
+    fused_loss, fused = gradients(model, inputs)
+    assert fused_loss == loss and all(torch.equal(fused[key], plain[key]) for key in plain)
+
+
+def test_a_cap_that_the_sum_of_exponentials_cannot_hold_keeps_the_formula():
+    assert "softcapped cross-entropy" not in kernels.install(tiny(final_logit_softcapping=100.0))
+    assert "softcapped cross-entropy" in kernels.install(tiny(final_logit_softcapping=40.0))
 
 
 def test_without_a_gpu_nothing_is_available_and_the_reason_is_said():
@@ -125,14 +157,14 @@ def test_the_whole_model_with_kernels_is_the_model_in_float32():
 
 
 @triton
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter is not compiled"))])
+@pytest.mark.parametrize("compile", [False, True])
 def test_with_kernels_bfloat16_strays_no_further_from_float32(compile):
     model, inputs = tiny(DEVICE), batch(DEVICE)
     _, exact = gradients(model, inputs)
     with torch.autocast(DEVICE, torch.bfloat16):
         _, plain = gradients(model, inputs)
         kernels.install(model)
-        _, fused = gradients(model, inputs, torch.compile(model, fullgraph=True, dynamic=False) if compile else None)
+        _, fused = gradients(model, inputs, compiled(model) if compile else None)
     matrices = [name for name in exact if exact[name].ndim == 2]
     for name in matrices:
         assert relative(fused[name], exact[name]) < 1.5 * relative(plain[name], exact[name]) + 2e-3, name

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .mlp import squared_relu_mlp
+from .mlp import SquaredReluMLP
+
+HIGHEST_CAP = 40.0  # the cross-entropy sums exp(capped logit − cap) without a maximum: float32 holds exp(−80)
 
 
 def available(device) -> tuple[bool, str]:
@@ -18,35 +20,54 @@ def available(device) -> tuple[bool, str]:
     return (True, "CUDA with Triton") if torch.cuda.get_device_capability(device)[0] >= 8 else (False, "the GPU is older than Ampere")
 
 
-def install(model) -> list[str]:
-    """Give the layers of a NanochatForCausalLM their fused kernels; returns the names of those that fit.
+def plain(*modules) -> bool:
+    """Whether these are linear layers as they were made: not of float8, not quantised, without an adapter. Asked at each call, since
+    Accelerate and PEFT may replace them later."""
+    return all(type(module) is nn.Linear for module in modules)
 
-    Layers whose projections are no plain nn.Linear (adapters, quantised weights) keep the plain formulas, and so does the attention of
-    models with an epsilon of their own or unrounded cosines (imported from transformers' NanoChat), which the kernel does not know.
+
+def install(model) -> list[str]:
+    """Give a NanochatForCausalLM its fused kernels; returns the names of those that fit it now.
+
+    Layers whose projections are not `plain` keep the formulas, and so does the attention of models with an epsilon of their own or
+    unrounded cosines (imported from transformers' NanoChat), which the kernel does not know, and the loss above a cap of HIGHEST_CAP.
     """
+    config, installed, layers = model.config, set(), model.model.layers
+    if config.final_logit_softcapping <= HIGHEST_CAP:
+        model.nll_and_slope = nll_and_slope
+        installed.add("softcapped cross-entropy")
+    rotation_fits = config.rope_in_bfloat16 and config.rms_norm_eps is None and config.head_dim & (config.head_dim - 1) == 0
+    for layer in layers:
+        layer.self_attn.fused = queries_and_keys if rotation_fits else None
+        layer.mlp.fused = squared_relu
+    if rotation_fits and all(plain(layer.self_attn.q_proj, layer.self_attn.k_proj) for layer in layers):
+        installed.add("rope and norm of queries and keys")
+    if all(plain(layer.mlp.up_proj, layer.mlp.down_proj) for layer in layers):
+        installed.add("squared ReLU")
+    return sorted(installed)
+
+
+def nll_and_slope(logits, target, weight, cap):
+    """What the model's `nll_and_slope` computes, in the logits' own memory."""
     from .cross_entropy import softcapped_nll_
 
-    def nll_and_slope(logits, target, weight, cap):
-        nll = softcapped_nll_(logits, target, weight, cap)
-        return nll, logits
-
-    config, installed = model.config, {"softcapped cross-entropy"}
-    model.nll_and_slope = nll_and_slope
-    rotation_fits = config.rope_in_bfloat16 and config.rms_norm_eps is None and config.head_dim & (config.head_dim - 1) == 0
-    for layer in model.model.layers:
-        if rotation_fits and all(type(p) is nn.Linear for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)):
-            layer.self_attn.fused = queries_and_keys
-            installed.add("rope and norm of queries and keys")
-        if all(type(p) is nn.Linear for p in (layer.mlp.up_proj, layer.mlp.down_proj)):
-            layer.mlp.fused = squared_relu_mlp
-            installed.add("squared ReLU")
-    return sorted(installed)
+    nll = softcapped_nll_(logits, target, weight, cap)
+    return nll, logits
 
 
 def queries_and_keys(attention, x, rope):
     """What NanochatAttention.queries_and_keys computes, by one product for both and one kernel for rotation and norm."""
+    if not plain(attention.q_proj, attention.k_proj):
+        return attention.queries_and_keys(x, rope)
     from .rope import RopeNorm
 
     joined = torch.cat((attention.q_proj.weight, attention.k_proj.weight))
     heads = (attention.q_proj.out_features // attention.head_dim, attention.k_proj.out_features // attention.head_dim)
     return RopeNorm.apply(F.linear(x, joined), rope, *heads)
+
+
+def squared_relu(mlp, x):
+    """What NanochatMLP.squared_relu computes. A function, since torch.compile does not trace a bound `apply` (docs/log.md)."""
+    if not plain(mlp.up_proj, mlp.down_proj):
+        return mlp.squared_relu(x)
+    return SquaredReluMLP.apply(x, mlp.up_proj.weight, mlp.down_proj.weight)

@@ -29,9 +29,3 @@ class SquaredReluMLP(torch.autograd.Function):
             slope = (dy_flat @ down) * (2 * squared.sqrt())
             dx = (slope @ up).to(ctx.dtypes[0]).view(*dy.shape[:-1], -1)
             return dx, (slope.mT @ flat).to(ctx.dtypes[1]), (dy_flat.mT @ squared).to(ctx.dtypes[2])
-
-
-def squared_relu_mlp(x, up, down):
-    """`SquaredReluMLP` as a function, which torch.compile traces where it would not trace a bound `apply`."""
-    return SquaredReluMLP.apply(x, up, down)
-
