@@ -128,6 +128,11 @@ def described(batch):
     return f"{restarts} runs of positions (documents, and padding where there is some), {trained} of {batch['shift_labels'].numel()} places are trained"
 
 
+def short(label, most=43):
+    """A source's label without the folders of its path: short("gsm8k:../data/gsm8k/train.jsonl.gz") → "gsm8k:train.jsonl.gz"."""
+    return ":".join(part.rsplit("/", 1)[-1] if part.count("/") > 1 else part for part in label.split(":"))[:most]
+
+
 def mixture_table(batches):
     """What each source gives to an epoch."""
     total = sum(report.tokens for report in batches.reports)
@@ -135,7 +140,7 @@ def mixture_table(batches):
     lines = [head]
     for r in batches.reports:
         lines.append(
-            f"{r.label[-43:]:44}{r.copies:>8g}{r.conversations:>11,}{r.tokens:>13,}{r.tokens / total:>8.1%}{r.trained / max(1, r.tokens):>9.1%}"
+            f"{short(r.label):44}{r.copies:>8g}{r.conversations:>11,}{r.tokens:>13,}{r.tokens / total:>8.1%}{r.trained / max(1, r.tokens):>9.1%}"
             f"{r.truncated:>7,}{r.split:>7,}{r.dropped:>9,}{r.untrained:>11,}"
         )
     lines.append(f"{batches.num_rows:,} rows, padding {batches.padding_share:.3%}")
@@ -167,7 +172,7 @@ def draw_pngs(batches, lengths, folder):
     figure.savefig(folder / "lengths.png", dpi=150)
     figure = Figure(figsize=(8, 1.5 + 0.5 * len(batches.reports)), layout="constrained")
     axes = figure.add_subplot()
-    names = [f"{i + 1}. {r.label[-40:]}" for i, r in enumerate(batches.reports)]
+    names = [f"{i + 1}. {short(r.label)}" for i, r in enumerate(batches.reports)]
     axes.barh(names, [r.tokens for r in batches.reports], color="lightsteelblue", label="tokens")
     axes.barh(names, [r.trained for r in batches.reports], color="steelblue", label="trained tokens")
     axes.invert_yaxis()
