@@ -29,7 +29,8 @@ class CoreConfig:
         """[EvaluateCore], or [] where it is off; ValueError, before any training, where the data cannot be read."""
         if not self.core_every:
             return []
-        return [EvaluateCore(*load_bundle(self.core_data), tokenizer, every=self.core_every, limit=self.core_max_per_task, output_dir=output_dir)]
+        tasks, missing = load_bundle(self.core_data, self.core_max_per_task)
+        return [EvaluateCore(tasks, missing, tokenizer, every=self.core_every, limit=self.core_max_per_task, output_dir=output_dir)]
 
 
 class EvaluateCore:

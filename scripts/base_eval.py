@@ -111,7 +111,7 @@ def write(path, results):
 def main(argv=None):
     config, _ = parse([BaseEvalConfig], argv, description=__doc__)
     wanted, results = config.eval.split(","), {"model": config.model}
-    tasks, missing = load_bundle(config.core_data) if "core" in wanted else ([], [])
+    tasks, missing = load_bundle(config.core_data, config.max_per_task) if "core" in wanted else ([], [])
     texts = load_texts(config) if "bpb" in wanted else []
     accelerator = build_accelerator(1, dtype=config.dtype)
     model, tokenizer = load_model(config, accelerator.device)

@@ -233,6 +233,17 @@ def test_what_is_no_bundle_is_named_and_where_to_get_one(tmp_path, files, reason
         load_bundle(tmp_path / "none")
 
 
+def test_too_few_items_for_the_solved_examples_are_said_before_anything_runs(tmp_path, folder, bundle, capsys):
+    assert load_bundle(bundle, 3)[1] == ["gone"]
+    with pytest.raises(ValueError, match="CORE task here: 2 items are too few for num_fewshot=2; allow at least 3"):
+        load_bundle(bundle, 2)
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", str(tmp_path / "never loaded"), "--core-data", str(bundle), "--eval", "core", "--max-per-task", "2"])
+    assert stop.value.code == 2 and "allow at least 3 items a task" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="too few"):  # of base training, whose first CORE may be hours away
+        CoreConfig(core_every=1, core_data=str(bundle), core_max_per_task=2).callbacks(None, None)
+
+
 def test_prefixes_are_shared_exactly_where_the_model_allows_it():
     sizes = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64)
     made = {

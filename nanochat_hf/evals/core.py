@@ -40,10 +40,10 @@ class CoreTask:
         return items[:limit]
 
 
-def load_bundle(path):
+def load_bundle(path, limit=None):
     """A bundle (zip or folder) → ([CoreTask …] in core.yaml's order, [labels of tasks without a data file]).
 
-    ValueError, naming file and fault, for what is no bundle.
+    ValueError, naming file and fault, for what is no bundle, and where `limit` items of a task are too few for its solved examples.
     """
     read = _reader(Path(path))
     listing = read("core.yaml")
@@ -58,6 +58,8 @@ def load_bundle(path):
         raise ValueError(f"--core-data {path}: core.yaml or eval_meta_data.csv is not as expected ({error!r}); give {BUNDLE_HELP}") from None
     for task, lines in tasks:
         task.items.extend(_items(task, lines, path) if lines is not None else ())
+        if lines is not None:
+            enough(task, len(task.items[:limit]))
     return [task for task, lines in tasks if lines is not None], [task.label for task, lines in tasks if lines is None]
 
 
@@ -95,14 +97,21 @@ def _items(task, lines, path):
                 raise ValueError(f"--core-data {path}: {task.label} line {number} is not JSON ({error.msg}); fetch the bundle again") from None
 
 
+def enough(task, count):
+    """ValueError where `count` items leave fewer others than the solved examples that stand before each."""
+    if count <= task.num_fewshot:
+        raise ValueError(
+            f"CORE task {task.label}: {count} items are too few for num_fewshot={task.num_fewshot}; allow at least {task.num_fewshot + 1} items a task"
+        )
+
+
 def prompts(task, items, index):
     """The texts whose tokens decide item `index`: one per option, or for language_modeling [without the continuation, with it].
 
     prompts(CoreTask("t", "multiple_choice", []), [{"query": "1+1=", "choices": ["2", "3"], "gold": 0}], 0) → ["1+1= 2", "1+1= 3"]
     """
+    enough(task, len(items))
     others = [i for i in range(len(items)) if i != index]
-    if len(others) < task.num_fewshot:
-        raise ValueError(f"CORE task {task.label}: {len(items)} items are too few for num_fewshot={task.num_fewshot}; raise --max-per-task")
     shots = random.Random(1234 + index).sample(others, task.num_fewshot)
     before = "".join(_solved(task, items[i]) + "\n\n" for i in shots)
     item, between = items[index], task.delimiter
