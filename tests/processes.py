@@ -1,4 +1,8 @@
-"""Runs a script's main in fresh processes, one or several ranks; a fork server has the heavy imports ready, so that a start takes little."""
+"""Runs a script's main, or a function on each of several ranks, in fresh processes.
+
+A fork server has the heavy imports ready, so that a start takes little. Its children leave by os._exit: in an interpreter that shuts down, gloo's
+threads can still hold tensors, and torch then aborts the process now and then, all work done.
+"""
 
 import contextlib
 import multiprocessing
@@ -31,18 +35,47 @@ def _child(module, argv, environment, log, limit):
     runpy.run_module(module, run_name="__main__")
 
 
+def free_port():
+    """A TCP port that nothing listens on now."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _ranks(rank, world, port):
+    """The environment of one of several ranks; none for one alone."""
+    if world == 1:
+        return {}
+    return {
+        "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def _call(rank, function, world, port, args):
+    os.environ.update({"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | _ranks(rank, world, port))
+    import torch
+
+    torch.set_num_threads(1)
+    function(rank, world, *args)
+
+
+def on_ranks(function, world, *args):
+    """`function(rank, world, *args)` in each of `world` processes, whose environment torch.distributed and Accelerate read; raises what one raises."""
+    from torch.multiprocessing import start_processes
+
+    start_processes(_call, args=(function, world, free_port(), args), nprocs=world, start_method="forkserver")
+
+
 class Run:
     """`world` processes of `python -m module argv` on the CPU; `log` holds what they print."""
 
     def __init__(self, module, argv, log, world=1, environment=None, limit=None):
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         base = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
-        ranks = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.log, self.processes = Path(log), []
         for rank in range(world):
-            own = base | (ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
+            own = base | _ranks(rank, world, port)
             self.processes.append(CONTEXT.Process(target=_child, args=(module, [str(a) for a in argv], own, str(log), limit)))
             self.processes[-1].start()
 

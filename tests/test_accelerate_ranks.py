@@ -1,11 +1,9 @@
 """The real model under Accelerate on 1, 2 and 3 gloo processes, and split by FSDP2: 20 steps end at the same parameters."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import on_ranks
 
 from nanochat_hf.model import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.optim import MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
@@ -37,14 +35,7 @@ def rows(step, rank, world):
     return {"input_ids": ids[share, :-1], "shift_labels": targets[share]}, int((targets != -100).sum())
 
 
-def start(rank, world):
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-
-
 def ddp(rank, world, folder, precision):
-    start(rank, world)
     from nanochat_hf.runtime import build_accelerator
     from nanochat_hf.trainer import Trainer
 
@@ -72,7 +63,6 @@ def ddp(rank, world, folder, precision):
 
 def fsdp2(rank, world, folder, precision):
     """fully_shard on a CPU mesh, which Accelerate itself refuses to do on the CPU; everything else is as under DDP."""
-    start(rank, world)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -102,14 +92,11 @@ def fsdp2(rank, world, folder, precision):
     held = sum((v.to_local() if hasattr(v, "to_local") else v).numel() * 4 for values in optimizer.state.values() for v in values.values())
     torch.save({"world": world, "params": params, "state_bytes": held}, f"{folder}/result_{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def launch(function, world, folder, precision="float32"):
     folder.mkdir()
-    port = 20000 + int.from_bytes(os.urandom(2), "big") % 20000
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    mp.spawn(function, args=(world, str(folder), precision), nprocs=world)
+    on_ranks(function, world, str(folder), precision)
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -1,13 +1,12 @@
 """The gradient of a step does not depend on how its rows are split into micro-batches and processes."""
 
 import json
-import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
+from processes import on_ranks
 
 from nanochat_hf import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.data import SFTBatches, SourceConfig
@@ -54,13 +53,10 @@ def gradient(chats, rows, accumulation, dtype):
     return {name: parameter.grad.double() for name, parameter in trainer.raw_model.named_parameters()}
 
 
-def rank_of_two(rank, chats, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
+def rank_of_two(rank, world, chats, folder):
     found = {(shape, dtype): gradient(chats, *shape, dtype) for shape in PAIR for dtype in DTYPES}
-    assert torch.distributed.get_world_size() == 2
+    assert torch.distributed.get_world_size() == world == 2
     torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +64,7 @@ def gradients(chats, tmp_path_factory):
     """{(where, rows, accumulation, dtype): gradient}"""
     found = {(f"alone, {shape}", dtype): gradient(chats, *shape, dtype) for shape in ALONE for dtype in DTYPES}
     folder = tmp_path_factory.mktemp("pair")
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + int.from_bytes(os.urandom(2), "big") % 20000)}
-    mp.spawn(rank_of_two, args=(chats, folder), nprocs=2)
+    on_ranks(rank_of_two, 2, chats, folder)
     for rank in range(2):
         for (shape, dtype), value in torch.load(folder / f"{rank}.pt", weights_only=False).items():
             found[f"rank {rank} of 2, {shape}", dtype] = value

@@ -1,11 +1,9 @@
 """MuonAdamW on 1 to 4 gloo processes: equal parameters, divided state, one state for any number of processes."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import on_ranks
 from torch import nn
 
 from nanochat_hf.optim import MuonAdamW
@@ -39,8 +37,6 @@ def run_steps(params, optimizer, steps):
 
 
 def start(rank, world, folder):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     assert dist.get_world_size() == world
 
@@ -71,12 +67,11 @@ def train(rank, world, folder, resume_from):
         "skipped": optimizer.skipped_steps,
     }
     torch.save(result, f"{folder}/result_{rank}.pt")
-    dist.destroy_process_group()
 
 
 def launch(function, world, folder, *args):
     folder.mkdir()
-    mp.spawn(function, args=(world, str(folder), *args), nprocs=world)
+    on_ranks(function, world, str(folder), *args)
     return [torch.load(folder / f"result_{rank}.pt", weights_only=True) for rank in range(world)]
 
 
@@ -155,7 +150,6 @@ def fsdp(rank, world, folder):
     for param, other in zip(plain, split, strict=True):
         torch.testing.assert_close(other.full_tensor().detach(), param.detach(), rtol=1e-5, atol=1e-6)
     torch.save({"world": dist.get_world_size()}, f"{folder}/result_{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_fsdp2_parameters_get_the_same_updates(tmp_path):

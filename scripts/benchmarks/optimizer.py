@@ -80,7 +80,7 @@ def share(rank, world, folder, depth, vocab_size):
 def shares(depth, world, vocab_size):
     """The state's memory on `world` processes → a dict of figures."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(share, args=(world, folder, depth, vocab_size), nprocs=world)
+        mp.start_processes(share, args=(world, folder, depth, vocab_size), nprocs=world, start_method="forkserver")
         held = [int(Path(folder, f"{rank}.bytes").read_text()) / 2**20 for rank in range(world)]
     return {"depth": depth, "processes": world, "most MiB": max(held), "least MiB": min(held), "all MiB": sum(held)}
 
