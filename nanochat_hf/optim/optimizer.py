@@ -1,26 +1,29 @@
 """MuonAdamW: one torch optimizer for the groups of `build_param_groups`."""
 
+from functools import partial
 from itertools import chain
 
 import torch
 
+from nanochat_hf import kernels
 from nanochat_hf.optim.adamw import SHARD_FROM, AdamWTensor, adamw_update
-from nanochat_hf.optim.muon import MuonStack, muon_update
+from nanochat_hf.optim.muon import MuonStack
 from nanochat_hf.optim.sharding import Shard, all_agree, local
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon on groups of kind "muon" (equal-shaped matrices), AdamW on those of kind "adamw".
 
-    `orthogonalize_dtype`: the dtype of Muon's matrix products. `compile`: None compiles the kernels on CUDA only, True
-    and False force it. State is float32 whatever the parameters' dtype. A step whose gradients are not all finite
+    `orthogonalize_dtype`: the dtype of Muon's matrix products. `compile`: None compiles the updates on CUDA only, True
+    and False force it. `fused`: None uses Triton's kernels for Muon's passes over memory where they can run, unless
+    `compile` is False. State is float32 whatever the parameters' dtype. A step whose gradients are not all finite
     changes nothing, is decided on the device, and is counted in `skipped_steps`. Parameters without a gradient are
     left alone. Where torch.distributed runs several processes, gradients must be equal on all of them (DDP reduces
     them) or be DTensors; each process then computes and remembers its share only, and `full_state_dict` joins the
     shares. Everything that looks at the parameters waits for the first step, since Accelerate may swap them before.
     """
 
-    def __init__(self, groups, orthogonalize_dtype: torch.dtype = torch.bfloat16, compile: bool | None = None):
+    def __init__(self, groups, orthogonalize_dtype: torch.dtype = torch.bfloat16, compile: bool | None = None, fused: bool | None = None):
         groups = list(groups)
         for group in groups:
             if not isinstance(group, dict) or group.get("kind") not in ("adamw", "muon"):
@@ -32,7 +35,7 @@ class MuonAdamW(torch.optim.Optimizer):
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("initial_weight_decay", group["weight_decay"])
         self.orthogonalize_dtype = orthogonalize_dtype
-        self.compile = compile
+        self.compile, self.fused = compile, fused
         self._units = None
         self._kernels = {}
         self._skipped = self._health = None
@@ -71,11 +74,11 @@ class MuonAdamW(torch.optim.Optimizer):
         self._skipped = (self._skipped if self._skipped is not None else torch.zeros((), device=device)).to(device)
         self._skipped.add_(1.0 - ok.to(torch.float32))
         scalars = {id(group): self._scalars(group, device) for group in self.param_groups}
+        fused = self.fused if self.fused is not None else self.compile is not False and kernels.available(device)[0]
         waits = []
         for unit in self._units:  # compute of one unit overlaps the gathering of those before it
             if isinstance(unit, MuonStack):
-                kernel = self._kernel(muon_update, device)
-                waits.append(unit.step(scalars[id(unit.group)], ok, kernel, self.orthogonalize_dtype))
+                waits.append(unit.step(scalars[id(unit.group)], ok, partial(self._kernel, device=device), self.orthogonalize_dtype, fused))
             else:
                 # lambdas are too small to be worth a graph of their own
                 kernel = self._kernel(adamw_update, device) if unit.param.numel() >= SHARD_FROM else adamw_update
@@ -166,6 +169,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         self.__dict__.setdefault("_kernels", {})
+        self.__dict__.setdefault("fused", None)
         self._units = None
 
     def add_param_group(self, param_group) -> None:
