@@ -95,7 +95,7 @@ class FlashAttention:
         assert q.dim() == k.dim() == 3 and k.shape == v.shape and q.dtype == k.dtype == v.dtype
         for borders, longest, tensor in ((cu_seqlens_q, max_seqlen_q, q), (cu_seqlens_k, max_seqlen_k, k)):
             assert borders.dtype == torch.int32 and borders[0] == 0 and borders[-1] == len(tensor)
-            assert type(longest) is int and borders.diff().max() <= longest  # the kernel would leave out what lies behind
+            assert borders.diff().max() <= longest  # the kernel would leave out what lies behind
             pieces.append(borders.diff().tolist())
         q, k, v = q.split(pieces[0]), k.split(pieces[1]), v.split(pieces[1])
         return self._returned(torch.cat([attention(*document, **options) for document in zip(q, k, v, strict=True)]))
@@ -130,7 +130,7 @@ def install(monkeypatch, name):
         vars(sys.modules[module]).update(members)
     for version in (2, 3, 4):
         monkeypatch.setattr(flash_utils, f"is_flash_attn_{version}_available", lambda: True)
-        there = dict(general_availability_check=lambda: True, supported_devices=((lambda: True, "cpu"),))
+        there = dict(general_availability_check=lambda: True, pkg_availability_check=lambda: True, supported_devices=((lambda: True, "cpu"),))
         monkeypatch.setitem(modeling_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX, version, dict(flash_attn_version=version, **there))
     monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
     monkeypatch.setattr(hub_kernels, "get_kernel", lambda *args, **kwargs: SimpleNamespace(**public))
