@@ -7,8 +7,12 @@ import flash
 import pytest
 import torch
 from test_model import build, tokens
+from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache
 from transformers.integrations import flash_attention
+
+from nanochat_hf import attention
+from nanochat_hf.model import modeling_nanochat_hf as modeling
 
 LENGTH = 30  # windows are 9 keys
 PACKED = torch.tensor([[*range(11), *range(19)], [*range(5), *range(20), *range(5)]])
@@ -154,3 +158,40 @@ def test_cached_is_uncached_past_the_window(monkeypatch, name, rows, sizes):
     pieces = [model(part, position_ids=at, past_key_values=cache).logits for part, at in zip(ids.split(sizes, 1), positions, strict=True)]
     same(torch.cat(pieces, 1), eager()(ids).logits)
     assert {layer.keys.shape[2] for layer in cache.layers[:3]} == {8} and cache.layers[3].keys.shape[2] == LENGTH
+
+
+def test_other_numbers_of_documents_compile_nothing_anew():
+    """For the whole model with real kernels, as operators: what reads the borders is compiled once, though shapes are said to be fixed."""
+    counter = CompileCounter()
+    borders = torch.compile(lambda positions: modeling.varlen_arguments(positions, 1)["cu_seq_lens_q"] * 2, backend=counter, dynamic=False)
+    for documents in range(1, 12):
+        positions = torch.cat([torch.arange(13 - documents), torch.zeros(documents - 1, dtype=torch.long)])
+        assert borders(positions[None]).tolist() == [0, *range(2 * (13 - documents), 25, 2)]
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "device, asked, precision, installed, message",
+    [
+        ("cpu", "flash_attention_2", "bf16", True, "flash_attention_2 cannot run on cpu: its kernels need a CUDA device; use sdpa or auto"),
+        ("cpu", "kernels-community/flash-attn2", "bf16", True, "kernels-community/flash-attn2 cannot run on cpu: .* use sdpa"),
+        ("cuda", "flash_attention_3", "no", True, "cannot run on cuda: it computes in half precision and this run in float32; add --dtype bfloat16"),
+        ("cuda", "flash_attention_4", "bf16", False, "neither flash-attn-4 nor kernels is installed; pip install flash-attn-4"),
+        ("cuda", "kernels-community/flash-attn2", "bf16", False, "kernels is not installed; pip install kernels"),
+        ("cuda", "flash_attention_9", "bf16", True, "flash_attention_9 is unknown; choose from auto, .* flash_attention_2"),
+        ("cuda", "flash_attention_2", "bf16", True, None),
+        ("cuda", "kernels-community/flash-attn2", "fp16", True, None),
+    ],
+)
+def test_where_flash_cannot_run_the_flag_says_why_and_what_to_do(monkeypatch, device, asked, precision, installed, message):
+    monkeypatch.setattr(attention, "is_kernels_available", lambda: installed)
+    if message is None:
+        assert attention.choose_attention(torch.device(device), asked, precision=precision) == (asked, "asked for")
+    else:
+        with pytest.raises(ValueError, match=message):
+            attention.choose_attention(torch.device(device), asked, precision=precision)
+
+
+def test_what_transformers_cannot_load_is_one_error_of_the_flag():
+    with pytest.raises(ValueError, match="--attn flash_attention_3 cannot be loaded: .*(installed|CPU).*; use sdpa or auto"):
+        attention.set_attention(build(), "flash_attention_3")

@@ -157,6 +157,7 @@ def table_rows(config):
     return -(-config.vocab_size // multiple) * multiple
 
 
+@torch.compiler.disable  # one break of the graph, in place of one that the search itself makes
 def varlen_arguments(position_ids, batch_size):
     """What FlashAttention needs to keep packed documents apart: {cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k}.
 
@@ -166,6 +167,7 @@ def varlen_arguments(position_ids, batch_size):
     begins = torch.diff(position_ids, prepend=position_ids[:, :1], dim=-1) != 1  # a row's first difference is 0
     begins = begins.expand(batch_size, -1).flatten().nonzero().flatten()
     borders = F.pad(begins, (0, 1), value=batch_size * position_ids.shape[1]).int()  # (documents + 1)
+    torch._dynamo.maybe_mark_dynamic(borders, 0)  # or every other number of documents would compile the layers anew, dynamic=False or not
     longest = position_ids.shape[1]  # a bound will do, and costs no wait for the device
     return dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
 
