@@ -8,7 +8,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from nanochat_hf import callback_push, checkpoint, hub, kernels, runtime
-from nanochat_hf.attention import choose_attention
+from nanochat_hf.attention import choose_attention, set_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
 from nanochat_hf.config import SMALLER, dump, resolved
 from nanochat_hf.optim import MATRIX_OPTIMIZERS, MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
@@ -30,7 +30,7 @@ class TrainConfig:
     total_batch_size: int | None = field(default=None, metadata={"help": "tokens of an optimizer step (default: one micro-batch)"})
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's; bfloat16 on XLA)"})
-    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, pallas, sdpa or eager"})
+    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, pallas, sdpa, eager, flash_attention_2 to 4, or a flash kernel of the Hub"})
     kernels: bool | None = field(default=None, metadata={"help": "fused Triton kernels in training (default: on CUDA)"})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA)"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in backward: less memory, about 30 %% slower"})
@@ -174,8 +174,8 @@ def run(
             f"--warmup-steps {config.warmup_steps} and --warmdown-ratio {config.warmdown_ratio} overlap in a run of {num_steps} steps; "
             f"lower --warmup-steps to at most {int(num_steps * (1 - config.warmdown_ratio))}"
         )
-    kernel, reason = choose_attention(accelerator.device, config.attn)
-    model.set_attn_implementation(kernel)
+    kernel, reason = choose_attention(accelerator.device, config.attn, precision=accelerator.mixed_precision)
+    set_attention(model, kernel)
     fused = install_kernels(config, accelerator, model)
     if config.gradient_checkpointing:
         runtime.enable_checkpointing(model, accelerator.device)

@@ -157,6 +157,7 @@ def table_rows(config):
     return -(-config.vocab_size // multiple) * multiple
 
 
+@torch.compiler.disable  # one break of the graph, in place of one that the search itself makes
 def varlen_arguments(position_ids, batch_size):
     """What FlashAttention needs to keep packed documents apart: {cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k}.
 
@@ -166,6 +167,7 @@ def varlen_arguments(position_ids, batch_size):
     begins = torch.diff(position_ids, prepend=position_ids[:, :1], dim=-1) != 1  # a row's first difference is 0
     begins = begins.expand(batch_size, -1).flatten().nonzero().flatten()
     borders = F.pad(begins, (0, 1), value=batch_size * position_ids.shape[1]).int()  # (documents + 1)
+    torch._dynamo.maybe_mark_dynamic(borders, 0)  # or every other number of documents would compile the layers anew, dynamic=False or not
     longest = position_ids.shape[1]  # a bound will do, and costs no wait for the device
     return dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
 
@@ -274,7 +276,6 @@ class NanochatModel(NanochatPreTrainedModel):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         masks, documents = self._masks(x, attention_mask, position_ids, past_key_values)
         kwargs = documents | kwargs  # collators may bring the borders themselves
-        own_positions = position_ids
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
@@ -294,25 +295,27 @@ class NanochatModel(NanochatPreTrainedModel):
             table = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
             mask = masks[self.config.layer_types[i]]
             # the cache goes by keyword: gradient checkpointing drops it by name, lest the recomputation write it twice
-            x = layer(x, table, rope, mask, past_key_values=past_key_values, position_ids=own_positions, **kwargs)
+            x = layer(x, table, rope, mask, past_key_values=past_key_values, **kwargs)
         x = norm(x, self.config.rms_norm_eps)
         hidden = (*hidden, x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, hidden_states=hidden)
 
     def _masks(self, x, attention_mask, position_ids, past_key_values):
-        """{layer type: mask}, and the arguments by which FlashAttention, which takes no mask of documents, keeps them apart."""
+        """{layer type: mask}, and the arguments by which attention that takes no mask of documents keeps them apart."""
+        flash = "flash" in self.config._attn_implementation
+        documents = {} if flash else dict(position_ids=position_ids)
         if isinstance(attention_mask, dict):
-            return attention_mask, {}  # generation with a static cache brings both masks ready made
+            return attention_mask, documents  # generation with a static cache brings both masks ready made
         masking = dict(
             config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids,
         )  # fmt: skip
         masks = {"full_attention": create_causal_mask(**masking)}
         if "sliding_attention" in self.config.layer_types:
             masks["sliding_attention"] = create_sliding_window_causal_mask(**masking)
-        own_borders = position_ids is not None and attention_mask is None and past_key_values is None
-        if own_borders and "flash" in self.config._attn_implementation:
-            return masks, varlen_arguments(position_ids, x.shape[0])
-        return masks, {}
+        if flash and position_ids is not None and attention_mask is None and past_key_values is None:
+            # borders in place of positions: those transformers would search in every layer, and at B = 1 under mask and cache too
+            documents = varlen_arguments(position_ids, x.shape[0])
+        return masks, documents
 
 
 def nll_and_slope(logits, target, weight, cap):
