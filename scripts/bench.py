@@ -4,12 +4,15 @@ import importlib
 import sys
 from pathlib import Path
 
+from nanochat_hf.config import user_errors
+
 
 def names():
     """The benchmarks there are: one file each in scripts/benchmarks."""
     return sorted(path.stem for path in (Path(__file__).parent / "benchmarks").glob("*.py") if path.stem not in ("__init__", "measure"))
 
 
+@user_errors
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in names():

@@ -8,7 +8,7 @@ import time
 import torch
 
 from nanochat_hf import NanochatForCausalLM, kernels
-from nanochat_hf.attention import KERNELS, choose_attention
+from nanochat_hf.attention import choose_attention, set_attention
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
 from nanochat_hf.runtime import build_accelerator, peak_flops
 from nanochat_hf.scaling import accumulation_steps, flops_per_token, model_config
@@ -76,7 +76,7 @@ def measure(depth, rows, args):
     config = model_config(depth, args.vocab_size, args.positions)
     with device:
         model = NanochatForCausalLM(config)
-    model.set_attn_implementation(attention)
+    set_attention(model, attention)
     if args.kernels:
         kernels.install(model)
     optimizer = MuonAdamW(build_param_groups(model))
@@ -140,7 +140,7 @@ def main(argv=None):
     parser.add_argument("--total-batch-size", type=int, default=524288, help="tokens of an optimizer step")
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
     parser.add_argument("--document", type=int, default=0, help="mean tokens of a packed document, kept apart by the mask; 0: no mask")
-    parser.add_argument("--attn", choices=KERNELS, default="auto", help="attention kernel")
+    parser.add_argument("--attn", default="auto", help="attention kernel, as in training: auto, flex_attention, flash_attention_2 to 4, sdpa, ...")
     parser.add_argument("--dtype", default="bfloat16", help="autocast precision")
     parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: ignore the accelerator")

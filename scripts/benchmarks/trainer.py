@@ -14,7 +14,7 @@ from itertools import cycle, islice
 import numpy as np
 
 from nanochat_hf import NanochatForCausalLM, runtime
-from nanochat_hf.attention import KERNELS, choose_attention
+from nanochat_hf.attention import choose_attention, set_attention
 from nanochat_hf.callbacks import CollectGarbage, Log
 from nanochat_hf.collate import PackingCollator
 from nanochat_hf.loading import ahead
@@ -73,7 +73,7 @@ def build(args, accelerator):
     attention, _ = choose_attention(device, args.attn)
     with device:
         model = NanochatForCausalLM(model_config(args.depth, args.vocab_size, args.positions))
-    model.set_attn_implementation(attention)
+    set_attention(model, attention)
 
     def schedule(optimizer, step):
         apply_schedule(optimizer.optimizer, 1e-3, muon_momentum(step))
@@ -151,7 +151,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=20, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each, in turns; the median counts")
     parser.add_argument("--log-every", type=int, default=10, help="steps between log entries")
-    parser.add_argument("--attn", choices=KERNELS, default="auto", help="attention kernel")
+    parser.add_argument("--attn", default="auto", help="attention kernel, as in training: auto, flex_attention, flash_attention_2 to 4, sdpa, ...")
     parser.add_argument("--dtype", default="bfloat16", help="autocast precision")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: ignore the accelerator")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA)")
