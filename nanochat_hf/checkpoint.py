@@ -34,6 +34,19 @@ def resolve(output_dir, resume):
     return Path(resume)
 
 
+def refuse_others(output_dir, resumed):
+    """ValueError where `output_dir` holds checkpoints that the run does not go on from (`resumed`: the one it does, or None): pruning by
+    steps would keep them in place of the run's own, and --resume auto would take them."""
+    found = checkpoints(output_dir)
+    if not found or (resumed and found[-1].resolve() == Path(resumed).resolve()):
+        return
+    at = "goes on from another" if resumed else "starts anew"
+    raise ValueError(
+        f"--output-dir {output_dir}: holds {found[-1].name}, and this run {at}; continue that one with --resume auto, or give another "
+        "--output-dir, or move the checkpoints there away"
+    )
+
+
 def save(trainer, output_dir, tokenizer, settings, keep=2, trackers=None):
     """Write `output_dir/checkpoint-{step}`, all ranks together; then prune to the newest `keep` (0 keeps all). Returns the folder.
 

@@ -16,7 +16,7 @@ from nanochat_hf.report import write_report
 from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, memory_per_gpu, shown_hours, training_hours
 from nanochat_hf.schedules import base_lr, muon_momentum
 from nanochat_hf.tokenizer import load_tokenizer, token_bytes
-from nanochat_hf.tracking import environment
+from nanochat_hf.tracking import environment, read_metrics
 from nanochat_hf.trainer import Trainer
 
 
@@ -185,6 +185,10 @@ def run(
     output = None if config.dry_run else config.output_dir
     trainer = build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay)
     resume = checkpoint.resolve(config.output_dir, hub.fetch_checkpoint(config.resume))
+    if output:
+        checkpoint.refuse_others(output, resume)
+    if config.resume and not resume:
+        accelerator.print(f"no checkpoint in {config.output_dir} to resume from: the run starts anew")
     if resume:
         same_tokenizer(tokenizer, resume)
         checkpoint.load(trainer, resume)
@@ -200,6 +204,8 @@ def run(
         best_dir=f"{output}/best" if output and config.keep_best else None,
     )  # fmt: skip
     log = Log(trainer, description=description, flops_per_token=flops, every=config.log_every, output_dir=output, max_skipped=config.max_skipped)
+    if resume and output and Path(output, "metrics.jsonl").is_file() and accelerator.is_main_process:
+        evaluate.remember(read_metrics(f"{output}/metrics.jsonl"))  # behind Log, which forgets what was measured after the checkpoint
     save = Save(output, tokenizer, settings, every=config.save_every, keep=config.keep, minutes=config.save_minutes)
     samples = [Sample(tokenizer, prompts, every=config.sample_every, output_dir=output)] if prompts and config.sample_every else []
     # saved before anything that could fail: evaluation and samples come after
@@ -244,7 +250,7 @@ def finish(config, trainer, evaluate, log, tokenizer, settings, description, out
         accelerator.print(f"stopped at step {state.step}; continue with --resume auto")
         accelerator.end_training()
         return None
-    if math.isinf(evaluate.best) or math.isnan(evaluate.last):  # the run was already finished when resumed
+    if math.isnan(evaluate.last):  # the run was already finished when resumed
         evaluate.run(trainer)
     folder = f"{output}/final" if output else ""
     weights = runtime.whole_weights(trainer.raw_model)

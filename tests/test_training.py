@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -12,6 +13,7 @@ from processes import Run
 from safetensors.torch import load_file
 
 from nanochat_hf import NanochatConfig, NanochatForCausalLM
+from nanochat_hf.callbacks import Evaluate
 from nanochat_hf.tokenizer import train_tokenizer
 from nanochat_hf.tracking import read_metrics
 
@@ -162,9 +164,19 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(start, tmp_path):
     assert (tmp_path / "run" / "checkpoint-000002" / "model.safetensors").read_bytes() == before
 
 
-def test_damaged_and_foreign_checkpoints_are_named(start, whole, tmp_path):
-    import shutil
+def test_checkpoints_of_another_run_in_the_folder_are_neither_mixed_nor_lost(start, whole, tmp_path):
+    shutil.copytree(whole / "1", tmp_path / "run")
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    older = tmp_path / "run" / f"checkpoint-{STEPS - 2:06d}"
+    for name, resume, said in (("anew", None, "starts anew"), ("older", older, "goes on from another")):
+        run = train(start, tmp_path / "run", tmp_path / name, resume=resume, num_steps=2 * STEPS)
+        assert run.wait() == [2] and said in run.text() and "--resume auto" in run.text() and "Traceback" not in run.text(), run.text()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
+    run = train(start, tmp_path / "dry", tmp_path / "dry.log", resume="auto", num_steps=1, dry_run=True)
+    assert run.wait() == [0] and "no checkpoint in" in run.text(), run.text()
 
+
+def test_damaged_and_foreign_checkpoints_are_named(start, whole, tmp_path):
     newest = whole / "1" / f"checkpoint-{STEPS:06d}"
     cases = {"weights": "damaged", "optimizer": "damaged", "other": "another architecture", "empty": "no whole checkpoint"}
     for case, reason in cases.items():
@@ -220,6 +232,27 @@ def test_best_and_samples_and_report(start, tmp_path):
     NanochatForCausalLM.from_pretrained(tmp_path / "run" / "best")
     report = (tmp_path / "run" / "report.md").read_text()
     assert "minimum validation bpb" in report and "elephant" in report and (tmp_path / "run" / "curves.png").stat().st_size > 5000
+
+
+def test_a_resumed_run_knows_what_it_measured_before():
+    evaluate = Evaluate([], None, None, every=1, best_dir="best")
+    evaluate.remember([{"step": 0, "val/bpb": 3.0}, {"step": 1, "train/loss": 1.0}, {"step": 2, "val/bpb": 1.5}, {"step": 4, "val/bpb": 2.0}])
+    assert (evaluate.first, evaluate.best) == (3.0, 1.5)
+
+
+def test_a_last_step_that_is_the_best_is_kept_as_the_best(start, tmp_path):
+    run = train(start, tmp_path / "run", tmp_path / "log", eval_every=2, keep_best=True, keep=0)
+    assert run.wait() == [0], run.text()
+    measured = {e["step"]: e["val/bpb"] for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val/bpb" in e}
+    assert min(measured, key=measured.get) == STEPS  # so few steps only get better
+    best = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    assert all(torch.equal(value, best[name]) for name, value in weights(tmp_path / "run").items())
+    # a resumed run reports what was measured before it, though it measures only at its own end
+    shutil.rmtree(tmp_path / "run" / f"checkpoint-{STEPS:06d}")
+    again = train(start, tmp_path / "run", tmp_path / "log2", resume="auto", keep=0)
+    assert again.wait() == [0], again.text()
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"| validation bpb before | {measured[0]:,.5g} |" in report, report
 
 
 def test_streams_on_two_processes_stop_together_and_resume_to_the_same_bits(start, tmp_path):
