@@ -79,7 +79,10 @@ def main(argv=None):
     plan = {"data": data, "start": sft.model}
     # whatever is trained on, validation counts the assistant's tokens of conversations that stand alone, so that runs compare
     measured = shape | {"train_on_all_tokens": False, "isolate": True, "rank": 0, "world_size": 1}
-    validation = SFTBatches(held_out or train, tokenizer, **measured, **told, seed=config.seed + 1, prefetch=0).take(config.eval_batches)
+    if sft.streaming and not held_out:  # the training data must not be read whole for it
+        validation = StreamedConversations(train, tokenizer, **measured, seed=config.seed + 1, prefetch=0).take(config.eval_batches)
+    else:
+        validation = SFTBatches(held_out or train, tokenizer, **measured, **told, seed=config.seed + 1, prefetch=0).once(config.eval_batches)
     validation = divided(validation, accelerator.process_index, processes)
     base_rows = trained_rows(start)
     if base_rows and config.device_batch_size > base_rows:

@@ -46,7 +46,7 @@ class TrainConfig:
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip the gradient to this norm (default: off)"})
     max_skipped: int = field(default=20, metadata={"help": "stop after so many steps in a row with non-finite gradients"})
     eval_every: int = field(default=150, metadata={"help": "steps between evaluations of bpb; 0: only at the end"})
-    eval_batches: int = field(default=8, metadata={"help": "micro-batches of validation data: of each process in base training, of all of them together in fine-tuning"})
+    eval_batches: int = field(default=8, metadata={"help": "micro-batches of validation data: of each process in base training, of all of them together in fine-tuning, where no row counts twice"})
     keep_best: bool = field(default=False, metadata={"help": "export the model of the lowest validation bpb to OUTPUT_DIR/best"})
     sample_every: int = field(default=0, metadata={"help": "steps between answers to fixed prompts; 0: none"})
     save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only at the end"})

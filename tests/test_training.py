@@ -259,6 +259,7 @@ def test_streams_on_two_processes_stop_together_and_resume_to_the_same_bits(star
     changed = {"streaming": True, "device_batch_size": 3, "save_every": 4}
     one = train(start, tmp_path / "run", tmp_path / "log", 2, **changed)
     assert one.wait() == [0, 0], one.text()
+    assert "documents" not in one.text()  # nothing is read whole, also not for validation
     assert "1 streams, packed window by window" in one.text() and f"step {STEPS}/{STEPS}" in one.text()
     again = train(start, tmp_path / "again", tmp_path / "log2", 2, **changed, resume=tmp_path / "run" / "checkpoint-000004")
     assert again.wait() == [0, 0], again.text()
