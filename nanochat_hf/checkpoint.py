@@ -100,6 +100,11 @@ def trackers_of(folder):
     return json.loads((Path(folder) / "trainer.json").read_text()).get("trackers", {}) if folder else {}
 
 
+def settings_of(folder):
+    """The settings of the run that wrote a checkpoint, {} where it has none."""
+    return json.loads((Path(folder) / "trainer.json").read_text()).get("settings") or {}
+
+
 def load(trainer, folder):
     """Restore weights, optimizer, data position, generators and counters: exactly on as many processes as wrote it.
 

@@ -1,5 +1,6 @@
 """What the training scripts share: flags, wiring of model, optimizer, callbacks and trainer."""
 
+import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,13 @@ from nanochat_hf.schedules import base_lr, muon_momentum
 from nanochat_hf.tokenizer import load_tokenizer, token_bytes
 from nanochat_hf.tracking import environment, read_metrics
 from nanochat_hf.trainer import Trainer
+
+# Flags that may differ after a resume without a word, and those whose values an optimizer's state carries.
+FREE = {
+    "output_dir", "resume", "report_to", "run_name", "keep", "keep_best", "save_every", "save_minutes", "eval_every", "log_every", "sample_every",
+    "dry_run", "num_proc", "model",
+}  # fmt: skip
+IN_OPTIMIZER = {"embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac", "scale_lr_to_batch"}
 
 
 @dataclass(frozen=True)
@@ -96,10 +104,13 @@ def data_workers(wanted):
 def accelerate(config, accumulation):
     """The Accelerator for `config`; transformers' own bars are silenced, since the run has its one."""
     disable_progress_bar()
-    return runtime.build_accelerator(
+    accelerator = runtime.build_accelerator(
         accumulation, dtype=config.dtype, trackers=None if config.report_to == "none" else config.report_to,
         output_dir=config.output_dir, seed=config.seed, compile=runtime.on_cuda() if config.compile is None else config.compile,
     )  # fmt: skip
+    if config.report_to != "none" and not accelerator.log_with:  # Accelerate only warns
+        raise ValueError(f"--report-to {config.report_to}: the package is not installed; pip install {config.report_to}, or leave the flag out")
+    return accelerator
 
 
 def install_kernels(config, accelerator, model):
@@ -193,7 +204,10 @@ def run(
         same_tokenizer(tokenizer, resume)
         checkpoint.load(trainer, resume)
         accelerator.print(f"resumed from {resume} at step {trainer.state.step} of {num_steps}")
-    settings = resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description} | environment(accelerator)
+    settings = resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description}
+    if resume:
+        accelerator.print(*changed_settings(checkpoint.settings_of(resume), settings), sep="", end="")
+    settings |= environment(accelerator)
     if accelerator.is_main_process and output:
         dump(checkpoint.prepare_folder(output) / "config.json", settings)
     if config.report_to != "none":
@@ -217,6 +231,15 @@ def run(
     folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output)
     push.finish(folder, step=trainer.state.step)
     return folder, trainer, evaluate
+
+
+def changed_settings(saved, own):
+    """Lines, each with its end, that name what a resumed run does otherwise than its checkpoint's: changed_settings({"seed": 1}, {"seed": 2}) →
+    ["warning: resumed with seed 2, the checkpoint has 1\\n"]."""
+    own = json.loads(json.dumps(own, default=str))
+    differing = [name for name, value in own.items() if name in saved and saved[name] != value and name not in FREE]
+    kept = "; the checkpoint's optimizer holds that, so the flag does nothing"
+    return [f"warning: resumed with {n} {own[n]}, the checkpoint has {saved[n]}{kept if n in IN_OPTIMIZER else ''}\n" for n in differing]
 
 
 def same_tokenizer(tokenizer, folder):

@@ -1,5 +1,6 @@
 """The training scripts as users start them: they lose no work, go on exactly, refuse what cannot be, and show what they do."""
 
+import importlib.util
 import json
 import os
 import random
@@ -174,6 +175,36 @@ def test_checkpoints_of_another_run_in_the_folder_are_neither_mixed_nor_lost(sta
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
     run = train(start, tmp_path / "dry", tmp_path / "dry.log", resume="auto", num_steps=1, dry_run=True)
     assert run.wait() == [0] and "no checkpoint in" in run.text(), run.text()
+
+
+def test_what_a_resumed_run_does_otherwise_is_said(start, whole, tmp_path):
+    newest = whole / "1" / f"checkpoint-{STEPS:06d}"
+    run = train(start, tmp_path / "run", tmp_path / "log", resume=newest, matrix_lr=0.01, warmdown_ratio=0.5, num_steps=STEPS + 1)
+    assert run.wait() == [0], run.text()
+    said = sorted(line for line in run.text().splitlines() if line.startswith("warning: resumed"))
+    assert said == [
+        "warning: resumed with matrix_lr 0.01, the checkpoint has 0.02; the checkpoint's optimizer holds that, so the flag does nothing",
+        "warning: resumed with num_steps 9, the checkpoint has 8",
+        "warning: resumed with warmdown_ratio 0.5, the checkpoint has 0.2",
+    ]
+    last = [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in e][-1]
+    assert last["lr/" + next(n[3:] for n in last if n.startswith("lr/matri"))] == pytest.approx(0.02 * last["train/lr_multiplier"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [({"epochs": -1}, "--epochs -1.0 must be above 0"), ({"report_to": "trackio"}, "--report-to trackio: the package is not installed")],
+)
+def test_flags_that_would_do_nothing_are_refused(start, tmp_path, changed, reason):
+    if "report_to" in changed and importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    run = train(start, tmp_path / "run", tmp_path / "log", **changed)
+    assert run.wait() == [2] and reason in run.text() and "Traceback" not in run.text(), run.text()
+
+
+def test_rows_longer_than_the_models_positions_and_validation_on_the_training_data_are_said(start, tmp_path):
+    run = train(start, tmp_path / "run", tmp_path / "log", max_seq_len=128, total_batch_size=None, plan_only=True)
+    assert run.wait() == [0] and "--max-seq-len 128 exceeds the 64 positions" in run.text() and "the training data itself" in run.text(), run.text()
 
 
 def test_damaged_and_foreign_checkpoints_are_named(start, whole, tmp_path):
