@@ -84,15 +84,22 @@ def _write(trainer, folder, tokenizer, settings, trackers):
     weights, optimizer = whole_weights(trainer.raw_model), trainer.optimizer.optimizer.full_state_dict(rank0_only=True)
     stateful = hasattr(trainer.batches, "state_dict")  # a loader of the user's own, prepared by Accelerate or not, may have no state
     own = {"data": trainer.batches.state_dict() if stateful else None, "rng": rng_state()}
-    torch.save(own, folder / f"rank{accelerator.process_index}.pt")
+    _torch_save(own, folder / f"rank{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         trainer.raw_model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        torch.save({"optimizer": optimizer, "scaler": scaler}, folder / "optimizer.pt")
+        _torch_save({"optimizer": optimizer, "scaler": scaler}, folder / "optimizer.pt")
         state = {"state": trainer.state_dict(), "num_processes": accelerator.num_processes, "settings": settings, "trackers": trackers}
         (folder / "trainer.json").write_text(json.dumps(state, indent=2, default=str))
     accelerator.wait_for_everyone()
+
+
+def _torch_save(value, path):
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"{path.name}: {str(error).splitlines()[0]}") from None
 
 
 def trackers_of(folder):
