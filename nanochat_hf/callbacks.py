@@ -126,6 +126,12 @@ class Evaluate:
         self.batches, self.token_bytes, self.tokenizer, self.every, self.output_dir = batches, token_bytes, tokenizer, every, output_dir
         self.best, self.last, self.first, self.best_dir = float("inf"), float("nan"), None, best_dir
 
+    def remember(self, entries):
+        """Take over what a resumed run measured before: its entries of metrics.jsonl, as read_metrics gives them. The main process's count."""
+        values = [entry["val/bpb"] for entry in entries if "val/bpb" in entry]
+        if values:
+            self.first, self.best = values[0], min(values)
+
     def run(self, trainer):
         """Evaluate now; returns bpb, equal on all ranks."""
         with evaluating(trainer) as model:
@@ -140,7 +146,8 @@ class Evaluate:
         if accelerator.is_main_process:
             MetricsFile(f"{self.output_dir}/metrics.jsonl" if self.output_dir else None).write(step=step, **{"val/bpb": self.last})
         say(accelerator, f"step {step}: validation {self.last:.4f} bpb")
-        if better and self.best_dir and step and step < trainer.num_steps:
+        # only the main process knows what was measured before a resume, and gathering split weights needs all of them
+        if self.best_dir and agree(accelerator, better and accelerator.is_main_process) and step:
             weights = whole_weights(trainer.raw_model)
             if accelerator.is_main_process:
                 checkpoint.export(trainer.raw_model, self.tokenizer, self.best_dir, weights)

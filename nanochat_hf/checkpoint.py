@@ -34,6 +34,19 @@ def resolve(output_dir, resume):
     return Path(resume)
 
 
+def refuse_others(output_dir, resumed):
+    """ValueError where `output_dir` holds checkpoints that the run does not go on from (`resumed`: the one it does, or None): pruning by
+    steps would keep them in place of the run's own, and --resume auto would take them."""
+    found = checkpoints(output_dir)
+    if not found or (resumed and found[-1].resolve() == Path(resumed).resolve()):
+        return
+    at = "goes on from another" if resumed else "starts anew"
+    raise ValueError(
+        f"--output-dir {output_dir}: holds {found[-1].name}, and this run {at}; continue that one with --resume auto, or give another "
+        "--output-dir, or move the checkpoints there away"
+    )
+
+
 def save(trainer, output_dir, tokenizer, settings, keep=2, trackers=None):
     """Write `output_dir/checkpoint-{step}`, all ranks together; then prune to the newest `keep` (0 keeps all). Returns the folder.
 
@@ -71,20 +84,32 @@ def _write(trainer, folder, tokenizer, settings, trackers):
     weights, optimizer = whole_weights(trainer.raw_model), trainer.optimizer.optimizer.full_state_dict(rank0_only=True)
     stateful = hasattr(trainer.batches, "state_dict")  # a loader of the user's own, prepared by Accelerate or not, may have no state
     own = {"data": trainer.batches.state_dict() if stateful else None, "rng": rng_state()}
-    torch.save(own, folder / f"rank{accelerator.process_index}.pt")
+    _torch_save(own, folder / f"rank{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         trainer.raw_model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        torch.save({"optimizer": optimizer, "scaler": scaler}, folder / "optimizer.pt")
+        _torch_save({"optimizer": optimizer, "scaler": scaler}, folder / "optimizer.pt")
         state = {"state": trainer.state_dict(), "num_processes": accelerator.num_processes, "settings": settings, "trackers": trackers}
         (folder / "trainer.json").write_text(json.dumps(state, indent=2, default=str))
     accelerator.wait_for_everyone()
 
 
+def _torch_save(value, path):
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"{path.name}: {str(error).splitlines()[0]}") from None
+
+
 def trackers_of(folder):
     """What a checkpoint remembers of its trackers, {"wandb": run id}; {} for None."""
     return json.loads((Path(folder) / "trainer.json").read_text()).get("trackers", {}) if folder else {}
+
+
+def settings_of(folder):
+    """The settings of the run that wrote a checkpoint, {} where it has none."""
+    return json.loads((Path(folder) / "trainer.json").read_text()).get("settings") or {}
 
 
 def load(trainer, folder):

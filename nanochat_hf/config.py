@@ -51,6 +51,11 @@ def parse(types, argv=None, *, lists=(), description=None):
         unknown = sorted(set(recipe) - known)
         if unknown:
             parser.error(f"--config {config_path}: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known | set(lists)))}")
+        single = {key: value for key, value in recipe.items() if value is not None}  # null: the default
+        for key, value in single.items():
+            if isinstance(value, list | dict):
+                parser.error(f"--config {config_path}: {key}: {value!r} must be a single value, as after its flag")
+        recipe = {key: str(value) for key, value in single.items()}  # argparse then reads and refuses them as it does a flag's
         for action in parser._actions:  # a recipe answers required flags
             if action.dest in recipe:
                 action.required = False
@@ -97,6 +102,9 @@ def user_errors(main):
                 raise
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:  # once training runs, Ctrl-C saves (runtime.StopSignal)
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

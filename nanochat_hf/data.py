@@ -118,6 +118,15 @@ class SFTBatches:
         """The next `count` micro-batches as a list: a validation set."""
         return first(self, count)
 
+    def once(self, count):
+        """The first `count` micro-batches of an epoch, fewer where it has fewer: a validation set in which no row counts twice. What fills up
+        the last one has no target."""
+        batches = first(self, min(count, -(-self.num_rows // self.rows)))
+        beyond = len(batches) * self.rows - self.num_rows
+        if beyond > 0:
+            batches[-1]["shift_labels"][-beyond:] = -100
+        return batches
+
     def state_dict(self):
         """The run's next row, and what tells this data from other data."""
         return {"next_row": self.next_row, "num_rows": self.num_rows, "documents": self.documents.digest, "seed": self.planned.seed}

@@ -64,9 +64,7 @@ def on_cuda():
 
 def peak_flops(device):
     """Dense bf16 FLOP/s of the device, or None where unknown (then no MFU is printed)."""
-    if device.type != "cuda":
-        return None
-    return peak_of(torch.cuda.get_device_name(device))
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def device_memory(device):
@@ -80,10 +78,13 @@ def sum_over_ranks(accelerator):
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the running step; so does the launcher's death. Ranks agree through `agreed`."""
+    """SIGTERM and SIGINT ask for a stop after the running step; so does the launcher's death, where there is a launcher: a script that
+    a shell started by itself outlives the shell (nohup). Ranks agree through `agreed`."""
 
     def __init__(self, accelerator):
-        self.accelerator, self.received, self.parent, self.earlier = accelerator, 0, os.getppid(), None
+        self.accelerator, self.received, self.earlier = accelerator, 0, None
+        launched = accelerator.device.type == "xla" or "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ  # torchrun: RANK
+        self.parent = os.getppid() if launched else None
         if threading.current_thread() is threading.main_thread():  # XLA's launcher trains in a thread, where Python takes no handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._receive)
@@ -96,7 +97,7 @@ class StopSignal:
 
         Several XLA devices learn it one step later, lest the host wait for the step that it has just sent off.
         """
-        wanted = bool(self.received) or os.getppid() != self.parent
+        wanted = bool(self.received) or self.parent not in (None, os.getppid())
         if self.accelerator.num_processes == 1 or self.accelerator.device.type != "xla":
             return agree(self.accelerator, wanted)
         earlier, self.earlier = self.earlier, _any_rank(self.accelerator, wanted)

@@ -1,6 +1,7 @@
 """From the one dial, depth, to sizes, horizons, rates, memory and time. Pure arithmetic (reference: nanochat; see docs/log.md)."""
 
 import math
+import re
 
 import torch
 
@@ -107,7 +108,8 @@ def memory_per_gpu(model, rows, positions, gpus=1):
 
 def peak_of(name):
     """Dense bf16 FLOP/s by a device's name, however it is written; None where unknown. peak_of("h100") → 989e12."""
-    return next((peak for part, peak in PEAK_FLOPS if part.lower() in name.lower()), None)
+    # no digit behind: an L40 is no L4, an A1000 no A100
+    return next((peak for part, peak in PEAK_FLOPS if re.search(rf"{part}(?!\d)", name, re.IGNORECASE)), None)
 
 
 def training_hours(flops, peak, gpus, mfu):

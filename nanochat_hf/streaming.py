@@ -21,7 +21,7 @@ class MapReader:
     def __init__(self, rows, label, seed):
         self.rows, self.label, self.seed = rows, label, seed
 
-    def shares(self, wanted):
+    def shares(self, wanted, world_size):
         """As many workers as asked for: rows are dealt out one by one."""
         return wanted
 
@@ -53,9 +53,11 @@ class StreamReader:
     def __init__(self, stream, source, seed, block=1000):
         self.stream, self.source, self.label, self.seed, self.block = stream, source, source.label, seed, block
 
-    def shares(self, wanted):
-        """At most as many workers as there are shards, since a worker reads whole shards."""
-        return max(1, min(wanted, self.stream.num_shards))
+    def shares(self, wanted, world_size):
+        """At most as many workers as a process has shards, since a worker reads whole shards: its part of them where they divide by the
+        processes, else all."""
+        shards = self.stream.num_shards
+        return max(1, min(wanted, shards if shards % world_size else shards // world_size))
 
     def open(self, rank, world_size, worker, workers, state=None):
         """As MapReader.open. In a DataLoader worker the stream splits itself once more, by worker."""
@@ -99,9 +101,9 @@ class MixedReader:
     def __init__(self, readers, weights):
         self.readers, self.weights = readers, weights
 
-    def shares(self, wanted):
+    def shares(self, wanted, world_size):
         """What all readers can share."""
-        return min(reader.shares(wanted) for reader in self.readers)
+        return min(reader.shares(wanted, world_size) for reader in self.readers)
 
     def open(self, rank, world_size, worker, workers, state=None):
         """As MapReader.open; a row is (number of the reader, row)."""

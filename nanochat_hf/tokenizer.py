@@ -1,5 +1,7 @@
 """Byte-level BPE with nanochat's split pattern and special tokens, as a PreTrainedTokenizerFast."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -57,7 +59,9 @@ def load_tokenizer(folder):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {folder}: cannot be loaded ({str(error).splitlines()[0]}); train one with scripts.tok_train") from None
+        inner = Path(folder) / "final"
+        remedy = f"did you mean {inner}, the run's model?" if inner.is_dir() else "train one with scripts.tok_train"
+        raise ValueError(f"tokenizer {folder}: cannot be loaded ({str(error).splitlines()[0]}); {remedy}") from None
     missing = [t for t in SPECIAL_TOKENS if t not in tokenizer.get_vocab()]
     if missing:
         raise ValueError(f"tokenizer {folder}: lacks {', '.join(missing)}; use one made by scripts.tok_train")

@@ -18,7 +18,7 @@ class _Windows:
 
     def __init__(self, reader, pack, collate, *, rows, rank, world_size, seed, num_workers, prefetch, settings):
         self.rank, self.world_size, self.seed, self.prefetch = rank, world_size, seed, prefetch
-        self.num_workers = reader.shares(num_workers) if num_workers else 0
+        self.num_workers = reader.shares(num_workers, world_size) if num_workers else 0
         if self.num_workers < num_workers:
             print(f"{self.num_workers} of {num_workers} data workers: the data has no more shards for them", flush=True)
         workers = max(1, self.num_workers)

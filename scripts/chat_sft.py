@@ -35,6 +35,10 @@ class SFTConfig:
     num_workers: int | None = field(default=None, metadata={"help": "processes that make batches; 0: a thread (default: 4 for --streaming on CUDA, else 0)"})
     num_proc: int | None = field(default=None, metadata={"help": "processes that tokenise (default: one)"})
 
+    def __post_init__(self):
+        if not 0 < self.epochs < float("inf"):
+            raise ValueError(f"--epochs {self.epochs} must be above 0; 0.5 is half of the data")
+
 
 @user_errors
 def main(argv=None):
@@ -76,14 +80,23 @@ def main(argv=None):
             f"{len(batches.documents):,} conversations in {batches.num_rows:,} rows, padding {batches.padding_share:.2%}, "
             f"{batches.truncated} truncated, {batches.untrained} without a target left out"
         )
-    plan = {"data": data, "start": sft.model}
+    on = ", ".join(source.label for source in held_out) or "the training data itself; --validation names held-out conversations"
+    plan = {"data": data, "validation": on, "start": sft.model}
     # whatever is trained on, validation counts the assistant's tokens of conversations that stand alone, so that runs compare
     measured = shape | {"train_on_all_tokens": False, "isolate": True, "rank": 0, "world_size": 1}
-    validation = SFTBatches(held_out or train, tokenizer, **measured, **told, seed=config.seed + 1, prefetch=0).take(config.eval_batches)
+    if sft.streaming and not held_out:  # the training data must not be read whole for it
+        validation = StreamedConversations(train, tokenizer, **measured, seed=config.seed + 1, prefetch=0).take(config.eval_batches)
+    else:
+        validation = SFTBatches(held_out or train, tokenizer, **measured, **told, seed=config.seed + 1, prefetch=0).once(config.eval_batches)
     validation = divided(validation, accelerator.process_index, processes)
     base_rows = trained_rows(start)
     if base_rows and config.device_batch_size > base_rows:
         accelerator.print(f"warning: --device-batch-size {config.device_batch_size} exceeds the base run's {base_rows}; watch the memory")
+    if config.max_seq_len > model.config.max_position_embeddings:
+        accelerator.print(
+            f"warning: --max-seq-len {config.max_seq_len} exceeds the {model.config.max_position_embeddings} positions the model was made for; "
+            f"what it learns beyond them is lost on programs that stop there: --max-seq-len {model.config.max_position_embeddings} is safe"
+        )
     num_steps = config.num_steps or max(1, round(sft.epochs * batches.steps_per_epoch(accumulation)))
     settings = asdict(sft) | {"train_data": [asdict(s) for s in train], "validation_data": [asdict(s) for s in held_out]}
     prompts = [(text, render_prompt(tokenizer, pair(text, ""))) for text in PROMPTS]

@@ -66,11 +66,12 @@ def main():
     stage(
         "base", "base/final", *LAUNCH, "-m", "scripts.base_train", "--data", str(text), "--validation", str(ROOT / "validation.jsonl"),
         "--tokenizer", str(ROOT / "tokenizer"), "--depth", "4", "--aspect-ratio", "48", "--head-dim", "64", "--num-steps", "200",
-        "--eval-every", "0", "--scale-lr-to-batch", "false", "--weight-decay", "0", "--output-dir", str(ROOT / "base"), *SHAPE,
+        "--eval-every", "0", "--scale-lr-to-batch", "false", "--weight-decay", "0", "--resume", "auto", "--output-dir", str(ROOT / "base"),
+        *SHAPE,
     )  # fmt: skip
     stage(
         "sft", "sft/final", *LAUNCH, "-m", "scripts.chat_sft", "--config", "scripts/recipes/quickstart.yaml",
-        "--model", str(ROOT / "base/final"), "--num-steps", "900", "--output-dir", str(ROOT / "sft"),
+        "--model", str(ROOT / "base/final"), "--num-steps", "900", "--resume", "auto", "--output-dir", str(ROOT / "sft"),
     )  # fmt: skip
     model = str(ROOT / "sft/final")
     stage(

@@ -1,5 +1,6 @@
 """What the training scripts share: flags, wiring of model, optimizer, callbacks and trainer."""
 
+import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,15 @@ from nanochat_hf.report import write_report
 from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, memory_per_gpu, shown_hours, training_hours
 from nanochat_hf.schedules import base_lr, muon_momentum
 from nanochat_hf.tokenizer import load_tokenizer, token_bytes
-from nanochat_hf.tracking import environment
+from nanochat_hf.tracking import environment, read_metrics
 from nanochat_hf.trainer import Trainer
+
+# Flags that may differ after a resume without a word, and those whose values an optimizer's state carries.
+FREE = {
+    "output_dir", "resume", "report_to", "run_name", "keep", "keep_best", "save_every", "save_minutes", "eval_every", "log_every", "sample_every",
+    "dry_run", "num_proc", "model",
+}  # fmt: skip
+IN_OPTIMIZER = {"embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac", "scale_lr_to_batch"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class TrainConfig:
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip the gradient to this norm (default: off)"})
     max_skipped: int = field(default=20, metadata={"help": "stop after so many steps in a row with non-finite gradients"})
     eval_every: int = field(default=150, metadata={"help": "steps between evaluations of bpb; 0: only at the end"})
-    eval_batches: int = field(default=8, metadata={"help": "micro-batches of validation data: of each process in base training, of all of them together in fine-tuning"})
+    eval_batches: int = field(default=8, metadata={"help": "micro-batches of validation data: of each process in base training, of all of them together in fine-tuning, where no row counts twice"})
     keep_best: bool = field(default=False, metadata={"help": "export the model of the lowest validation bpb to OUTPUT_DIR/best"})
     sample_every: int = field(default=0, metadata={"help": "steps between answers to fixed prompts; 0: none"})
     save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only at the end"})
@@ -96,10 +104,13 @@ def data_workers(wanted):
 def accelerate(config, accumulation):
     """The Accelerator for `config`; transformers' own bars are silenced, since the run has its one."""
     disable_progress_bar()
-    return runtime.build_accelerator(
+    accelerator = runtime.build_accelerator(
         accumulation, dtype=config.dtype, trackers=None if config.report_to == "none" else config.report_to,
         output_dir=config.output_dir, seed=config.seed, compile=runtime.on_cuda() if config.compile is None else config.compile,
     )  # fmt: skip
+    if config.report_to != "none" and not accelerator.log_with:  # Accelerate only warns
+        raise ValueError(f"--report-to {config.report_to}: the package is not installed; pip install {config.report_to}, or leave the flag out")
+    return accelerator
 
 
 def install_kernels(config, accelerator, model):
@@ -185,11 +196,18 @@ def run(
     output = None if config.dry_run else config.output_dir
     trainer = build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay)
     resume = checkpoint.resolve(config.output_dir, hub.fetch_checkpoint(config.resume))
+    if output:
+        checkpoint.refuse_others(output, resume)
+    if config.resume and not resume:
+        accelerator.print(f"no checkpoint in {config.output_dir} to resume from: the run starts anew")
     if resume:
         same_tokenizer(tokenizer, resume)
         checkpoint.load(trainer, resume)
         accelerator.print(f"resumed from {resume} at step {trainer.state.step} of {num_steps}")
-    settings = resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description} | environment(accelerator)
+    settings = resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description}
+    if resume:
+        accelerator.print(*changed_settings(checkpoint.settings_of(resume), settings), sep="", end="")
+    settings |= environment(accelerator)
     if accelerator.is_main_process and output:
         dump(checkpoint.prepare_folder(output) / "config.json", settings)
     if config.report_to != "none":
@@ -200,6 +218,8 @@ def run(
         best_dir=f"{output}/best" if output and config.keep_best else None,
     )  # fmt: skip
     log = Log(trainer, description=description, flops_per_token=flops, every=config.log_every, output_dir=output, max_skipped=config.max_skipped)
+    if resume and output and Path(output, "metrics.jsonl").is_file() and accelerator.is_main_process:
+        evaluate.remember(read_metrics(f"{output}/metrics.jsonl"))  # behind Log, which forgets what was measured after the checkpoint
     save = Save(output, tokenizer, settings, every=config.save_every, keep=config.keep, minutes=config.save_minutes)
     samples = [Sample(tokenizer, prompts, every=config.sample_every, output_dir=output)] if prompts and config.sample_every else []
     # saved before anything that could fail: evaluation and samples come after
@@ -211,6 +231,15 @@ def run(
     folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output)
     push.finish(folder, step=trainer.state.step)
     return folder, trainer, evaluate
+
+
+def changed_settings(saved, own):
+    """Lines, each with its end, that name what a resumed run does otherwise than its checkpoint's: changed_settings({"seed": 1}, {"seed": 2}) →
+    ["warning: resumed with seed 2, the checkpoint has 1\\n"]."""
+    own = json.loads(json.dumps(own, default=str))
+    differing = [name for name, value in own.items() if name in saved and saved[name] != value and name not in FREE]
+    kept = "; the checkpoint's optimizer holds that, so the flag does nothing"
+    return [f"warning: resumed with {n} {own[n]}, the checkpoint has {saved[n]}{kept if n in IN_OPTIMIZER else ''}\n" for n in differing]
 
 
 def same_tokenizer(tokenizer, folder):
@@ -244,7 +273,7 @@ def finish(config, trainer, evaluate, log, tokenizer, settings, description, out
         accelerator.print(f"stopped at step {state.step}; continue with --resume auto")
         accelerator.end_training()
         return None
-    if math.isinf(evaluate.best) or math.isnan(evaluate.last):  # the run was already finished when resumed
+    if math.isnan(evaluate.last):  # the run was already finished when resumed
         evaluate.run(trainer)
     folder = f"{output}/final" if output else ""
     weights = runtime.whole_weights(trainer.raw_model)

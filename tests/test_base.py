@@ -224,6 +224,17 @@ def test_sizes_without_memory_are_those_of_the_model_and_match_the_measured_peak
     assert scaling.memory_per_gpu(d12, 32, 2048, 8)["optimizer"] == pytest.approx(1.82 / 8, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA RTX A1000", None), ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GH200 480GB", 989e12), ("NVIDIA H100 PCIe", 756e12), ("h100", 989e12),
+    ],
+)  # fmt: skip
+def test_a_device_with_a_like_name_has_no_peak_of_another(name, peak):
+    assert scaling.peak_of(name) == peak
+
+
 def test_the_horizon_takes_the_first_that_is_given():
     given = dict(num_steps=7, target_flops=6e9, ratio=10.0)
     assert scaling.training_horizon(1000, 3e3, 100, **given) == 7

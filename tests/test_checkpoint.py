@@ -2,12 +2,16 @@
 
 import pickle
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from nanochat_hf import checkpoint
+from nanochat_hf.tokenizer import load_tokenizer
 
 
 class Bomb:
@@ -41,3 +45,23 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="--output-dir .*file/run: cannot be written to .*give a folder that can"):
         checkpoint.prepare_folder(tmp_path / "file" / "run")
+
+
+def test_a_disk_that_is_full_at_any_file_is_an_oserror(tmp_path):
+    """In a process of its own, since the limit cannot be taken back."""
+    code = (
+        "import resource, signal, torch, pathlib, sys\nfrom nanochat_hf import checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n    checkpoint._torch_save({'a': torch.zeros(1_000_000)}, pathlib.Path(sys.argv[1]))\n"
+        "except OSError as error:\n    print(error)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "optimizer.pt")], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0 and done.stdout.startswith("optimizer.pt: "), done.stderr
+
+
+def test_a_run_in_place_of_its_model_is_told_where_the_model_is(tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "config.json").write_text("{}")  # the run's settings
+    with pytest.raises(ValueError, match="did you mean .*final, the run's model"):
+        load_tokenizer(tmp_path)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat_hf.config import user_errors
+from nanochat_hf.config import parse, user_errors
 
 
 def raising(error):
@@ -42,6 +42,34 @@ def test_a_host_without_room_says_so_too(capsys):
 def test_faults_of_the_program_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
         raising(RuntimeError("a bug"))()
+
+
+def test_ctrl_c_before_training_is_no_traceback(capsys):
+    with pytest.raises(SystemExit) as caught:
+        raising(KeyboardInterrupt())()
+    assert caught.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run_name: 2026", "2026"), ("matrix_lr: 1e-2", 0.01), ("eval_every: null", 150), ("compile: false", False), ("num_steps: 7", 7),
+        ("num_steps: 2.5", "invalid int value: '2.5'"), ("keep: true", "invalid int value: 'True'"),
+        ("device_batch_size: [4]", "device_batch_size: [4] must be a single value"),
+    ],
+)  # fmt: skip
+def test_a_recipes_values_are_read_as_a_flags_are(text, expected, tmp_path, capsys):
+    from scripts.training import TrainConfig
+
+    (tmp_path / "r.yaml").write_text(text)
+    argv, name = ["--config", str(tmp_path / "r.yaml"), "--output-dir", "x"], text.split(":")[0]
+    if not isinstance(expected, str) or name == "run_name":
+        config, _ = parse([TrainConfig], argv)
+        assert getattr(config, name) == expected and type(getattr(config, name)) is type(expected)
+    else:
+        with pytest.raises(SystemExit) as caught:
+            parse([TrainConfig], argv)
+        assert caught.value.code == 2 and expected in capsys.readouterr().err
 
 
 REFERENCE_FLAGS = (

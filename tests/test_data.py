@@ -254,3 +254,15 @@ def test_real_conversations_leave_little_padding(tokenizer):
         batches = make(str(REAL), tokenizer, positions=positions)
         assert batches.padding_share <= most, (positions, batches.padding_share)
         assert len(batches.documents) + batches.untrained == 25_273
+
+
+@pytest.mark.parametrize("rows, count, batches", [(4, 8, 3), (4, 2, 2), (5, 8, 2), (16, 1, 1)])
+def test_no_row_of_a_validation_set_counts_twice(tokenizer, tmp_path, rows, count, batches):
+    lines = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"answer {i} " * 4}] for i in range(10)]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = SFTBatches([SourceConfig(path=str(tmp_path / "v.jsonl"))], tokenizer, rows=rows, positions=60, prefetch=0)
+    assert data.num_rows == 10
+    made = data.once(count)
+    assert [len(batch["input_ids"]) for batch in made] == [rows] * batches
+    counted = [row.tolist() for batch in made for row, labels in zip(batch["input_ids"], batch["shift_labels"], strict=True) if (labels >= 0).any()]
+    assert len(counted) == len({tuple(row) for row in counted}) == min(10, rows * batches)

@@ -217,6 +217,17 @@ def test_wrong_columns_and_missing_text_are_said_before_training(tokenizer, shar
         TextBatches(SourceConfig(path="none.parquet"), tokenizer, rows=1, positions=31, streaming=streaming)
 
 
+@pytest.mark.parametrize("world_size, workers", [(1, 4), (2, 2), (3, 4), (4, 1)])
+def test_no_more_workers_than_a_process_has_shards(tmp_path, tokenizer, world_size, workers):
+    from datasets import Dataset
+
+    for shard in range(4):
+        Dataset.from_dict({"text": [f"row {i} of {shard}" for i in range(8)]}).to_parquet(str(tmp_path / f"{shard}.parquet"))
+    source = SourceConfig(path=str(tmp_path / "*.parquet"))
+    batches = TextBatches(source, tokenizer, rows=1, positions=16, world_size=world_size, streaming=True, num_workers=8)
+    assert batches.num_workers == workers and len(batches.take(5)) == 5
+
+
 def test_too_few_documents_for_the_processes(tokenizer, tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "x"}\n')
     batches = TextBatches(SourceConfig(path=str(tmp_path / "t.jsonl")), tokenizer, rows=1, positions=31, rank=1, world_size=2)

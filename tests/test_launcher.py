@@ -59,6 +59,27 @@ def test_a_signal_to_the_whole_group_saves_though_workers_make_the_batches(start
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
+WATCHER = """
+import os, time
+from nanochat_hf.runtime import StopSignal, build_accelerator
+stop, parent = StopSignal(build_accelerator(1)), os.getppid()
+print("ready", flush=True)
+while os.getppid() == parent:
+    time.sleep(0.01)
+print("stop" if stop.agreed() else "go on", flush=True)
+"""
+
+
+@pytest.mark.parametrize("launched, said", [(False, "go on"), (True, "stop")])
+def test_without_a_launcher_a_script_outlives_the_shell_that_started_it(tmp_path, launched, said):
+    (tmp_path / "watcher.py").write_text(WATCHER)
+    environment = {name: value for name, value in os.environ.items() if name not in ("ACCELERATE_MIXED_PRECISION", "RANK")}
+    environment |= {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"} | ({"ACCELERATE_MIXED_PRECISION": "no"} if launched else {})
+    shell = "nohup $0 watcher.py > log 2>&1 & until grep -q ready log; do sleep 0.1; done"
+    subprocess.run(["sh", "-c", shell, sys.executable], cwd=tmp_path, env=environment, timeout=60, check=True)
+    assert until(lambda: said in (tmp_path / "log").read_text(), 30), (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize("flag, kind", [("--use_deepspeed", "DeepSpeed"), ("--use_megatron_lm", "Megatron-LM")])
 def test_launch_types_with_optimizers_of_their_own_are_refused_in_one_line(monkeypatch, flag, kind):
     from accelerate.commands.launch import launch_command_parser

@@ -1,8 +1,10 @@
 """The training scripts as users start them: they lose no work, go on exactly, refuse what cannot be, and show what they do."""
 
+import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -12,6 +14,7 @@ from processes import Run
 from safetensors.torch import load_file
 
 from nanochat_hf import NanochatConfig, NanochatForCausalLM
+from nanochat_hf.callbacks import Evaluate
 from nanochat_hf.tokenizer import train_tokenizer
 from nanochat_hf.tracking import read_metrics
 
@@ -162,9 +165,49 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(start, tmp_path):
     assert (tmp_path / "run" / "checkpoint-000002" / "model.safetensors").read_bytes() == before
 
 
-def test_damaged_and_foreign_checkpoints_are_named(start, whole, tmp_path):
-    import shutil
+def test_checkpoints_of_another_run_in_the_folder_are_neither_mixed_nor_lost(start, whole, tmp_path):
+    shutil.copytree(whole / "1", tmp_path / "run")
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    older = tmp_path / "run" / f"checkpoint-{STEPS - 2:06d}"
+    for name, resume, said in (("anew", None, "starts anew"), ("older", older, "goes on from another")):
+        run = train(start, tmp_path / "run", tmp_path / name, resume=resume, num_steps=2 * STEPS)
+        assert run.wait() == [2] and said in run.text() and "--resume auto" in run.text() and "Traceback" not in run.text(), run.text()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
+    run = train(start, tmp_path / "dry", tmp_path / "dry.log", resume="auto", num_steps=1, dry_run=True)
+    assert run.wait() == [0] and "no checkpoint in" in run.text(), run.text()
 
+
+def test_what_a_resumed_run_does_otherwise_is_said(start, whole, tmp_path):
+    newest = whole / "1" / f"checkpoint-{STEPS:06d}"
+    run = train(start, tmp_path / "run", tmp_path / "log", resume=newest, matrix_lr=0.01, warmdown_ratio=0.5, num_steps=STEPS + 1)
+    assert run.wait() == [0], run.text()
+    said = sorted(line for line in run.text().splitlines() if line.startswith("warning: resumed"))
+    assert said == [
+        "warning: resumed with matrix_lr 0.01, the checkpoint has 0.02; the checkpoint's optimizer holds that, so the flag does nothing",
+        "warning: resumed with num_steps 9, the checkpoint has 8",
+        "warning: resumed with warmdown_ratio 0.5, the checkpoint has 0.2",
+    ]
+    last = [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in e][-1]
+    assert last["lr/" + next(n[3:] for n in last if n.startswith("lr/matri"))] == pytest.approx(0.02 * last["train/lr_multiplier"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [({"epochs": -1}, "--epochs -1.0 must be above 0"), ({"report_to": "trackio"}, "--report-to trackio: the package is not installed")],
+)
+def test_flags_that_would_do_nothing_are_refused(start, tmp_path, changed, reason):
+    if "report_to" in changed and importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    run = train(start, tmp_path / "run", tmp_path / "log", **changed)
+    assert run.wait() == [2] and reason in run.text() and "Traceback" not in run.text(), run.text()
+
+
+def test_rows_longer_than_the_models_positions_and_validation_on_the_training_data_are_said(start, tmp_path):
+    run = train(start, tmp_path / "run", tmp_path / "log", max_seq_len=128, total_batch_size=None, plan_only=True)
+    assert run.wait() == [0] and "--max-seq-len 128 exceeds the 64 positions" in run.text() and "the training data itself" in run.text(), run.text()
+
+
+def test_damaged_and_foreign_checkpoints_are_named(start, whole, tmp_path):
     newest = whole / "1" / f"checkpoint-{STEPS:06d}"
     cases = {"weights": "damaged", "optimizer": "damaged", "other": "another architecture", "empty": "no whole checkpoint"}
     for case, reason in cases.items():
@@ -222,10 +265,32 @@ def test_best_and_samples_and_report(start, tmp_path):
     assert "minimum validation bpb" in report and "elephant" in report and (tmp_path / "run" / "curves.png").stat().st_size > 5000
 
 
+def test_a_resumed_run_knows_what_it_measured_before():
+    evaluate = Evaluate([], None, None, every=1, best_dir="best")
+    evaluate.remember([{"step": 0, "val/bpb": 3.0}, {"step": 1, "train/loss": 1.0}, {"step": 2, "val/bpb": 1.5}, {"step": 4, "val/bpb": 2.0}])
+    assert (evaluate.first, evaluate.best) == (3.0, 1.5)
+
+
+def test_a_last_step_that_is_the_best_is_kept_as_the_best(start, tmp_path):
+    run = train(start, tmp_path / "run", tmp_path / "log", eval_every=2, keep_best=True, keep=0)
+    assert run.wait() == [0], run.text()
+    measured = {e["step"]: e["val/bpb"] for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val/bpb" in e}
+    assert min(measured, key=measured.get) == STEPS  # so few steps only get better
+    best = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    assert all(torch.equal(value, best[name]) for name, value in weights(tmp_path / "run").items())
+    # a resumed run reports what was measured before it, though it measures only at its own end
+    shutil.rmtree(tmp_path / "run" / f"checkpoint-{STEPS:06d}")
+    again = train(start, tmp_path / "run", tmp_path / "log2", resume="auto", keep=0)
+    assert again.wait() == [0], again.text()
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"| validation bpb before | {measured[0]:,.5g} |" in report, report
+
+
 def test_streams_on_two_processes_stop_together_and_resume_to_the_same_bits(start, tmp_path):
     changed = {"streaming": True, "device_batch_size": 3, "save_every": 4}
     one = train(start, tmp_path / "run", tmp_path / "log", 2, **changed)
     assert one.wait() == [0, 0], one.text()
+    assert "documents" not in one.text()  # nothing is read whole, also not for validation
     assert "1 streams, packed window by window" in one.text() and f"step {STEPS}/{STEPS}" in one.text()
     again = train(start, tmp_path / "again", tmp_path / "log2", 2, **changed, resume=tmp_path / "run" / "checkpoint-000004")
     assert again.wait() == [0, 0], again.text()
