@@ -78,6 +78,8 @@ class TrainConfig:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 0; 0 is off".replace("_", "-"))
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"--num-steps {self.num_steps} must be at least 1; leave it out for the whole horizon")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"--max-grad-norm {self.max_grad_norm} must be above 0; leave it out to clip nothing")
         if not 0 <= self.warmdown_ratio <= 1:
             raise ValueError(f"--warmdown-ratio {self.warmdown_ratio} must lie between 0 and 1")
         if self.matrix_optimizer not in MATRIX_OPTIMIZERS:

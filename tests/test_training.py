@@ -193,7 +193,8 @@ def test_what_a_resumed_run_does_otherwise_is_said(start, whole, tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
-    [({"epochs": -1}, "--epochs -1.0 must be above 0"), ({"report_to": "trackio"}, "--report-to trackio: the package is not installed")],
+    [({"epochs": -1}, "--epochs -1.0 must be above 0"), ({"max_grad_norm": 0}, "--max-grad-norm 0.0 must be above 0"),
+     ({"report_to": "trackio"}, "--report-to trackio: the package is not installed")],
 )
 def test_flags_that_would_do_nothing_are_refused(start, tmp_path, changed, reason):
     if "report_to" in changed and importlib.util.find_spec("trackio"):

@@ -53,7 +53,8 @@ def start_gather(mine: torch.Tensor, count: int, shard: Shard):
         send = torch.zeros(chunk, *mine.shape[1:], dtype=mine.dtype, device=mine.device)
         send[: mine.shape[0]].copy_(mine)
     received = torch.empty(chunk * shard.world, *mine.shape[1:], dtype=mine.dtype, device=mine.device)
-    work = dist.all_gather_into_tensor(received, send, async_op=True)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+    work = gather(received, send, async_op=True)
 
     def wait():
         work.wait()
