@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,7 +56,8 @@ class Log:
         self.metrics = MetricsFile(f"{output_dir}/metrics.jsonl" if output_dir and self.main else None)
         self.metrics.truncate(trainer.state.step)
         self.progress = Progress(trainer.accelerator, trainer.num_steps, trainer.state.step, description)
-        self.clock, self.tokens, self.figures = time.perf_counter(), trainer.state.tokens, {}
+        self.clock, self.figures = time.perf_counter(), {}
+        self.before = replace(trainer.state)  # as of the last entry
         self.first, self.settled, self.estimated = trainer.state.step, None, False
 
     def __call__(self, trainer, info):
@@ -76,17 +78,25 @@ class Log:
         self.progress.update(info.step, fresh=True, **self.figures)
         if info.step == trainer.num_steps:
             self.progress.close()
-        self._check(trainer, info, values["train/loss"])
+        self._check(trainer, info, values["train/loss"] if values["train/targets"] else 0.0)
 
     def _values(self, trainer, info):
         accelerator, state = trainer.accelerator, trainer.state
-        loss = self.ema.update(sum_over_ranks(accelerator)(info.loss.float()).item())
+        start = time.perf_counter()
+        loss = sum_over_ranks(accelerator)(info.loss.float()).item()
         now = time.perf_counter()
-        rate = (state.tokens - self.tokens) / (now - self.clock)
-        self.clock, self.tokens = now, state.tokens
+        state.seconds += now - start  # by which the device was behind the host
+        targets = int(info.targets)
+        if not targets:  # no loss either
+            loss = self.ema.average
+        elif math.isfinite(loss):  # what is not would stay in the average for good
+            loss = self.ema.update(loss)
+        rate = (state.tokens - self.before.tokens) / (now - self.clock)
+        each = (state.seconds - self.before.seconds) / (state.step - self.before.step)
+        self.clock, self.before = now, replace(state)
         values = {
             "train/loss": loss, "train/lr_multiplier": info.lr_multiplier, "train/tokens_per_second": rate,
-            "train/step_seconds": info.seconds, "train/tokens": state.tokens, "train/targets": int(info.targets),
+            "train/step_seconds": each, "train/tokens": state.tokens, "train/targets": targets,
             "train/skipped_steps": state.skipped, "train/total_flops": self.flops * state.tokens, "train/seconds": state.seconds,
             "train/epoch": trainer.batches.epoch,
         }  # fmt: skip

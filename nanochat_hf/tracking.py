@@ -22,7 +22,12 @@ class Ema:
         """Take x in; returns the debiased average."""
         self.value = self.beta * self.value + (1 - self.beta) * x
         self.weight = self.beta * self.weight + (1 - self.beta)
-        return self.value / self.weight
+        return self.average
+
+    @property
+    def average(self):
+        """The debiased average, NaN before the first update."""
+        return self.value / self.weight if self.weight else float("nan")
 
 
 class MetricsFile:
@@ -43,7 +48,9 @@ class MetricsFile:
         """Forget entries after `step`: a resumed run writes them again."""
         if self.path and self.path.is_file():
             kept = [entry for entry in read_metrics(self.path) if entry.get("step", 0) <= step]
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            shorter = self.path.with_suffix(".tmp")
+            shorter.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            shorter.replace(self.path)  # whole or as it was, whenever a kill comes
 
 
 def read_metrics(path):

@@ -24,7 +24,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """One finished step: loss (0-d tensor on the device: this rank's share), valid targets of all ranks, seconds, lr multiplier.
+    """One finished step: loss (0-d tensor on the device: this rank's share), valid targets of all ranks, lr multiplier.
 
     `targets` is a 0-d tensor on several XLA devices, whose host never waits for it.
     """
@@ -32,7 +32,6 @@ class StepInfo:
     step: int
     loss: torch.Tensor
     targets: int | torch.Tensor
-    seconds: float
     lr_multiplier: float
     grad_norms: dict | None = None  # of each parameter group, before clipping; only on the steps that are asked for
 
@@ -82,9 +81,8 @@ class Trainer:
             self.state.overflowed += self.overflows > 0
         self.state.step += 1
         self.state.tokens += sum(b["input_ids"].numel() for b in micro_batches) * self.accelerator.num_processes
-        seconds = time.perf_counter() - start
-        self.state.seconds += seconds
-        return StepInfo(self.state.step, loss, targets, seconds, multiplier, norms)
+        self.state.seconds += time.perf_counter() - start  # the host's; whoever waits for the device adds that
+        return StepInfo(self.state.step, loss, targets, multiplier, norms)
 
     def _valid_targets(self, micro_batches):
         # counted on the host, where the batches still are: one process never waits for its device
