@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from .runtime import load_whole_weights, whole_weights
+from .runtime import agree, load_whole_weights, whole_weights
 
 NAME = re.compile(r"checkpoint-(\d{6,})$")
 
@@ -32,6 +32,20 @@ def resolve(output_dir, resume):
     if not (Path(resume) / "trainer.json").is_file():
         raise ValueError(f"--resume {resume}: no trainer.json there, so no whole checkpoint; give a checkpoint-NNNNNN folder or auto")
     return Path(resume)
+
+
+def share_folder(accelerator, output_dir):
+    """Make `output_dir`, on the main process; ValueError on all of them where one does not see it, as on machines that share no storage."""
+    error = None
+    if accelerator.is_main_process:
+        try:
+            prepare_folder(output_dir)
+        except OSError as caught:
+            error = caught
+    if agree(accelerator, error is not None):  # on all ranks: one that went on alone would wait for the main process
+        raise error or OSError(f"--output-dir {output_dir}: the main process cannot write to it")
+    if agree(accelerator, not Path(output_dir).is_dir()):
+        raise ValueError(f"--output-dir {output_dir}: not all processes see it; name a folder on storage that all machines share")
 
 
 def refuse_others(output_dir, resumed):

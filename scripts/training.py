@@ -197,6 +197,8 @@ def run(
         return "", None, None
     output = None if config.dry_run else config.output_dir
     trainer = build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay)
+    if output:
+        checkpoint.share_folder(accelerator, output)
     resume = checkpoint.resolve(config.output_dir, hub.fetch_checkpoint(config.resume))
     if output:
         checkpoint.refuse_others(output, resume)
@@ -236,8 +238,7 @@ def run(
 
 
 def changed_settings(saved, own):
-    """Lines, each with its end, that name what a resumed run does otherwise than its checkpoint's: changed_settings({"seed": 1}, {"seed": 2}) →
-    ["warning: resumed with seed 2, the checkpoint has 1\\n"]."""
+    """Lines, each with its end, that name what a resumed run does otherwise than its checkpoint's."""
     own = json.loads(json.dumps(own, default=str))
     differing = [name for name, value in own.items() if name in saved and saved[name] != value and name not in FREE]
     kept = "; the checkpoint's optimizer holds that, so the flag does nothing"

@@ -1,5 +1,6 @@
 """Checkpoints as files: nothing in them can run, generators come back exactly, and a folder that cannot be written is said at once."""
 
+import os
 import pickle
 import random
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import on_ranks
 
 from nanochat_hf import checkpoint
 from nanochat_hf.tokenizer import load_tokenizer
@@ -45,6 +47,34 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="--output-dir .*file/run: cannot be written to .*give a folder that can"):
         checkpoint.prepare_folder(tmp_path / "file" / "run")
+
+
+def share(rank, world, folder, where):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == world
+    os.chdir(Path(folder) / f"machine{rank}")  # a relative path is another folder on each "machine"
+    try:
+        checkpoint.share_folder(accelerator, where)
+        said = "shared"
+    except (OSError, ValueError) as error:
+        said = str(error)
+    (Path(folder) / f"{rank}.txt").write_text(said)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("run", ["--output-dir run: not all processes see it"] * 2), ("../run", ["shared"] * 2),
+     ("file/run", ["--output-dir file/run: cannot be written to", "--output-dir file/run: the main process cannot write to it"])],
+)  # fmt: skip
+def test_a_folder_that_one_process_does_not_see_ends_all_of_them(tmp_path, where, said):
+    for rank in range(2):
+        (tmp_path / f"machine{rank}").mkdir()
+        (tmp_path / f"machine{rank}" / "file").write_text("")
+    on_ranks(share, 2, str(tmp_path), where)
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.txt").read_text().startswith(said[rank])
 
 
 def test_a_disk_that_is_full_at_any_file_is_an_oserror(tmp_path):
