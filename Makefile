@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
-.PHONY: test test-xla quickstart quickstart-clean lint
+.PHONY: test test-kernels test-xla quickstart quickstart-clean lint
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,11 @@ lint: $(VENV)/.installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+# the kernels of CUDA on a GPU, or without one by Triton's interpreter; Triton comes with torch's builds for CUDA alone, and takes 700 MB
+test-kernels: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q triton
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_kernels.py
 
 test-xla: $(VENV)/.installed $(XLA)/.installed
 	PLAIN_PYTHON=$(VENV)/bin/python $(XLA)/bin/python -m pytest -o timeout=1200 tests/xla
