@@ -89,14 +89,7 @@ def main(argv=None):
     else:
         validation = SFTBatches(held_out or train, tokenizer, **measured, **told, seed=config.seed + 1, prefetch=0).once(config.eval_batches)
     validation = divided(validation, accelerator.process_index, processes)
-    base_rows = trained_rows(start)
-    if base_rows and config.device_batch_size > base_rows:
-        accelerator.print(f"warning: --device-batch-size {config.device_batch_size} exceeds the base run's {base_rows}; watch the memory")
-    if config.max_seq_len > model.config.max_position_embeddings:
-        accelerator.print(
-            f"warning: --max-seq-len {config.max_seq_len} exceeds the {model.config.max_position_embeddings} positions the model was made for; "
-            f"what it learns beyond them is lost on programs that stop there: --max-seq-len {model.config.max_position_embeddings} is safe"
-        )
+    warn_beyond_base(config, accelerator, model, start)
     num_steps = config.num_steps or max(1, round(sft.epochs * batches.steps_per_epoch(accumulation)))
     settings = asdict(sft) | {"train_data": [asdict(s) for s in train], "validation_data": [asdict(s) for s in held_out]}
     prompts = [(text, render_prompt(tokenizer, pair(text, ""))) for text in PROMPTS]
@@ -105,6 +98,18 @@ def main(argv=None):
         pusher=pusher,
     )  # fmt: skip
     sys.exit(143 if folder is None else 0)
+
+
+def warn_beyond_base(config, accelerator, model, start):
+    """Say where the shape of the batches goes beyond what the base model in folder `start` was made with."""
+    base_rows = trained_rows(start)
+    if base_rows and config.device_batch_size > base_rows:
+        accelerator.print(f"warning: --device-batch-size {config.device_batch_size} exceeds the base run's {base_rows}; watch the memory")
+    if config.max_seq_len > model.config.max_position_embeddings:
+        accelerator.print(
+            f"warning: --max-seq-len {config.max_seq_len} exceeds the {model.config.max_position_embeddings} positions the model was made for; "
+            f"what it learns beyond them is lost on programs that stop there: --max-seq-len {model.config.max_position_embeddings} is safe"
+        )
 
 
 def trained_rows(model):

@@ -1,6 +1,5 @@
 """What the training scripts share: flags, wiring of model, optimizer, callbacks and trainer."""
 
-import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from nanochat_hf import callback_push, checkpoint, hub, kernels, runtime
+from nanochat_hf import callback_push, checkpoint, kernels, runtime
 from nanochat_hf.attention import choose_attention, set_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
 from nanochat_hf.config import SMALLER, dump, resolved
@@ -16,16 +15,10 @@ from nanochat_hf.optim import MATRIX_OPTIMIZERS, MuonAdamW, OptimizerConfig, app
 from nanochat_hf.report import write_report
 from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, memory_per_gpu, shown_hours, training_hours
 from nanochat_hf.schedules import base_lr, muon_momentum
-from nanochat_hf.tokenizer import load_tokenizer, token_bytes
+from nanochat_hf.tokenizer import token_bytes
 from nanochat_hf.tracking import environment, read_metrics
 from nanochat_hf.trainer import Trainer
-
-# Flags that may differ after a resume without a word, and those whose values an optimizer's state carries.
-FREE = {
-    "output_dir", "resume", "report_to", "run_name", "keep", "keep_best", "save_every", "save_minutes", "eval_every", "log_every", "sample_every",
-    "dry_run", "num_proc", "model",
-}  # fmt: skip
-IN_OPTIMIZER = {"embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac", "scale_lr_to_batch"}
+from scripts.resuming import changed_settings, restore
 
 
 @dataclass(frozen=True)
@@ -197,23 +190,13 @@ def run(
         return "", None, None
     output = None if config.dry_run else config.output_dir
     trainer = build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay)
-    if output:
-        checkpoint.share_folder(accelerator, output)
-    resume = checkpoint.resolve(config.output_dir, hub.fetch_checkpoint(config.resume))
-    if output:
-        checkpoint.refuse_others(output, resume)
-    if config.resume and not resume:
-        accelerator.print(f"no checkpoint in {config.output_dir} to resume from: the run starts anew")
-    if resume:
-        same_tokenizer(tokenizer, resume)
-        checkpoint.load(trainer, resume)
-        accelerator.print(f"resumed from {resume} at step {trainer.state.step} of {num_steps}")
+    resume = restore(config, trainer, tokenizer, output)
     settings = resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description}
     if resume:
         accelerator.print(*changed_settings(checkpoint.settings_of(resume), settings), sep="", end="")
     settings |= environment(accelerator)
     if accelerator.is_main_process and output:
-        dump(checkpoint.prepare_folder(output) / "config.json", settings)
+        dump(f"{output}/config.json", settings)
     if config.report_to != "none":
         run_id = checkpoint.trackers_of(resume).get("wandb")
         accelerator.init_trackers(config.run_name, config=flat(settings), init_kwargs={"wandb": {"id": run_id, "resume": "allow"} if run_id else {}})
@@ -235,23 +218,6 @@ def run(
     folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output)
     push.finish(folder, step=trainer.state.step)
     return folder, trainer, evaluate
-
-
-def changed_settings(saved, own):
-    """Lines, each with its end, that name what a resumed run does otherwise than its checkpoint's."""
-    own = json.loads(json.dumps(own, default=str))
-    differing = [name for name, value in own.items() if name in saved and saved[name] != value and name not in FREE]
-    kept = "; the checkpoint's optimizer holds that, so the flag does nothing"
-    return [f"warning: resumed with {n} {own[n]}, the checkpoint has {saved[n]}{kept if n in IN_OPTIMIZER else ''}\n" for n in differing]
-
-
-def same_tokenizer(tokenizer, folder):
-    """ValueError where a checkpoint was trained with another vocabulary, which tables padded to the same size would hide."""
-    saved = load_tokenizer(folder)
-    if saved.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"{folder}: its tokenizer's vocabulary ({len(saved)} tokens) is not that of this run's ({len(tokenizer)}); give --tokenizer {folder}"
-        )
 
 
 def divided(batches, rank, world_size):
