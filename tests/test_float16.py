@@ -35,6 +35,15 @@ class Rows:
             yield {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:], "position_ids": places}
 
 
+class Again(Rows):
+    """The first of them at every step."""
+
+    def __iter__(self):
+        first = next(super().__iter__())
+        while True:
+            yield first
+
+
 class Seen(MuonAdamW):
     """MuonAdamW that notes the norm of the whole gradient at each step."""
 
@@ -129,9 +138,9 @@ def test_float16_trains_on_the_gpu(tmp_path):
 
     losses = []
     trainer = Trainer(
-        accelerator, model, MuonAdamW(build_param_groups(model)), Rows(), num_steps=30, schedule=schedule, norms_every=1,
+        accelerator, model, MuonAdamW(build_param_groups(model)), Again(), num_steps=30, schedule=schedule, norms_every=1,
         callbacks=[lambda trainer, info: losses.append(info.loss.item())],
     )  # fmt: skip
     trainer.fit()
     assert trainer.state.overflowed <= 5 and trainer.optimizer.optimizer.skipped_steps == 0, trainer.state
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 1  # the same rows at each step, which a model soon knows

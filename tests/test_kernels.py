@@ -1,5 +1,6 @@
 """Fused kernels against the plain formulas of the model: on a GPU, or by Triton's interpreter where triton is installed without one."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
@@ -225,3 +226,23 @@ def test_muon_does_without_kernels_where_they_do_not_fit():
     optimizer.step()
     assert optimizer._units[0].tables is None
     assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
+@triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if DEVICE == "cuda" else [torch.float32])
+@pytest.mark.parametrize("shape", [(300, 96, 384), (128, 64, 256), (7, 40, 160)])
+def test_products_with_the_squared_relu_inside(dtype, shape):
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    if DEVICE == "cpu" and version("triton") < "3.7":
+        pytest.skip("the interpreter of Triton before 3.7 cannot loop to a number that is computed, under numpy 2.4")
+    from nanochat_hf.kernels import matmul
+
+    torch.manual_seed(0)
+    N, C, W = shape
+    x, dy = (torch.randn(N, C, device=DEVICE, dtype=dtype) for _ in range(2))
+    up, down = torch.randn(W, C, device=DEVICE, dtype=dtype), torch.randn(C, W, device=DEVICE, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    squared = matmul.squared_relu_up(x, up)
+    assert relative(squared, torch.relu(x.float() @ up.float().mT).square()) < tolerance
+    slope = matmul.squared_relu_down_backward(dy, down, squared)
+    assert relative(slope, (dy.float() @ down.float()) * 2 * squared.float().sqrt()) < tolerance

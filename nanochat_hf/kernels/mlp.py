@@ -2,6 +2,11 @@
 
 import torch
 
+try:
+    from . import matmul  # wants Triton's tensor descriptors
+except ImportError:
+    matmul = None
+
 
 class SquaredReluMLP(torch.autograd.Function):
     """x (…, C), up (4C, C), down (C, 4C) → relu(x·upᵀ)²·downᵀ (…, C), in autocast's dtype.
@@ -16,7 +21,10 @@ class SquaredReluMLP(torch.autograd.Function):
         ctx.dtypes = x.dtype, up.dtype, down.dtype
         with torch.autocast(kind, enabled=False):
             flat, up, down = x.reshape(-1, x.shape[-1]).to(dtype), up.to(dtype), down.to(dtype)
-            squared = torch.relu(flat @ up.mT).square()
+            if matmul and matmul.suits(flat, flat.shape[1], up.shape[0]):
+                squared = matmul.squared_relu_up(flat, up)
+            else:
+                squared = torch.relu(flat @ up.mT).square()
             y = squared @ down.mT
         ctx.save_for_backward(flat, squared, up, down)
         return y.view(*x.shape[:-1], -1)
@@ -26,6 +34,9 @@ class SquaredReluMLP(torch.autograd.Function):
         flat, squared, up, down = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
             dy_flat = dy.reshape(-1, dy.shape[-1]).to(flat.dtype)
-            slope = (dy_flat @ down) * (2 * squared.sqrt())
+            if matmul and matmul.suits(dy_flat, dy_flat.shape[1], squared.shape[1]):
+                slope = matmul.squared_relu_down_backward(dy_flat, down, squared)
+            else:
+                slope = (dy_flat @ down) * (2 * squared.sqrt())
             dx = (slope @ up).to(ctx.dtypes[0]).view(*dy.shape[:-1], -1)
             return dx, (slope.mT @ flat).to(ctx.dtypes[1]), (dy_flat.mT @ squared).to(ctx.dtypes[2])
