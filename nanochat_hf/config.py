@@ -102,7 +102,7 @@ def user_errors(main):
                 raise
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:  # once training runs, Ctrl-C saves (runtime.StopSignal)
+        except KeyboardInterrupt:  # once training runs, Ctrl-C saves (stopping.StopSignal)
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
         except RuntimeError as error:
