@@ -1,6 +1,7 @@
 """Configuration: frozen dataclasses, filled from a recipe (YAML) and then from the command line, which wins."""
 
 import dataclasses
+import difflib
 import functools
 import json
 import sys
@@ -50,7 +51,7 @@ def parse(types, argv=None, *, lists=(), description=None):
         known = {field.name for kind in types for field in dataclasses.fields(kind)}
         unknown = sorted(set(recipe) - known)
         if unknown:
-            parser.error(f"--config {config_path}: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known | set(lists)))}")
+            parser.error(f"--config {config_path}: unknown keys {guessed(unknown, known | set(lists))}; known are {', '.join(sorted(known | set(lists)))}")
         single = {key: value for key, value in recipe.items() if value is not None}  # null: the default
         for key, value in single.items():
             if isinstance(value, list | dict):
@@ -62,13 +63,25 @@ def parse(types, argv=None, *, lists=(), description=None):
         parser.set_defaults(**recipe)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)}; see --help")
+        flags = {flag for flag in parser._option_string_actions if flag.startswith("--") and "_" not in flag}
+        parser.error(f"unknown flags: {guessed(unknown, flags, ' ')}; see --help")
     values = vars(namespace)
     try:
         configs = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init}) for kind in types]
     except ValueError as error:
         parser.error(str(error))
     return *configs, extras
+
+
+def guessed(names, known, separator=", "):
+    """Names that are none of the known, each with the one it resembles: guessed(["sed", "x"], ["seed"]) → "sed (did you mean seed?), x"."""
+    told = []
+    for name in names:
+        head = name.partition("=")[0]
+        written = head.replace("_", "-") if head.startswith("--") else head
+        near = difflib.get_close_matches(written, sorted(known), n=1, cutoff=0.7)
+        told.append(f"{name} (did you mean {near[0]}?)" if near else name)
+    return separator.join(told)
 
 
 def _config_argument(argv):
@@ -102,7 +115,7 @@ def user_errors(main):
                 raise
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:  # once training runs, Ctrl-C saves (runtime.StopSignal)
+        except KeyboardInterrupt:  # once training runs, Ctrl-C saves (stopping.StopSignal)
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
         except RuntimeError as error:

@@ -2,8 +2,6 @@
 
 import functools
 import os
-import signal
-import threading
 from importlib.util import find_spec
 
 import torch
@@ -42,14 +40,18 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
     if is_torch_xla_available():  # wherever it is importable Accelerate takes it, whatever is asked
         accelerator = XLAAccelerator(dtype=dtype, compile=compile, **shared)
     else:
-        accelerator = Accelerator(
-            **shared, mixed_precision=precision, cpu=not on_accelerator(),
-            dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if compile else None,
-        )  # fmt: skip
+        accelerator = Accelerator(**shared, mixed_precision=precision, cpu=not on_accelerator())
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("float16 needs a GPU: on the CPU Accelerate would silently train in float32; use --dtype bfloat16 or float32")
+    compile_prepared(accelerator, compile)
     set_seed(seed)
     return accelerator
+
+
+def compile_prepared(accelerator, compile=True):
+    """Whether `accelerator` compiles, for fixed shapes, the models that it prepares from now on; False leaves it to the launcher's YAML."""
+    # the constructor's own argument counts for the first Accelerator of a process alone, and the scripts make one to count the processes
+    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="inductor", dynamic=False) if compile else TorchDynamoPlugin()
 
 
 def on_accelerator():
@@ -77,41 +79,15 @@ def sum_over_ranks(accelerator):
     return lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum")
 
 
-class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the running step; so does the launcher's death, where there is a launcher: a script that
-    a shell started by itself outlives the shell (nohup). Ranks agree through `agreed`."""
-
-    def __init__(self, accelerator):
-        self.accelerator, self.received, self.earlier = accelerator, 0, None
-        launched = accelerator.device.type == "xla" or "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ  # torchrun: RANK
-        self.parent = os.getppid() if launched else None
-        if threading.current_thread() is threading.main_thread():  # XLA's launcher trains in a thread, where Python takes no handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._receive)
-
-    def _receive(self, number, frame):
-        self.received = number
-
-    def agreed(self):
-        """True on all ranks once any rank was asked to stop (one small collective when there are several).
-
-        Several XLA devices learn it one step later, lest the host wait for the step that it has just sent off.
-        """
-        wanted = bool(self.received) or self.parent not in (None, os.getppid())
-        if self.accelerator.num_processes == 1 or self.accelerator.device.type != "xla":
-            return agree(self.accelerator, wanted)
-        earlier, self.earlier = self.earlier, _any_rank(self.accelerator, wanted)
-        return earlier is not None and bool(earlier.item())
-
-
 def agree(accelerator, wanted):
     """True on all ranks where any rank wants it: one small collective, none on one process."""
     if accelerator.num_processes == 1:
         return bool(wanted)
-    return bool(_any_rank(accelerator, wanted).item())
+    return bool(any_rank(accelerator, wanted).item())
 
 
-def _any_rank(accelerator, wanted):
+def any_rank(accelerator, wanted):
+    """Above 0, as a 0-d tensor on the device, where any rank wants it: a collective that the host need not wait for."""
     return accelerator.reduce(torch.tensor([float(wanted)], device=accelerator.device), reduction="sum")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pyarrow import parquet
 
+from .config import guessed
 from .formats import FORMATS
 from .tasks import get_task
 
@@ -66,7 +67,7 @@ class SourceConfig:
             raise ValueError(f"data source: {entry!r} must be a mapping such as {{path: chats.jsonl, repeat: 2}}")
         unknown = set(entry) - set(cls.__dataclass_fields__)
         if unknown:
-            raise ValueError(f"data source: unknown keys {', '.join(sorted(unknown))}; known are {', '.join(cls.__dataclass_fields__)}")
+            raise ValueError(f"data source: unknown keys {guessed(sorted(unknown), cls.__dataclass_fields__)}; known are {', '.join(cls.__dataclass_fields__)}")
         return cls(**entry)
 
 

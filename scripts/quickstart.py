@@ -2,10 +2,8 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -16,9 +14,6 @@ from nanochat_hf.tasks.generated import spell
 ROOT = Path("runs/quickstart")
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
 SHAPE = ["--device-batch-size", "8", "--max-seq-len", "320", "--embedding-lr", "0.2", "--warmup-steps", "10", "--warmdown-ratio", "0.6"]
-# compiled, a step takes half the time on a CPU; torch.compile needs a C++ compiler and Python's headers for that
-COMPILES = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").is_file()
-COMPILE = ["--compile", "true"] if COMPILES else []
 PROMPTS = ("Spell the word: elephant", "How many r are in strawberry?", "What is 123*45?")
 
 
@@ -72,12 +67,11 @@ def main():
         "base", "base/final", *LAUNCH, "-m", "scripts.base_train", "--data", str(text), "--validation", str(ROOT / "validation.jsonl"),
         "--tokenizer", str(ROOT / "tokenizer"), "--depth", "4", "--aspect-ratio", "48", "--head-dim", "64", "--num-steps", "200",
         "--eval-every", "0", "--scale-lr-to-batch", "false", "--weight-decay", "0", "--resume", "auto", "--output-dir", str(ROOT / "base"),
-        *SHAPE, *COMPILE,
+        *SHAPE,
     )  # fmt: skip
     stage(
         "sft", "sft/final", *LAUNCH, "-m", "scripts.chat_sft", "--config", "scripts/recipes/quickstart.yaml",
         "--model", str(ROOT / "base/final"), "--num-steps", "900", "--resume", "auto", "--output-dir", str(ROOT / "sft"),
-        *COMPILE,
     )  # fmt: skip
     model = str(ROOT / "sft/final")
     stage(

@@ -8,7 +8,7 @@ from nanochat_hf.tokenizer import load_tokenizer
 # Flags that may differ after a resume without a word, and those whose values an optimizer's state carries.
 FREE = {
     "output_dir", "resume", "report_to", "run_name", "keep", "keep_best", "save_every", "save_minutes", "eval_every", "log_every", "sample_every",
-    "dry_run", "num_proc", "model",
+    "dry_run", "num_proc", "model", "compile",
 }  # fmt: skip
 IN_OPTIMIZER = {"embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac", "scale_lr_to_batch"}
 

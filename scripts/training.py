@@ -10,11 +10,13 @@ from transformers.utils.logging import disable_progress_bar
 from nanochat_hf import callback_push, checkpoint, kernels, runtime
 from nanochat_hf.attention import choose_attention, set_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
+from nanochat_hf.compiling import choose_compile
 from nanochat_hf.config import SMALLER, dump, resolved
 from nanochat_hf.optim import MATRIX_OPTIMIZERS, MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
 from nanochat_hf.report import write_report
 from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, memory_per_gpu, shown_hours, training_hours
 from nanochat_hf.schedules import base_lr, muon_momentum
+from nanochat_hf.stopping import StopSignal
 from nanochat_hf.tokenizer import token_bytes
 from nanochat_hf.tracking import environment, read_metrics
 from nanochat_hf.trainer import Trainer
@@ -33,7 +35,7 @@ class TrainConfig:
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's; bfloat16 on XLA)"})
     attn: str = field(default="auto", metadata={"help": "auto, flex_attention, pallas, sdpa, eager, flash_attention_2 to 4, or a flash kernel of the Hub"})
     kernels: bool | None = field(default=None, metadata={"help": "fused Triton kernels in training (default: on CUDA)"})
-    compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA)"})
+    compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA; on a CPU where a C++ compiler and Python's headers are found and the run is long enough, see the plan)"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in backward: less memory, about 30 %% slower"})
     embedding_lr: float = field(default=0.3, metadata={"help": "lr of token and value embeddings (AdamW)"})
     unembedding_lr: float = field(default=0.004, metadata={"help": "lr of the head (AdamW)"})
@@ -101,7 +103,7 @@ def accelerate(config, accumulation):
     disable_progress_bar()
     accelerator = runtime.build_accelerator(
         accumulation, dtype=config.dtype, trackers=None if config.report_to == "none" else config.report_to,
-        output_dir=config.output_dir, seed=config.seed, compile=runtime.on_cuda() if config.compile is None else config.compile,
+        output_dir=config.output_dir, seed=config.seed, compile=bool(config.compile),
     )  # fmt: skip
     if config.report_to != "none" and not accelerator.log_with:  # Accelerate only warns
         raise ValueError(f"--report-to {config.report_to}: the package is not installed; pip install {config.report_to}, or leave the flag out")
@@ -158,7 +160,7 @@ def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, deca
 
     return Trainer(
         accelerator, model, optimizer, batches, num_steps=num_steps, schedule=schedule, max_grad_norm=config.max_grad_norm,
-        stop=runtime.StopSignal(accelerator), norms_every=config.log_every,
+        stop=StopSignal(accelerator), norms_every=config.log_every,
     )  # fmt: skip
 
 
@@ -185,13 +187,19 @@ def run(
     fused = install_kernels(config, accelerator, model)
     if config.gradient_checkpointing:
         runtime.enable_checkpointing(model, accelerator.device)
-    flops = announce(config, accelerator, model, description, num_steps, reason, {"kernels": fused} | (plan or {}))
+    share = config.device_batch_size * config.max_seq_len * accelerator.gradient_accumulation_steps  # tokens of a process in a step
+    compiled, because = choose_compile(
+        accelerator.device, config.compile, num_steps, flops_per_token(model, config.max_seq_len) * share, config.dry_run
+    )
+    runtime.compile_prepared(accelerator, compiled)
+    how = {"kernels": fused, "compiled": f"{'yes' if compiled else 'no'} ({because})"}
+    flops = announce(config, accelerator, model, description, num_steps, reason, how | (plan or {}))
     if config.plan_only:
         return "", None, None
     output = None if config.dry_run else config.output_dir
     trainer = build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay)
     resume = restore(config, trainer, tokenizer, output)
-    settings = resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description}
+    settings = resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description, "compiled": compiled}
     if resume:
         accelerator.print(*changed_settings(checkpoint.settings_of(resume), settings), sep="", end="")
     settings |= environment(accelerator)

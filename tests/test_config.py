@@ -72,6 +72,25 @@ def test_a_recipes_values_are_read_as_a_flags_are(text, expected, tmp_path, caps
         assert caught.value.code == 2 and expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("recipe", "argv", "said"),
+    [
+        ("warmup_step: 3", [], "unknown keys warmup_step (did you mean warmup_steps?); known are"),
+        ("device-batch-size: 3\nzebra: 1", [], "unknown keys device-batch-size (did you mean device_batch_size?), zebra; known are"),
+        ("train_dat: []", [], "unknown keys train_dat (did you mean train_data?); known are"),
+        ("seed: 1", ["--warmup-step", "3"], "unknown flags: --warmup-step (did you mean --warmup-steps?) 3; see --help"),
+        ("seed: 1", ["--Eval_Evry=3", "--zebra"], "unknown flags: --Eval_Evry=3 (did you mean --eval-every?) --zebra; see --help"),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_is_told_with_the_one_it_resembles(recipe, argv, said, tmp_path, capsys):
+    from scripts.training import TrainConfig
+
+    (tmp_path / "r.yaml").write_text(recipe)
+    with pytest.raises(SystemExit) as caught:
+        parse([TrainConfig], ["--config", str(tmp_path / "r.yaml"), "--output-dir", "x", *argv], lists=("train_data",))
+    assert caught.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
+
+
 REFERENCE_FLAGS = (
     "run", "device-type", "dtype", "model-tag", "model-step", "num-iterations", "max-seq-len", "device-batch-size", "total-batch-size", "embedding-lr",
     "unembedding-lr", "matrix-lr", "weight-decay", "init-lr-frac", "eval-every", "eval-tokens", "dry-run", "smoke-test",

@@ -135,7 +135,7 @@ def test_a_line_without_text_is_named(tokenizer, tmp_path, streaming):
         ({"path": "x", "rows": 0}, "rows=0 is no range"),
         ({"path": "x", "converter": "y"}, "converter='y' is unknown; choose from messages"),
         ({"path": "x", "columns": ["y"]}, "must map new names"),
-        ({"path": "x", "weigth": 1}, "unknown keys weigth; known are path"),
+        ({"path": "x", "weigth": 1}, r"unknown keys weigth \(did you mean weight\?\); known are path"),
         ("x", "must be a mapping"),
     ],
 )

@@ -61,7 +61,8 @@ def test_a_signal_to_the_whole_group_saves_though_workers_make_the_batches(start
 
 WATCHER = """
 import os, time
-from nanochat_hf.runtime import StopSignal, build_accelerator
+from nanochat_hf.runtime import build_accelerator
+from nanochat_hf.stopping import StopSignal
 stop, parent = StopSignal(build_accelerator(1)), os.getppid()
 print("ready", flush=True)
 while os.getppid() == parent:

@@ -226,3 +226,8 @@ def test_gold_answers_grade_as_right(name, path):
         conversation = task.to_conversation(row)
         assert task.grade(conversation, answer_text(conversation))
     assert len(rows) > 1000
+
+
+def test_an_unknown_task_is_told_with_the_one_it_resembles():
+    with pytest.raises(ValueError, match=r"task 'spellingbee' \(did you mean 'spelling_bee'\?\) is unknown; choose from arc_challenge"):
+        get_task("spellingbee")

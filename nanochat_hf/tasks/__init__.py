@@ -1,5 +1,6 @@
 """The registry: one line a task."""
 
+from ..config import guessed
 from .base import Task
 from .chats import CUSTOM_JSON, SMOLTALK
 from .generated import CALCULATOR, IDENTITY_TASK, SIMPLE_SPELLING, SPELLING_BEE
@@ -17,5 +18,5 @@ __all__ = ["TASKS", "Task", "get_task"]
 def get_task(name):
     """The task called `name`; ValueError lists the names there are."""
     if name not in TASKS:
-        raise ValueError(f"task {name!r} is unknown; choose from {', '.join(sorted(TASKS))}")
+        raise ValueError(f"task {guessed([repr(name)], map(repr, TASKS))} is unknown; choose from {', '.join(sorted(TASKS))}")
     return TASKS[name]

@@ -22,6 +22,7 @@ from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
 from nanochat_hf.packing import plan_rows
 from nanochat_hf.scaling import accumulation_steps, flops_per_token, model_config
 from nanochat_hf.schedules import muon_momentum
+from nanochat_hf.stopping import StopSignal
 from nanochat_hf.trainer import Trainer
 from scripts.benchmarks.measure import report, wait
 
@@ -81,7 +82,7 @@ def build(args, accelerator):
 
     trainer = Trainer(
         accelerator, model, MuonAdamW(build_param_groups(model)), Documents(args.vocab_size, args.rows, args.positions), num_steps=3 + args.rounds * args.steps,
-        schedule=schedule, stop=runtime.StopSignal(accelerator), norms_every=args.log_every,
+        schedule=schedule, stop=StopSignal(accelerator), norms_every=args.log_every,
     )  # fmt: skip
     folder = tempfile.mkdtemp()
     log = Log(trainer, description="bench", flops_per_token=flops_per_token(model, args.positions), every=args.log_every, output_dir=folder)

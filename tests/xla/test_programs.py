@@ -17,6 +17,7 @@ from nanochat_hf.collate import PackingCollator
 from nanochat_hf.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat_hf.optim.muon import orthogonalize
 from nanochat_hf.runtime import build_accelerator, packed_masks
+from nanochat_hf.stopping import StopSignal
 from nanochat_hf.tokenizer import load_tokenizer
 from nanochat_hf.trainer import Trainer
 
@@ -101,7 +102,7 @@ def test_counts_and_the_stop_are_reduced_on_the_device(monkeypatch):
     """As on two replicas, of which this device is the only one: the values stay on the device, and the stop comes a step later."""
     accelerator, model, optimizer = small_model()
     trainer = Trainer(accelerator, model, optimizer, batches(), num_steps=1, schedule=lambda *_: 1.0)
-    stop = runtime.StopSignal(accelerator)
+    stop = StopSignal(accelerator)
     taken = [next(batches()), next(batches())]
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
     transfers = counted()[1]
