@@ -1,7 +1,7 @@
 """Attention of one layer, way by way: python -m scripts.bench attention [--rows 32 --positions 2048 --heads 6 --window 1024 --document 512]
 
-Forward and backward in ms, each with and without a window and documents, and how far they stray from float32: ‖ours − formula‖ / ‖formula‖ of the
-output and of dq, dk, dv on the first rows. SDPA knows neither window nor documents but by a mask, so it runs for plain causal rows alone.
+Forward and backward in ms, each with and without a window and documents, and how far they stray from float32: ‖ours − formula‖ / ‖formula‖ of
+the output and of dq, dk, dv on the first rows. SDPA knows neither window nor documents but by a mask, so it runs for plain causal rows alone.
 """
 
 import argparse
