@@ -33,7 +33,7 @@ class TrainConfig:
     total_batch_size: int | None = field(default=None, metadata={"help": "tokens of an optimizer step (default: one micro-batch)"})
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's; bfloat16 on XLA)"})
-    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, pallas, sdpa, eager, flash_attention_2 to 4, or a flash kernel of the Hub"})
+    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, cudnn, pallas, sdpa, eager, flash_attention_2 to 4, or a flash kernel of the Hub"})
     kernels: bool | None = field(default=None, metadata={"help": "fused Triton kernels in training (default: on CUDA)"})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA; on a CPU where a C++ compiler and Python's headers are found and the run is long enough, see the plan)"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in backward: less memory, about 30 %% slower"})

@@ -302,10 +302,14 @@ class NanochatModel(NanochatPreTrainedModel):
 
     def _masks(self, x, attention_mask, position_ids, past_key_values):
         """{layer type: mask}, and the arguments by which attention that takes no mask of documents keeps them apart."""
-        flash = "flash" in self.config._attn_implementation
+        kind = self.config._attn_implementation
+        flash = "flash" in kind or kind == "cudnn"  # these keep documents apart by borders
         documents = {} if flash else dict(position_ids=position_ids)
         if isinstance(attention_mask, dict):
             return attention_mask, documents  # generation with a static cache brings both masks ready made
+        if kind == "cudnn" and attention_mask is None and past_key_values is None:  # transformers would make SDPA's masks of the positions
+            borders = {} if position_ids is None else varlen_arguments(position_ids, x.shape[0])
+            return dict.fromkeys(("full_attention", "sliding_attention")), borders
         masking = dict(
             config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids,
         )  # fmt: skip
