@@ -34,7 +34,7 @@ def install(model) -> list[str]:
     """
     config, installed, layers = model.config, set(), model.model.layers
     if config.final_logit_softcapping <= HIGHEST_CAP:
-        model.nll_and_slope = nll_and_slope
+        model.nll_and_slope, model.add_product = nll_and_slope, add_product
         installed.add("softcapped cross-entropy")
     rotation_fits = config.rope_in_bfloat16 and config.rms_norm_eps is None and config.head_dim & (config.head_dim - 1) == 0
     for layer in layers:
@@ -53,6 +53,16 @@ def nll_and_slope(logits, target, weight, cap):
 
     nll = softcapped_nll_(logits, target, weight, cap)
     return nll, logits
+
+
+def add_product(total, a, b):
+    """What the model's `add_product` computes, without rounding the product to half precision."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        from .cross_entropy import add_product_
+
+        add_product_(total, a, b)
+    else:
+        total += (a @ b).float()
 
 
 def queries_and_keys(attention, x, rope):

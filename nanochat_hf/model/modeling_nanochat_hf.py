@@ -332,6 +332,11 @@ def nll_and_slope(logits, target, weight, cap):
     return nll.squeeze(1), (wrong * weight * (1 - squashed.square())).to(logits.dtype)
 
 
+def add_product(total, a, b):
+    """total (n, m) float32 += a (n, k) · b (k, m)."""
+    total += (a @ b).float()
+
+
 class SoftcappedLoss(torch.autograd.Function):
     """Σ weight·nll of soft-capped logits, whose gradient is taken in the forward pass, chunk by chunk.
 
@@ -340,7 +345,7 @@ class SoftcappedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, vocab_size, cap, chunk, nll_and_slope):
+    def forward(ctx, hidden, head, targets, weights, vocab_size, cap, chunk, nll_and_slope, add_product):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
@@ -352,7 +357,7 @@ class SoftcappedLoss(torch.autograd.Function):
                 nll, slope = nll_and_slope(h @ table.mT, target, weight, cap)
                 total = total + nll.sum()
                 grads.append((slope @ table).to(hidden.dtype))
-                grad_head += (slope.mT @ h).float()
+                add_product(grad_head, slope.mT, h)
         ctx.save_for_backward(torch.cat(grads), grad_head)
         ctx.head = head.shape[0] - vocab_size, head.dtype
         return total
@@ -362,7 +367,7 @@ class SoftcappedLoss(torch.autograd.Function):
         grad_hidden, grad_head = ctx.saved_tensors
         padding, dtype = ctx.head
         grad_head = F.pad((grad_head * grad_output).to(dtype), (0, 0, 0, padding))
-        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None, None, None
+        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None, None, None, None
 
 
 class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
@@ -372,7 +377,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NanochatModel(config)
         self.lm_head = linear(config.hidden_size, table_rows(config), "head")
-        self.nll_and_slope = nll_and_slope  # a kernel may take its place
+        self.nll_and_slope, self.add_product = nll_and_slope, add_product  # kernels may take their place
         self.post_init()
 
     def logits(self, hidden):
@@ -416,7 +421,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         if self.training and torch.is_grad_enabled() and type(self.lm_head) is nn.Linear:
             return SoftcappedLoss.apply(
                 hidden, self.lm_head.weight, targets, weights, self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK,
-                self.nll_and_slope,
+                self.nll_and_slope, self.add_product,
             )
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(targets), LOSS_CHUNK):
