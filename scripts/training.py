@@ -191,7 +191,7 @@ def run(
     compiled, because = choose_compile(
         accelerator.device, config.compile, num_steps, flops_per_token(model, config.max_seq_len) * share, config.dry_run
     )
-    runtime.compile_prepared(accelerator, compiled)
+    runtime.compile_prepared(accelerator, compiled, kernel == "flex_attention" or config.gradient_checkpointing)
     how = {"kernels": fused, "compiled": f"{'yes' if compiled else 'no'} ({because})"}
     flops = announce(config, accelerator, model, description, num_steps, reason, how | (plan or {}))
     if config.plan_only:
