@@ -222,8 +222,11 @@ def run(
     if config.eval_every and not resume:
         evaluate.run(trainer)
     push = callback_push.attach(trainer, pusher if output else None, output)
-    trainer.fit()
-    folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output)
+    try:
+        trainer.fit()
+        folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output)
+    finally:
+        trainer.stop.release()
     push.finish(folder, step=trainer.state.step)
     return folder, trainer, evaluate
 
