@@ -6,6 +6,7 @@ through two roundings to e5m2.
 """
 
 from copy import deepcopy
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
@@ -179,6 +180,37 @@ def test_the_casting_kernel_writes_both_layouts(shape):
             assert torch.equal(turned.float(), out.t().float()) and relative(out, float8.scaled(x, float8.unit_of(x.abs().amax(), dtype), dtype)) < 1e-2
 
 
+@triton
+@pytest.mark.parametrize("shape", [(48, 16, 64), (272, 144, 400)])
+def test_the_products_with_casts_inside_are_those_with_casts_after(shape):
+    """Of numbers that float8 holds exactly, for the same reason."""
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    if not CAPABLE and version("triton") < "3.7":
+        pytest.skip("the interpreter of Triton before 3.7 cannot loop to a number that is computed, under numpy 2.4")
+    from nanochat_hf.kernels import float8_matmul
+
+    device = "cuda" if CAPABLE else "cpu"
+    N, C, W = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def sparse(rows, values):
+        """One number in each row, so that no sum has to be rounded."""
+        at = torch.randint(C, (rows, 1), generator=generator)
+        return torch.zeros(rows, C).scatter(1, at, torch.tensor(values)[torch.randint(len(values), (rows, 1), generator=generator)]).to(device)
+
+    x, w, units = sparse(N, [1.0, -2.0, 0.5]), sparse(W, [1.0, 2.0]), [torch.tensor(value, device=device) for value in (2.0, 0.5)]
+    unit, kept_unit = torch.tensor(0.25, device=device), torch.tensor(4.0, device=device)
+    w = w.index_add(1, torch.arange(0, C, 3, device=device), torch.ones(W, len(range(0, C, 3)), device=device))  # enough that is not 0
+    a, a_t = float8_matmul.launch(x.to(float8.E4M3), w.to(float8.E4M3), units, unit, float8.E4M3)
+    expected = (x @ w.t()).relu().square() * 4
+    assert expected.count_nonzero() > expected.numel() / 16
+    assert torch.equal(a.float(), expected.to(float8.E4M3).float()) and torch.equal(a_t.float(), a.float().t())
+    kept = torch.tensor([0.0, 1.0, 4.0])[torch.randint(3, (W, N), generator=generator)].to(device)
+    s, s_t = float8_matmul.launch(x.to(float8.E5M2), w.to(float8.E4M3), units, unit, float8.E5M2, kept.to(float8.E4M3), kept_unit)
+    expected = (x @ w.t()) * 2 * (kept.t() * 4).sqrt() * 4
+    assert torch.equal(s.float(), expected.to(float8.E5M2).float()) and torch.equal(s_t.float(), s.float().t())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("settings", [FORMULAS, pytest.param({}, marks=triton)], ids=["formulas", "kernels"])
 @pytest.mark.parametrize("compile", [False, True])
@@ -192,7 +224,9 @@ def test_all_of_a_model_has_a_gradient_near_float32s(settings, compile, device):
         float8_loss, found = gradients(model, inputs, call)
     assert 0 < abs(float8_loss - loss) < 0.02 * loss
     for name, grad in found.items():
-        assert grad.dtype == torch.float32 and F.cosine_similarity(grad.flatten(), exact[name].flatten(), dim=0) > 0.9, name
+        assert grad.dtype == torch.float32 and grad.isfinite().all() and grad.any(), name
+        if grad.ndim == 2:  # those of the scalars are small differences of large sums
+            assert F.cosine_similarity(grad.flatten(), exact[name].flatten(), dim=0) > 0.95, name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -214,7 +248,7 @@ def test_evaluation_is_the_plain_model_to_the_bit(device):
 
 
 def products_of(model, monkeypatch):
-    """How many float8 products one forward pass takes."""
+    """How many float8 products one forward pass takes, that inside the squared ReLU aside."""
     calls, product = [], float8_layers.product
     monkeypatch.setattr(float8_layers, "product", lambda *args, **kwargs: calls.append(1) or product(*args, **kwargs))
     with torch.no_grad():
@@ -225,10 +259,10 @@ def products_of(model, monkeypatch):
 def test_layers_that_do_not_fit_stay_as_they_were(monkeypatch):
     model = tiny(**FORMULAS)
     assert kernels.install(model, float8=True)[-1].startswith("float8 products of 12 of the layers' 12 matrices")
-    assert products_of(model, monkeypatch) == 2 * 5
+    assert products_of(model, monkeypatch) == 2 * 4
     model = tiny(**FORMULAS, hidden_size=64, num_attention_heads=4, num_key_value_heads=1, head_dim=24)  # 64 → 96, 24, 24
     assert kernels.install(model, float8=True)[-1].startswith("float8 products of 6 of the layers' 12 matrices")
-    assert products_of(model, monkeypatch) == 2 * 3
+    assert products_of(model, monkeypatch) == 2 * 2
 
 
 def test_replaced_layers_and_odd_numbers_of_tokens_are_multiplied_as_before(monkeypatch):

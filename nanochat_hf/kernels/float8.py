@@ -9,9 +9,15 @@ from collections.abc import Sequence
 
 import torch
 
+try:
+    from . import float8_matmul as matmul  # wants Triton's tensor descriptors
+except ImportError:
+    matmul = None
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # the tensor cores want rows of 16 bytes
 TINY = 2.0**-100  # in place of the maximum of a tensor of zeros
+INSIDE = True  # the MLP's casts inside its products where the GPU can; False: a product of cuBLAS, then a cast, to compare
 
 
 def capable(device) -> tuple[bool, str]:
@@ -20,6 +26,11 @@ def capable(device) -> tuple[bool, str]:
         return False, f"{device.type} has no float8 products"
     major, minor = torch.cuda.get_device_capability(device)
     return (major, minor) >= (8, 9), f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, float8 begins with 8.9"
+
+
+def inside(x) -> bool:
+    """Whether products and casts of the MLP are one kernel for tensors like `x`."""
+    return INSIDE and matmul is not None and matmul.suits(x)
 
 
 def fits(*modules) -> bool:
@@ -105,36 +116,44 @@ def _(x):
 
 
 @torch.library.custom_op("nanochat_hf::float8_squared_relu", mutates_args=())
-def squared_relu(x: torch.Tensor, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """relu(x)² of x (N, W) as e4m3 in units of `unit` → (N, W), (W, N)."""
+def squared_relu(
+    x: torch.Tensor, up: torch.Tensor, x_unit: torch.Tensor, up_unit: torch.Tensor, unit: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """a = relu(x·upᵀ)² of x (N, C) and up (W, C), float8, as e4m3 in units of `unit` → a (N, W), aᵀ (W, N)."""
+    if inside(x):
+        return matmul.launch(x, up, (x_unit, up_unit), unit, E4M3)
     if not x.is_cuda:
-        a = scaled(torch.relu(x.float()).square(), unit, E4M3)
+        a = scaled(torch.relu(product(x, up, (x_unit, up_unit), torch.float32)).square(), unit, E4M3)
         return a, a.t().contiguous()
     from . import float8_casts
 
-    a, a_t = x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[::-1], dtype=E4M3)
-    float8_casts.launch(float8_casts.SQUARE, x, a, a_t, unit)
+    a, a_t = x.new_empty(x.shape[0], up.shape[0], dtype=E4M3), x.new_empty(up.shape[0], x.shape[0], dtype=E4M3)
+    float8_casts.launch(float8_casts.SQUARE, product(x, up, (x_unit, up_unit), torch.bfloat16), a, a_t, unit)
     return a, a_t
 
 
 @squared_relu.register_fake
-def _(x, unit):
-    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[::-1], dtype=E4M3)
+def _(x, up, x_unit, up_unit, unit):
+    return x.new_empty(x.shape[0], up.shape[0], dtype=E4M3), x.new_empty(up.shape[0], x.shape[0], dtype=E4M3)
 
 
 @torch.library.custom_op("nanochat_hf::float8_slope", mutates_args=())
-def slope(d: torch.Tensor, a_t: torch.Tensor, a_unit: torch.Tensor, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """d·2·√a, the gradient before the squared ReLU, of d (N, W) and aᵀ (W, N) as e5m2 in units of `unit` → (N, W), (W, N)."""
-    if not d.is_cuda:
-        s = scaled(d.float() * (2 * (a_t.t().float() * a_unit).sqrt()), unit, E5M2)
+def slope(
+    g: torch.Tensor, down_t: torch.Tensor, g_unit: torch.Tensor, down_unit: torch.Tensor, a_t: torch.Tensor, a_unit: torch.Tensor, unit: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(g·down)·2·√a, the gradient before the squared ReLU, of g (N, C), downᵀ (W, C), aᵀ (W, N), float8, as e5m2 in units of `unit` → (N, W), (W, N)."""
+    if inside(g):
+        return matmul.launch(g, down_t, (g_unit, down_unit), unit, E5M2, a_t, a_unit)
+    if not g.is_cuda:
+        s = scaled(product(g, down_t, (g_unit, down_unit), torch.float32) * (2 * (a_t.t().float() * a_unit).sqrt()), unit, E5M2)
         return s, s.t().contiguous()
     from . import float8_casts
 
-    s, s_t = d.new_empty(d.shape, dtype=E5M2), d.new_empty(d.shape[::-1], dtype=E5M2)
-    float8_casts.launch(float8_casts.SLOPE, d, s, s_t, unit, a_t, a_unit)
+    s, s_t = g.new_empty(a_t.shape[::-1], dtype=E5M2), g.new_empty(a_t.shape, dtype=E5M2)
+    float8_casts.launch(float8_casts.SLOPE, product(g, down_t, (g_unit, down_unit), torch.bfloat16), s, s_t, unit, a_t, a_unit)
     return s, s_t
 
 
 @slope.register_fake
-def _(d, a_t, a_unit, unit):
-    return d.new_empty(d.shape, dtype=E5M2), d.new_empty(d.shape[::-1], dtype=E5M2)
+def _(g, down_t, g_unit, down_unit, a_t, a_unit, unit):
+    return g.new_empty(a_t.shape[::-1], dtype=E5M2), g.new_empty(a_t.shape, dtype=E5M2)

@@ -28,14 +28,14 @@ def _cast(
             x = tl.where(x > 0.0, x * x, x * 0.0)  # NaN stays NaN
         if MODE == 2:
             # kept lies transposed: n columns
-            kept = tl.load(kept_ptr + far_column[:, None] * n + row[None, :], turned, 0.0).to(tl.float32)
-            x *= 2.0 * tl.sqrt(tl.trans(kept) * tl.load(kept_unit_ptr))
+            kept = tl.load(kept_ptr + far_column[:, None] * n + row[None, :], turned, 0.0).T.to(tl.float32)
+            x *= 2.0 * tl.sqrt(kept * tl.load(kept_unit_ptr))
         x *= 1.0 / tl.load(unit_ptr)
         x = tl.where(x > HIGHEST, HIGHEST, x)
         x = tl.where(x < -HIGHEST, -HIGHEST, x)
         x = x.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + far_row[:, None] * out_row + column[None, :], x, inside)
-    tl.store(transposed_ptr + far_column[:, None] * transposed_row + row[None, :], tl.trans(x), turned)
+    tl.store(transposed_ptr + far_column[:, None] * transposed_row + row[None, :], x.T, turned)
 
 
 def launch(mode, x, out, transposed, unit=None, kept=None, kept_unit=None):

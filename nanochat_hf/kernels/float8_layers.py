@@ -97,7 +97,7 @@ class SquaredReluMLP(torch.autograd.Function):
             down8, down_t, down_unit = _weights(down)
             u_bound = longest(up) * x.shape[-1] ** 0.5
             a_unit = unit_of(u_bound.square(), E4M3)
-            a, a_t = squared_relu(product(x8, up8, (x_unit, up_unit), dtype), a_unit)
+            a, a_t = squared_relu(x8, up8, x_unit, up_unit, a_unit)
             y = product(a, down8, (a_unit, down_unit), dtype)
             slope_bound = 2 * u_bound * longest(down.mT)  # times the gradient's longest row
         ctx.save_for_backward(x_t, x_unit, a_t, a_unit, up_t, up_unit, down_t, down_unit, slope_bound)
@@ -110,7 +110,7 @@ class SquaredReluMLP(torch.autograd.Function):
             flat = dy.reshape(-1, dy.shape[-1])
             g, g_t, unit = _gradients(flat)
             s_unit = unit_of(slope_bound * longest(flat), E5M2)
-            s, s_t = slope(product(g, down_t, (unit, down_unit), dy.dtype), a_t, a_unit, s_unit)
+            s, s_t = slope(g, down_t, unit, down_unit, a_t, a_unit, s_unit)
             dx = product(s, up_t, (s_unit, up_unit), ctx.dtype).view(ctx.shape)
             d_up = product(s_t, x_t, (s_unit, x_unit), ctx.weight_dtypes[0], fast=False)
             return dx, d_up, product(g_t, a_t, (unit, a_unit), ctx.weight_dtypes[1], fast=False)
