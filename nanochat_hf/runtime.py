@@ -13,26 +13,30 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .scaling import peak_of
 
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16", "float8": "bf16"}  # Accelerate's names
 # How Accelerate's launcher says which of the launch types that keep an optimizer of their own it was asked for.
 REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=None, seed=0, compile=False):
-    """An Accelerator for `accumulation` micro-batches a step. `dtype`: None (the launcher's), float32, bfloat16 or float16.
+    """An Accelerator for `accumulation` micro-batches a step. `dtype`: None (the launcher's), float32, bfloat16, float16 or float8.
 
+    float8, and mixed_precision fp8 of the launcher, are bfloat16 to Accelerate; who trains asks `chose_float8` and installs the products.
     `compile` lets Accelerate compile the prepared model, for fixed shapes.
-    ValueError where `dtype` contradicts the launcher, or the launch type is one that does not carry this optimizer. On XLA None is
-    bfloat16, for there the launcher cannot say it (see XLAAccelerator).
+    ValueError where `dtype` contradicts the launcher, the device lacks it, or the launch type is one that does not carry this optimizer.
+    On XLA None is bfloat16, for there the launcher cannot say it (see XLAAccelerator).
     """
     for variable, kind in REFUSED.items():  # before Accelerate asks for their packages
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise ValueError(f"{kind} keeps its own optimizer and cannot run Muon; launch with DDP (multi_gpu.yaml) or FSDP2 (fsdp2.yaml)")
-    precision = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if precision is not None and launched not in (None, "", precision):
+    if dtype not in (None, *PRECISIONS):
+        raise ValueError(f"--dtype {dtype} must be float32, bfloat16, float16 or float8")
+    launched, float8 = os.environ.get("ACCELERATE_MIXED_PRECISION"), chose_float8(dtype)
+    precision = "bf16" if float8 else PRECISIONS.get(dtype)
+    if dtype is not None and launched not in (None, "", precision, *(["fp8"] if float8 else [])):
         raise ValueError(f"--dtype {dtype} disagrees with the launcher's mixed_precision={launched}; drop one of them")
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype {dtype} must be float32, bfloat16 or float16")
+    if float8:
+        os.environ.pop("ACCELERATE_FP8_BACKEND", None)  # at which Accelerate would convert the layers by another package, in bfloat16 too
     shared = dict(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         log_with=trackers or None, project_dir=output_dir, step_scheduler_with_optimizer=False,
@@ -43,9 +47,20 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
         accelerator = Accelerator(**shared, mixed_precision=precision, cpu=not on_accelerator())
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("float16 needs a GPU: on the CPU Accelerate would silently train in float32; use --dtype bfloat16 or float32")
+    if float8:
+        from .kernels.float8 import capable
+
+        able, reason = capable(accelerator.device)
+        if not able:
+            raise ValueError(f"{'--dtype float8' if dtype else 'mixed_precision=fp8 of the launcher'}: {reason}; use bfloat16")
     compile_prepared(accelerator, compile)
     set_seed(seed)
     return accelerator
+
+
+def chose_float8(dtype=None):
+    """Whether products are to be float8 in training: by --dtype, or where that says nothing by the launcher's mixed_precision fp8."""
+    return dtype == "float8" or dtype is None and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8"
 
 
 def compile_prepared(accelerator, compile=True, higher_order=False):
@@ -137,8 +152,9 @@ class XLAAccelerator(Accelerator):
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launched not in ("", "no"):
             raise ValueError(f"mixed_precision={launched} of the launcher is unsafe on XLA; set it to no and choose with --dtype")
-        if dtype == "float16":
-            raise ValueError("--dtype float16 is not for XLA, which has no loss scaling here; use bfloat16 or float32")
+        if dtype in ("float16", "float8"):
+            lacking = {"float16": "loss scaling", "float8": "float8 products"}[dtype]
+            raise ValueError(f"--dtype {dtype} is not for XLA, which has no {lacking} here; use bfloat16 or float32")
         if compile:
             raise ValueError("--compile true is not for XLA, which compiles every step itself; drop it")
         state = PartialState()

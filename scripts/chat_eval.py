@@ -13,7 +13,7 @@ from nanochat_hf.config import parse, user_errors
 from nanochat_hf.evals.chat import CHAT_CORE, chat_core, chat_core_stderr, evaluate_task, evaluation_rows
 from nanochat_hf.tasks import get_task
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class TrainConfig:
     device_batch_size: int = field(default=32, metadata={"help": "rows a process takes at once"})
     total_batch_size: int | None = field(default=None, metadata={"help": "tokens of an optimizer step (default: one micro-batch)"})
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
-    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's; bfloat16 on XLA)"})
+    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16, float16, or float8: bfloat16 with float8 products in training (default: the launcher's; bfloat16 on XLA)"})
     attn: str = field(default="auto", metadata={"help": "auto, flex_attention, cudnn, pallas, sdpa, eager, flash_attention_2 to 4, or a flash kernel of the Hub"})
     kernels: bool | None = field(default=None, metadata={"help": "fused Triton kernels in training (default: on CUDA)"})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA; on a CPU where a C++ compiler and Python's headers are found and the run is long enough, see the plan)"})
@@ -113,11 +113,14 @@ def accelerate(config, accumulation):
 def install_kernels(config, accelerator, model):
     """Fused kernels as the flag and the device have it; returns what the plan says of them."""
     able, reason = kernels.available(accelerator.device)
+    float8 = runtime.chose_float8(config.dtype)
     if config.kernels and not able:
         raise ValueError(f"--kernels true: {reason}; leave it out")
+    if float8 and (config.kernels is False or not able):
+        raise ValueError(f"float8 is made of kernels, which are off ({reason if not able else '--kernels false'}); turn them on, or use --dtype bfloat16")
     if not able or config.kernels is False:
         return f"plain formulas ({reason if not able else 'asked for'})"
-    return f"{', '.join(kernels.install(model))} ({reason})"
+    return f"{', '.join(kernels.install(model, float8))} ({reason})"
 
 
 def announce(config, accelerator, model, description, num_steps, reason, details):
@@ -203,6 +206,8 @@ def run(
     if resume:
         accelerator.print(*changed_settings(checkpoint.settings_of(resume), settings), sep="", end="")
     settings |= environment(accelerator)
+    if runtime.chose_float8(config.dtype):
+        settings["mixed_precision"] += " with float8 products"
     if accelerator.is_main_process and output:
         dump(f"{output}/config.json", settings)
     if config.report_to != "none":

@@ -102,7 +102,7 @@ def test_layers_replaced_after_the_kernels_came_are_called(owner, name):
         setattr(getattr(layer, owner), name, new)
     loss, plain = gradients(model, inputs)
     for layer in model.model.layers:
-        getattr(layer, owner).fused = {"mlp": kernels.squared_relu, "self_attn": kernels.queries_and_keys}[owner]
+        getattr(layer, owner).fused = {"mlp": kernels.squared_relu, "self_attn": kernels.queries_keys_values}[owner]
     fused_loss, fused = gradients(model, inputs)
     assert fused_loss == loss and all(torch.equal(fused[key], plain[key]) for key in plain)
 

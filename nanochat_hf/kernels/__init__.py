@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import float8, float8_layers
 from .mlp import SquaredReluMLP
 
 HIGHEST_CAP = 40.0  # the cross-entropy sums exp(capped logit − cap) without a maximum: float32 holds exp(−80)
@@ -26,25 +27,51 @@ def plain(*modules) -> bool:
     return all(type(module) is nn.Linear for module in modules)
 
 
-def install(model) -> list[str]:
+def rotation_fits(config) -> bool:
+    """Whether the kernel of rotation and norm knows what models of this configuration compute."""
+    return config.rope_in_bfloat16 and config.rms_norm_eps is None and config.head_dim & (config.head_dim - 1) == 0
+
+
+def install(model, float8=False) -> list[str]:
     """Give a NanochatForCausalLM its fused kernels; returns the names of those that fit it now.
 
     Layers whose projections are not `plain` keep the formulas, and so does the attention of models with an epsilon of their own or
     unrounded cosines (imported from transformers' NanoChat), which the kernel does not know, and the loss above a cap of HIGHEST_CAP.
+    `float8` takes the products of the layers in float8 where 16 divides their widths, in training alone; the last name counts them.
     """
     config, installed, layers = model.config, set(), model.model.layers
     if config.final_logit_softcapping <= HIGHEST_CAP:
         model.nll_and_slope, model.add_product = nll_and_slope, add_product
         installed.add("softcapped cross-entropy")
-    rotation_fits = config.rope_in_bfloat16 and config.rms_norm_eps is None and config.head_dim & (config.head_dim - 1) == 0
     for layer in layers:
-        layer.self_attn.fused = queries_and_keys if rotation_fits else None
-        layer.mlp.fused = squared_relu
-    if rotation_fits and all(plain(layer.self_attn.q_proj, layer.self_attn.k_proj) for layer in layers):
+        layer.self_attn.fused = float8_queries_keys_values if float8 else queries_keys_values if rotation_fits(config) else None
+        layer.self_attn.fused_output = float8_output if float8 else None
+        layer.mlp.fused = float8_squared_relu if float8 else squared_relu
+    if rotation_fits(config) and all(plain(layer.self_attn.q_proj, layer.self_attn.k_proj) for layer in layers):
         installed.add("rope and norm of queries and keys")
     if all(plain(layer.mlp.up_proj, layer.mlp.down_proj) for layer in layers):
         installed.add("squared ReLU")
-    return sorted(installed)
+    return sorted(installed) + ([float8_share(model)] if float8 else [])
+
+
+def float8_share(model) -> str:
+    """How many of the layers' matrices are multiplied in float8, for the plan."""
+    groups = [group for layer in model.model.layers for group in (_inputs(layer.self_attn), (layer.self_attn.o_proj,), _mlp(layer.mlp))]
+    count = sum(len(group) for group in groups if plain(*group) and float8.fits(*group))
+    return f"float8 products of {count} of the layers' {sum(map(len, groups))} matrices, the rest and the head as autocast has them"
+
+
+def _inputs(attention):
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+def _mlp(mlp):
+    return mlp.up_proj, mlp.down_proj
+
+
+def _suits_float8(x, *modules):
+    # the tokens are the inner axis of the weights' gradients
+    return plain(*modules) and float8.fits(*modules) and x.shape[:-1].numel() % float8.MULTIPLE == 0
 
 
 def nll_and_slope(logits, target, weight, cap):
@@ -65,15 +92,19 @@ def add_product(total, a, b):
         total += (a @ b).float()
 
 
-def queries_and_keys(attention, x, rope):
-    """What NanochatAttention.queries_and_keys computes, by one product for both and one kernel for rotation and norm."""
-    if not plain(attention.q_proj, attention.k_proj):
-        return attention.queries_and_keys(x, rope)
+def queries_keys_values(attention, x, rope):
+    """What NanochatAttention.queries_keys_values computes, by one product for queries and keys and one kernel for rotation and norm."""
+    if not (plain(attention.q_proj, attention.k_proj) and rotation_fits(attention.config)):
+        return attention.queries_keys_values(x, rope)
+    both = F.linear(x, torch.cat((attention.q_proj.weight, attention.k_proj.weight)))
+    return *_rotated(attention, both, rope), attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
+
+
+def _rotated(attention, both, rope):
     from .rope import RopeNorm
 
-    joined = torch.cat((attention.q_proj.weight, attention.k_proj.weight))
     heads = (attention.q_proj.out_features // attention.head_dim, attention.k_proj.out_features // attention.head_dim)
-    return RopeNorm.apply(F.linear(x, joined), rope, *heads)
+    return RopeNorm.apply(both, rope, *heads)
 
 
 def squared_relu(mlp, x):
@@ -81,3 +112,28 @@ def squared_relu(mlp, x):
     if not plain(mlp.up_proj, mlp.down_proj):
         return mlp.squared_relu(x)
     return SquaredReluMLP.apply(x, mlp.up_proj.weight, mlp.down_proj.weight)
+
+
+def float8_queries_keys_values(attention, x, rope):
+    """`queries_keys_values` of normed x by float8 products, where they fit."""
+    if not _suits_float8(x, *_inputs(attention)):
+        return queries_keys_values(attention, x, rope)
+    both, v = float8_layers.Projections.apply(x, *(module.weight for module in _inputs(attention)))
+    D, queries = attention.head_dim, attention.q_proj.out_features
+    if rotation_fits(attention.config):
+        q, k = _rotated(attention, both, rope)
+    else:
+        q, k = attention.rotated(both[..., :queries].unflatten(-1, (-1, D)), both[..., queries:].unflatten(-1, (-1, D)), rope)
+    return q, k, v.unflatten(-1, (-1, D))
+
+
+def float8_output(attention, y):
+    """o_proj by float8 products, where they fit."""
+    return float8_layers.Linear.apply(y, attention.o_proj.weight) if _suits_float8(y, attention.o_proj) else attention.o_proj(y)
+
+
+def float8_squared_relu(mlp, x):
+    """`squared_relu` of normed x by float8 products, where they fit."""
+    if not _suits_float8(x, *_mlp(mlp)):
+        return squared_relu(mlp, x)
+    return float8_layers.SquaredReluMLP.apply(x, mlp.up_proj.weight, mlp.down_proj.weight)

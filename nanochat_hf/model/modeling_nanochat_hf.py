@@ -79,11 +79,15 @@ class NanochatAttention(nn.Module):
         self.v_proj = linear(C, K * D)
         self.o_proj = linear(H * D, C, "zero")
         self.ve_gate = linear(GATE_CHANNELS, K, "zero") if has_value_embedding(config, layer_idx) else None
-        self.fused = None  # in training, a kernel in place of `queries_and_keys` may stand here
+        self.fused = self.fused_output = None  # in training, kernels in place of `queries_keys_values` and of o_proj may stand here
 
-    def queries_and_keys(self, x, rope):
-        """Rotated and normed q (B, T, H, D) and k (B, T, K, D)."""
-        q, k = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj))
+    def queries_keys_values(self, x, rope):
+        """Rotated and normed q (B, T, H, D) and k (B, T, K, D), and v (B, T, K, D)."""
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return *self.rotated(q, k, rope), v
+
+    def rotated(self, q, k, rope):
+        """q and k, rotated and normed."""
         cos, sin = (t.to(q.dtype) for t in rope)
         # norm after RoPE, so that attention logits stay bounded (arXiv:2302.05442)
         eps = self.config.rms_norm_eps
@@ -91,8 +95,7 @@ class NanochatAttention(nn.Module):
 
     def forward(self, x, value_embedding, rope, attention_mask, past_key_values, **kwargs):
         B, T, _ = x.shape
-        q, k = self.fused(self, x, rope) if self.fused and self.training else self.queries_and_keys(x, rope)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        q, k, v = self.fused(self, x, rope) if self.fused and self.training else self.queries_keys_values(x, rope)
         if self.ve_gate is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1).to(v.dtype) * value_embedding.view_as(v).to(v.dtype)
@@ -104,7 +107,8 @@ class NanochatAttention(nn.Module):
             self, q, k.to(q.dtype), v.to(q.dtype), attention_mask, dropout=0.0, scaling=self.scaling,
             sliding_window=self.sliding_window, **kwargs,
         )  # fmt: skip
-        return self.o_proj(y.reshape(B, T, -1)), weights
+        y = y.reshape(B, T, -1)
+        return self.fused_output(self, y) if self.fused_output and self.training else self.o_proj(y), weights
 
 
 class NanochatMLP(nn.Module):

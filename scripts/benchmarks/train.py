@@ -86,7 +86,7 @@ def measure(depth, rows, args):
         model = NanochatForCausalLM(config)
     set_attention(model, attention)
     if args.kernels:
-        kernels.install(model)
+        kernels.install(model, args.dtype == "float8")
     optimizer = MuonAdamW(build_param_groups(model))
 
     def schedule(wrapped, step):
@@ -109,7 +109,7 @@ def measure(depth, rows, args):
     tokens = args.total_batch_size
     peak = peak_flops(device)
     figures = {
-        "depth": depth, "rows": rows, "attention": attention, "documents": args.document, "compiled": args.compile, "kernels": args.kernels,
+        "depth": depth, "rows": rows, "dtype": args.dtype, "attention": attention, "documents": args.document, "compiled": args.compile, "kernels": args.kernels,
         "tok/s": tokens / seconds, "step ms": seconds * 1e3, "fwd+bwd ms": seconds * 1e3 - updates, "optimizer ms": updates,
         "mfu": flops_per_token(model, args.positions) * tokens / seconds / peak if peak else float("nan"),
         "peak GiB": peak_memory(device) or float("nan"), "first step s": marks[1] - marks[0],
@@ -149,7 +149,7 @@ def main(argv=None):
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
     parser.add_argument("--document", type=int, default=0, help="mean tokens of a packed document, kept apart by the mask; 0: no mask")
     parser.add_argument("--attn", default="auto", help="attention kernel, as in training: auto, flex_attention, flash_attention_2 to 4, sdpa, ...")
-    parser.add_argument("--dtype", default="bfloat16", help="autocast precision")
+    parser.add_argument("--dtype", default="bfloat16", help="autocast precision, or float8: bfloat16 with float8 products")
     parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: ignore the accelerator")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA)")
@@ -165,6 +165,8 @@ def main(argv=None):
         args.compile = args.device == "auto" and torch.cuda.is_available()
     if args.kernels is None:
         args.kernels = args.device == "auto" and kernels.available(torch.device("cuda" if torch.cuda.is_available() else "cpu"))[0]
+    if args.dtype == "float8" and not args.kernels:
+        parser.error("--dtype float8 is made of kernels; drop --no-kernels, or use --dtype bfloat16 where there are none")
     depths = args.depth or [4]
     rows = args.rows or [32]
     rows = rows * len(depths) if len(rows) == 1 else rows

@@ -153,7 +153,7 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each, in turns; the median counts")
     parser.add_argument("--log-every", type=int, default=10, help="steps between log entries")
     parser.add_argument("--attn", default="auto", help="attention kernel, as in training: auto, flex_attention, flash_attention_2 to 4, sdpa, ...")
-    parser.add_argument("--dtype", default="bfloat16", help="autocast precision")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="autocast precision")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: ignore the accelerator")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA)")
     parser.add_argument("--json", help="also write the figures there")

@@ -3,7 +3,7 @@
 python -m scripts.experiments.fast_vs_plain --data 'text/*.parquet' --validation val.parquet --output runs/paths [--num-steps 300] [--float8 true]
 
 Each way is a run of base_train, side by side on as many GPUs as there are. "plain": the formulas as they stand, uncompiled, with SDPA under
-masks. --float8 true adds a run through accelerate_configs/fp8.yaml.
+masks. --float8 true adds a run with float8 products.
 """
 
 import json
@@ -25,7 +25,7 @@ class PathsConfig(ExperimentConfig):
     depth: int = field(default=12, metadata={"help": "layers"})
     num_steps: int = field(default=300, metadata={"help": "optimizer steps"})
     total_batch_size: int = field(default=65536, metadata={"help": "tokens of an optimizer step"})
-    float8: bool = field(default=False, metadata={"help": "also a run in float8 (pip install torchao)"})
+    float8: bool = field(default=False, metadata={"help": "also a run with --dtype float8"})
     attn: str = field(default="auto", metadata={"help": "attention of the fast path"})
 
 
@@ -38,7 +38,7 @@ def main(argv=None):
     arms = {
         "fast": shared | {"attn": config.attn},
         "plain": shared | {"attn": "sdpa", "kernels": "false", "compile": "false"},
-    } | ({"float8": shared | {"attn": config.attn, "dtype": None, "launch": "accelerate_configs/fp8.yaml"}} if config.float8 else {})
+    } | ({"float8": shared | {"attn": config.attn, "dtype": "float8"}} if config.float8 else {})
     run_all(config, arms, config.tokenizer or train_tokenizer(config, output), started)
     runs = {name: summary(output / name, name, flags) for name, flags in arms.items()}
     (output / "paths.json").write_text(json.dumps(runs, indent=1) + "\n")
