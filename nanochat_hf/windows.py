@@ -6,6 +6,7 @@ import numpy as np
 
 from .collate import PackingCollator
 from .conversation import ConversationError, PlainEncoder
+from .identity import identity
 from .loading import ahead, first, plain_errors, worker_loader
 from .sources import load_source, load_stream, locate, parse_line, task_rows
 from .streaming import MapReader, MixedReader, PackConversations, PackedStream, PackText, StreamReader
@@ -16,14 +17,14 @@ from .tokenised import OVERLONG, cut, to_conversation
 class _Windows:
     """Endless micro-batches out of a PackedStream: the loader, and the state of what was handed out."""
 
-    def __init__(self, reader, pack, collate, *, rows, rank, world_size, seed, num_workers, prefetch, settings):
+    def __init__(self, reader, pack, collate, *, rows, rank, world_size, seed, num_workers, prefetch, settings, data):
         self.rank, self.world_size, self.seed, self.prefetch = rank, world_size, seed, prefetch
         self.num_workers = reader.shares(num_workers, world_size) if num_workers else 0
         if self.num_workers < num_workers:
             print(f"{self.num_workers} of {num_workers} data workers: the data has no more shards for them", flush=True)
         workers = max(1, self.num_workers)
         self.stream = PackedStream(reader, pack, collate, rows=rows, rank=rank, world_size=world_size, workers=workers, seed=seed)
-        self.settings = settings | {"rows": rows, "seed": seed}
+        self.settings, self.data = settings | {"rows": rows, "seed": seed}, data
         self.states, self.turn, self.epoch, self.counts = [None] * workers, 0, 0.0, [{}] * workers
 
     def __iter__(self):
@@ -55,18 +56,21 @@ class _Windows:
         return first(self, count)
 
     def state_dict(self):
-        """Each worker's place in the stream, and how the stream was split."""
+        """Each worker's place in the stream, how the stream was split, and which data it is of."""
         split = {"world_size": self.world_size, "workers": len(self.states)}
-        return {"states": list(self.states), "turn": self.turn, "epoch": self.epoch, "settings": self.settings} | split
+        return {"states": list(self.states), "turn": self.turn, "epoch": self.epoch, "settings": self.settings, "data": self.data} | split
 
     def load_state_dict(self, state):
-        """Continue there; ValueError where the stream was split or packed in another way."""
+        """Continue there; ValueError where the stream was split or packed in another way, or is of other data."""
         for name, own, what in (("world_size", self.world_size, "processes"), ("workers", len(self.states), "data workers each")):
             if state[name] != own:
                 raise ValueError(f"the checkpoint's stream is split over {state[name]} {what}, this run has {own}; resume with {state[name]}")
         for name, value in self.settings.items():
             if state["settings"].get(name) != value:
                 raise ValueError(f"the checkpoint's stream has {name}={state['settings'].get(name)}, this run {value}; resume with the former")
+        for theirs, own in zip(state.get("data", self.data), self.data, strict=True):  # checkpoints of before have none
+            if theirs != own:
+                raise ValueError(f"the checkpoint's stream is of {theirs}, this run's of {own}; resume with the former, or begin anew without --resume")
         self.states, self.turn, self.epoch = list(state["states"]), state["turn"], state["epoch"]
 
 
@@ -91,6 +95,7 @@ class TextBatches(_Windows):
         super().__init__(
             reader, pack, PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size,
             seed=seed, num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "mode": mode, "streaming": streaming},
+            data=[identity(source, _rows(reader))],
         )  # fmt: skip
         self.plain, self.label = reader.stream if streaming else reader.rows, source.label
 
@@ -137,6 +142,7 @@ class StreamedConversations(_Windows):
             MixedReader(readers, [source.copies for source in sources]), PackConversations(self.treat, positions + 1),
             PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size, seed=seed,
             num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "overlong": overlong, "sources": len(sources)},
+            data=[identity(source, _rows(reader)) for source, reader in zip(sources, readers, strict=True)],
         )  # fmt: skip
 
 
@@ -176,6 +182,10 @@ class _Treat:
                 yield {"ids": [*head, *ids[a:b].tolist()], "mask": None if self.all else [*[0] * len(head), *mask[a:b].tolist()]}
             else:
                 self.counts["untrained"] += 1
+
+
+def _rows(reader):
+    return reader.stream if isinstance(reader, StreamReader) else reader.rows
 
 
 def _is_lines(source):
