@@ -6,6 +6,7 @@ collate.py) whose state_dict is that of the batches handed out, however many are
 
 import numpy as np
 
+from .bad_rows import BAD_ROWS, check_policy
 from .collate import PackingCollator
 from .conversation import ConversationError, PlainEncoder
 from .loading import ahead, first, plain_errors, worker_loader
@@ -15,7 +16,7 @@ from .tokenised import OVERLONG, Documents, to_conversation, tokenise
 from .windows import StreamedConversations, TextBatches
 
 __all__ = [
-    "OVERLONG", "ConversationError", "SFTBatches", "SourceConfig", "StreamedConversations", "TextBatches", "conversations", "load_source",
+    "BAD_ROWS", "OVERLONG", "ConversationError", "SFTBatches", "SourceConfig", "StreamedConversations", "TextBatches", "conversations", "load_source",
 ]  # fmt: skip
 
 
@@ -44,23 +45,25 @@ class SFTBatches:
     """Endless micro-batches of packed conversations. All rows of an epoch are planned before the first step; the state is the number of
     the run's next row, and holds on any number of processes.
 
-    `overlong` is truncate, split (before a user's message) or drop. `num_workers` processes collate; with 0 a thread does, `prefetch`
+    `overlong` is truncate, split (before a user's message) or drop; `bad_rows` error, or skip, which leaves out and counts rows that are no
+    conversation. `num_workers` processes collate; with 0 a thread does, `prefetch`
     batches ahead (0: none). `num_proc` processes tokenise. ValueError for whatever is wrong with the data, before the first batch.
     """
 
     def __init__(
         self, sources, tokenizer, *, rows, positions, rank=0, world_size=1, seed=0, train_on_all_tokens=False, isolate=True,
-        progress=False, overlong="truncate", num_proc=None, num_workers=0, prefetch=2,
+        progress=False, overlong="truncate", bad_rows="error", num_proc=None, num_workers=0, prefetch=2,
     ):  # fmt: skip
         self.rows, self.rank, self.world_size = rows, rank, world_size
         self.num_workers, self.prefetch = num_workers, prefetch
+        check_policy(bad_rows)
         encoder, capacity = PlainEncoder(tokenizer), positions + 1
         self.documents = Documents(
             capacity, encoder.special["<|bos|>"], encoder.special["<|user_start|>"],
             overlong=overlong, train_on_all_tokens=train_on_all_tokens, seed=seed,
         )  # fmt: skip
         for source in sources:
-            report = self.documents.add(source, *tokenise(source, encoder, num_proc=num_proc, progress=progress))
+            report = self.documents.add(source, *tokenise(source, encoder, num_proc=num_proc, progress=progress, bad_rows=bad_rows))
             if progress:
                 print(report, flush=True)
         self.reports = self.documents.reports
@@ -81,6 +84,11 @@ class SFTBatches:
     def truncated(self):
         """Conversations that lost their end."""
         return sum(report.truncated for report in self.reports)
+
+    @property
+    def bad(self):
+        """(rows left out because they are no conversation, why the first was)."""
+        return sum(report.bad for report in self.reports), next((report.first_bad for report in self.reports if report.bad), "")
 
     @property
     def untrained(self):

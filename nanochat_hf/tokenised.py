@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from .bad_rows import BadRows
 from .conversation import convert_row, row_format, validate
 from .sources import JsonLines, load_source, parse_line, task_rows
 from .tasks import get_task
@@ -31,9 +33,12 @@ class SourceReport:
     split: int = 0
     dropped: int = 0
     untrained: int = 0
+    bad: int = 0
+    first_bad: str = ""
 
     def __str__(self):
         treated = [f"{getattr(self, k):,} {text}" for k, text in TREATED.items() if getattr(self, k)]
+        treated += [f"{self.bad:,} bad rows left out (the first: {self.first_bad})"] if self.bad else []
         return f"{self.label}: read as {FORM_NAMES.get(self.form, self.form)}, {', '.join([f'{self.conversations:,} documents', *treated])}"
 
 
@@ -53,34 +58,46 @@ def to_conversation(row, where, source):
 
 
 class Render:
-    """The function that datasets.map calls with a batch of rows; it gives {"ids": int32 lists, "mask": uint8 lists}, a row a conversation."""
+    """The function that datasets.map calls with a batch of rows; it gives {"ids": int32 lists, "mask": uint8 lists}, a row a conversation,
+    and "bad": "" or, with `skip`, why the row is no conversation (then ids and mask are empty)."""
 
-    def __init__(self, encoder, source):
-        self.encoder, self.source = encoder, source
+    def __init__(self, encoder, source, skip=False):
+        self.encoder, self.source, self.skip = encoder, source, skip
 
     def __call__(self, batch, indices):
         import pyarrow as pa
 
-        conversations = [to_conversation(row, where, self.source) for row, where in self._rows(batch, indices)]
+        conversations, reasons = [], []
+        for row, where in self._rows(batch, indices):
+            try:
+                conversations.append(to_conversation(row() if callable(row) else row, where, self.source))
+                reasons.append("")
+            except ValueError as error:
+                if not self.skip:
+                    raise
+                reasons.append(str(error))
         ids, mask, lengths = self.encoder.render(conversations)
-        offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-        return pa.table({"ids": pa.ListArray.from_arrays(offsets, ids), "mask": pa.ListArray.from_arrays(offsets, mask)})
+        rows = np.zeros(len(reasons), dtype=np.int64)
+        rows[[not reason for reason in reasons]] = lengths
+        offsets = pa.array(np.concatenate(([0], np.cumsum(rows))).astype(np.int32))
+        return pa.table({"ids": pa.ListArray.from_arrays(offsets, ids), "mask": pa.ListArray.from_arrays(offsets, mask), "bad": pa.array(reasons)})
 
     def _rows(self, batch, indices):
         if set(batch) == {"line", "where"}:
-            return [(parse_line(line, where), where) for line, where in zip(batch["line"], batch["where"], strict=True)]
+            return [(partial(parse_line, line, where), where) for line, where in zip(batch["line"], batch["where"], strict=True)]
         names, start = list(batch), self.source.start + 1
         values = zip(*batch.values(), strict=True)
         return [(dict(zip(names, row, strict=True)), f"{self.source.label} row {start + i}") for row, i in zip(values, indices, strict=True)]
 
 
-def raw_rows(source):
-    """(Dataset of raw rows, fingerprint of their content, the form they have). Rows of any shape travel as lines of JSON."""
+def raw_rows(source, skip=False):
+    """(Dataset of raw rows, fingerprint of their content, the form they have). Rows of any shape travel as lines of JSON. With `skip` the
+    form is that of the first row that has one."""
     from datasets import Dataset
 
     rows = task_rows(source) if source.task else load_source(source, check=False)
     if isinstance(rows, JsonLines):
-        form = source.converter or row_format(_renamed(rows[0], source), rows.where(0))
+        form = source.converter or _form(rows, source, skip)
         lines, places = rows.lines, [rows.where(i) for i in range(len(rows))]
     elif isinstance(rows, list):
         form = "task"
@@ -95,12 +112,21 @@ def raw_rows(source):
     return Dataset.from_dict({"line": lines, "where": places}), digest.hexdigest(), form
 
 
+def _form(rows, source, skip):
+    for number in range(len(rows)):
+        try:
+            return row_format(_renamed(rows[number], source), rows.where(number))
+        except ValueError as error:
+            if not skip or number + 1 == len(rows):
+                raise error
+
+
 def _renamed(row, source):
     return row | {new: row.get(old) for new, old in source.columns.items()} if source.columns and isinstance(row, dict) else row
 
 
-def tokenise(source, encoder, *, num_proc=None, progress=False):
-    """All conversations of a source, rendered: (Dataset with columns ids and mask, its form). Cached by the rows' content, the
+def tokenise(source, encoder, *, num_proc=None, progress=False, bad_rows="error"):
+    """All conversations of a source, rendered: (Dataset with columns ids, mask and bad, its form). Cached by the rows' content, the
     tokenizer and the template; processes that start together wait for the first, without a collective that could time out."""
     from pathlib import Path
 
@@ -108,14 +134,14 @@ def tokenise(source, encoder, *, num_proc=None, progress=False):
     from filelock import FileLock
 
     with _bars(progress):
-        rows, content, form = raw_rows(source)
-    how = [encoder.fingerprint, content, source.task, source.start, source.columns, source.converter, "ids+mask"]
+        rows, content, form = raw_rows(source, bad_rows == "skip")
+    how = [encoder.fingerprint, content, source.task, source.start, source.columns, source.converter, "ids+mask+bad", bad_rows]
     fingerprint = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "nanochat_hf"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{fingerprint}.lock"), _bars(progress):
         done = rows.map(
-            Render(encoder, source), with_indices=True, batched=True, batch_size=500, remove_columns=rows.column_names,
+            Render(encoder, source, bad_rows == "skip"), with_indices=True, batched=True, batch_size=500, remove_columns=rows.column_names,
             num_proc=num_proc if num_proc and num_proc > 1 else None, cache_file_name=str(folder / f"{fingerprint}.arrow"),
             new_fingerprint=fingerprint, desc=f"tokenising {source.label}", load_from_cache_file=True,
         )  # fmt: skip
@@ -141,7 +167,7 @@ class TokenColumns:
         self.dataset = dataset
         self._open()
         self.lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in self.chunks]).astype(np.int64)
-        self.trained = np.concatenate([np.add.reduceat(mask, offsets[:-1], dtype=np.int64) for offsets, _, mask in self.chunks])
+        self.trained = np.concatenate([trained_tokens(offsets, mask) for offsets, _, mask in self.chunks])
 
     def _open(self):
         columns = [self.dataset.data.column(name).chunks for name in ("ids", "mask")]
@@ -165,6 +191,11 @@ class TokenColumns:
         place = number - self.first[chunk]
         part = slice(offsets[place], offsets[place + 1])
         return ids[part], mask[part]
+
+
+def trained_tokens(offsets, mask):
+    """Ones of `mask` in each row that `offsets` borders: trained_tokens([0, 2, 2, 3], [0, 1, 1]) → [1, 0, 1]."""
+    return np.diff(np.concatenate(([0], np.cumsum(mask, dtype=np.int64)))[offsets])
 
 
 def cut(length, turns, capacity, policy):
@@ -201,9 +232,14 @@ class Documents(Sequence):
         """Take a tokenised source in; returns its SourceReport."""
         columns, report = TokenColumns(dataset), SourceReport(source.label, form, source.copies)
         number = len(self.columns)
+        counted = BadRows(len(columns.lengths), int((columns.lengths == 0).sum()))  # a conversation has its <|bos|> at least
+        if counted.bad:
+            counted.reason = report.first_bad = next(filter(None, dataset["bad"]))
+            counted.check(source.label)
+        report.bad = counted.bad
         long = columns.lengths > self.capacity
-        keep = np.flatnonzero(~long & (self.all | (columns.trained > 0)))
-        report.untrained = int((~long).sum()) - len(keep)
+        keep = np.flatnonzero(~long & (columns.lengths > 0) & (self.all | (columns.trained > 0)))
+        report.untrained = int((~long).sum()) - len(keep) - report.bad
         spans = [np.stack((np.full(len(keep), number), keep, np.zeros_like(keep), columns.lengths[keep]), axis=1)]
         trained = [columns.trained[keep]]
         for row in np.flatnonzero(long):

@@ -4,8 +4,10 @@ import copy
 
 import numpy as np
 
+from .bad_rows import ENOUGH, BadRows, check_policy
 from .collate import PackingCollator
 from .conversation import ConversationError, PlainEncoder
+from .identity import identity
 from .loading import ahead, first, plain_errors, worker_loader
 from .sources import load_source, load_stream, locate, parse_line, task_rows
 from .streaming import MapReader, MixedReader, PackConversations, PackedStream, PackText, StreamReader
@@ -16,14 +18,14 @@ from .tokenised import OVERLONG, cut, to_conversation
 class _Windows:
     """Endless micro-batches out of a PackedStream: the loader, and the state of what was handed out."""
 
-    def __init__(self, reader, pack, collate, *, rows, rank, world_size, seed, num_workers, prefetch, settings):
+    def __init__(self, reader, pack, collate, *, rows, rank, world_size, seed, num_workers, prefetch, settings, data):
         self.rank, self.world_size, self.seed, self.prefetch = rank, world_size, seed, prefetch
         self.num_workers = reader.shares(num_workers, world_size) if num_workers else 0
         if self.num_workers < num_workers:
             print(f"{self.num_workers} of {num_workers} data workers: the data has no more shards for them", flush=True)
         workers = max(1, self.num_workers)
         self.stream = PackedStream(reader, pack, collate, rows=rows, rank=rank, world_size=world_size, workers=workers, seed=seed)
-        self.settings = settings | {"rows": rows, "seed": seed}
+        self.settings, self.data = settings | {"rows": rows, "seed": seed}, data
         self.states, self.turn, self.epoch, self.counts = [None] * workers, 0, 0.0, [{}] * workers
 
     def __iter__(self):
@@ -46,6 +48,11 @@ class _Windows:
         return sum(counts.get("truncated", 0) for counts in self.counts)
 
     @property
+    def bad(self):
+        """(rows left out because they are no conversation, why the first was), of the same windows."""
+        return sum(counts.get("bad", 0) for counts in self.counts), next((c["first_bad"] for c in self.counts if c.get("bad")), "")
+
+    @property
     def untrained(self):
         """Documents left out because no target is in them, of the same windows."""
         return sum(counts.get("untrained", 0) for counts in self.counts)
@@ -55,18 +62,21 @@ class _Windows:
         return first(self, count)
 
     def state_dict(self):
-        """Each worker's place in the stream, and how the stream was split."""
+        """Each worker's place in the stream, how the stream was split, and which data it is of."""
         split = {"world_size": self.world_size, "workers": len(self.states)}
-        return {"states": list(self.states), "turn": self.turn, "epoch": self.epoch, "settings": self.settings} | split
+        return {"states": list(self.states), "turn": self.turn, "epoch": self.epoch, "settings": self.settings, "data": self.data} | split
 
     def load_state_dict(self, state):
-        """Continue there; ValueError where the stream was split or packed in another way."""
+        """Continue there; ValueError where the stream was split or packed in another way, or is of other data."""
         for name, own, what in (("world_size", self.world_size, "processes"), ("workers", len(self.states), "data workers each")):
             if state[name] != own:
                 raise ValueError(f"the checkpoint's stream is split over {state[name]} {what}, this run has {own}; resume with {state[name]}")
         for name, value in self.settings.items():
-            if state["settings"].get(name) != value:
+            if state["settings"].get(name, "error" if name == "bad_rows" else None) != value:  # checkpoints of before have none
                 raise ValueError(f"the checkpoint's stream has {name}={state['settings'].get(name)}, this run {value}; resume with the former")
+        for theirs, own in zip(state.get("data", self.data), self.data, strict=True):  # checkpoints of before have none
+            if theirs != own:
+                raise ValueError(f"the checkpoint's stream is of {theirs}, this run's of {own}; resume with the former, or begin anew without --resume")
         self.states, self.turn, self.epoch = list(state["states"]), state["turn"], state["epoch"]
 
 
@@ -91,6 +101,7 @@ class TextBatches(_Windows):
         super().__init__(
             reader, pack, PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size,
             seed=seed, num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "mode": mode, "streaming": streaming},
+            data=[identity(source, _rows(reader))],
         )  # fmt: skip
         self.plain, self.label = reader.stream if streaming else reader.rows, source.label
 
@@ -123,36 +134,61 @@ class StreamedConversations(_Windows):
 
     def __init__(
         self, sources, tokenizer, *, rows, positions, rank=0, world_size=1, seed=0, train_on_all_tokens=False, isolate=True,
-        overlong="truncate", num_workers=0, prefetch=2,
+        overlong="truncate", bad_rows="error", num_workers=0, prefetch=2,
     ):  # fmt: skip
+        check_policy(bad_rows)
         if overlong not in OVERLONG:
             raise ValueError(f"overlong={overlong!r} is unknown; choose from {', '.join(OVERLONG)}")
-        self.treat = _Treat(sources, PlainEncoder(tokenizer), positions + 1, overlong, train_on_all_tokens)
+        self.treat = _Treat(sources, PlainEncoder(tokenizer), positions + 1, overlong, train_on_all_tokens, bad_rows == "skip")
         readers = [_reader(source, not source.task, seed, world_size) for source in sources]
         for number, reader in enumerate(readers):  # the first row of each source is rendered now, so that a wrong form shows before training
             rows_, _ = reader.open(rank, world_size, 0, 1)
             self.treat([(number, next(rows_)[0])])
-        self.treat.counts = dict.fromkeys(self.treat.counts, 0)
+        self.treat.reset()
         super().__init__(
             MixedReader(readers, [source.copies for source in sources]), PackConversations(self.treat, positions + 1),
             PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size, seed=seed,
-            num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "overlong": overlong, "sources": len(sources)},
+            num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "overlong": overlong, "bad_rows": bad_rows, "sources": len(sources)},
+            data=[identity(source, _rows(reader)) for source, reader in zip(sources, readers, strict=True)],
         )  # fmt: skip
 
 
 class _Treat:
     """(source's number, row) pairs → documents: converted, rendered, and cut by the policy; those without a target are left out."""
 
-    def __init__(self, sources, encoder, capacity, overlong, train_on_all_tokens):
+    def __init__(self, sources, encoder, capacity, overlong, train_on_all_tokens, skip=False):
         self.sources, self.encoder, self.capacity, self.overlong, self.all = sources, encoder, capacity, overlong, train_on_all_tokens
-        self.counts = {"truncated": 0, "split": 0, "dropped": 0, "untrained": 0}
+        self.skip = skip
+        self.reset()
+
+    def reset(self):
+        """Count from nothing."""
+        self.counts = {"truncated": 0, "split": 0, "dropped": 0, "untrained": 0, "bad": 0, "first_bad": ""}
+        self.rows = [BadRows() for _ in self.sources]
 
     def __call__(self, rows):
-        ids, mask, lengths = self.encoder.render([self._conversation(row, self.sources[n]) for n, row in rows])
+        kept = [conversation for n, row in rows if (conversation := self._kept(row, n)) is not None]
+        if not kept:
+            return []
+        ids, mask, lengths = self.encoder.render(kept)
         ends, documents = np.cumsum(lengths), []
         for start, end in zip(ends - lengths, ends, strict=True):
             documents += self._pieces(ids[start:end], mask[start:end])
         return documents
+
+    def _kept(self, row, number):
+        source, counted = self.sources[number], self.rows[number]
+        try:
+            conversation = self._conversation(row, source)
+            counted.add(None)
+            return conversation
+        except ValueError as error:
+            if not self.skip:
+                raise
+            counted.add(error)
+            self.counts |= {"bad": self.counts["bad"] + 1, "first_bad": self.counts["first_bad"] or str(error)}
+            if counted.seen >= ENOUGH:
+                counted.check(source.label)
 
     def _conversation(self, row, source):
         if not source.task and _is_lines(source):
@@ -176,6 +212,10 @@ class _Treat:
                 yield {"ids": [*head, *ids[a:b].tolist()], "mask": None if self.all else [*[0] * len(head), *mask[a:b].tolist()]}
             else:
                 self.counts["untrained"] += 1
+
+
+def _rows(reader):
+    return reader.stream if isinstance(reader, StreamReader) else reader.rows
 
 
 def _is_lines(source):

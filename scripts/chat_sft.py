@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from nanochat_hf import NanochatForCausalLM, scaling
+from nanochat_hf.bad_rows import check_policy
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.conversation import render_prompt
 from nanochat_hf.data import OVERLONG, SFTBatches, SourceConfig, StreamedConversations
@@ -31,11 +32,13 @@ class SFTConfig:
     isolate: bool = field(default=True, metadata={"help": "packed conversations cannot attend to each other"})
     epochs: float = field(default=1.0, metadata={"help": "passes over the data, where --num-steps is not given"})
     overlong: str = field(default="truncate", metadata={"help": f"conversations longer than a row: {', '.join(OVERLONG)}"})
+    bad_rows: str = field(default="error", metadata={"help": "rows that are no conversation: error, or skip, which leaves out and counts up to half of them"})
     streaming: bool = field(default=False, metadata={"help": "read the training data as streams, unplanned; needs --num-steps"})
     num_workers: int | None = field(default=None, metadata={"help": "processes that make batches; 0: a thread (default: 4 for --streaming on CUDA, else 0)"})
     num_proc: int | None = field(default=None, metadata={"help": "processes that tokenise (default: one)"})
 
     def __post_init__(self):
+        check_policy(self.bad_rows)
         if not 0 < self.epochs < float("inf"):
             raise ValueError(f"--epochs {self.epochs} must be above 0; 0.5 is half of the data")
 
@@ -69,6 +72,7 @@ def main(argv=None):
     shape = dict(
         rows=config.device_batch_size, positions=config.max_seq_len, rank=accelerator.process_index, world_size=processes,
         isolate=sft.isolate, train_on_all_tokens=sft.train_on_all_tokens, overlong=sft.overlong,
+        bad_rows=sft.bad_rows,
     )  # fmt: skip
     told = dict(progress=accelerator.is_main_process, num_proc=sft.num_proc)
     if sft.streaming:
@@ -80,6 +84,8 @@ def main(argv=None):
             f"{len(batches.documents):,} conversations in {batches.num_rows:,} rows, padding {batches.padding_share:.2%}, "
             f"{batches.truncated} truncated, {batches.untrained} without a target left out"
         )
+    if batches.bad[0]:
+        data += f", {batches.bad[0]:,} bad rows left out (the first: {batches.bad[1]})"
     on = ", ".join(source.label for source in held_out) or "the training data itself; --validation names held-out conversations"
     plan = {"data": data, "validation": on, "start": sft.model}
     # whatever is trained on, validation counts the assistant's tokens of conversations that stand alone, so that runs compare
@@ -95,7 +101,7 @@ def main(argv=None):
     prompts = [(text, render_prompt(tokenizer, pair(text, ""))) for text in PROMPTS]
     folder, _, _ = run(
         config, accelerator, model, tokenizer, batches, validation, num_steps, description="sft", settings=settings, prompts=prompts, plan=plan,
-        pusher=pusher,
+        pusher=pusher, figures=lambda: {"bad rows left out": batches.bad[0], "the first of them": batches.bad[1]} if batches.bad[0] else {},
     )  # fmt: skip
     sys.exit(143 if folder is None else 0)
 

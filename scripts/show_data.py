@@ -42,7 +42,7 @@ def main(argv=None):
     batches = SFTBatches(
         sources, tokenizer, rows=1, positions=show.max_seq_len or recipe.get("max_seq_len", 2048), seed=show.seed, progress=True, prefetch=0,
         overlong=show.overlong or recipe.get("overlong", "truncate"), num_proc=show.num_proc,
-        train_on_all_tokens=recipe.get("train_on_all_tokens", False), isolate=recipe.get("isolate", True),
+        train_on_all_tokens=recipe.get("train_on_all_tokens", False), isolate=recipe.get("isolate", True), bad_rows=recipe.get("bad_rows", "error"),
     )  # fmt: skip
     batches.next_row = show.first
     coloured = show.color and (sys.stdout.isatty() or show.force_color)

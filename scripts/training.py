@@ -169,10 +169,10 @@ def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, deca
 
 def run(
     config, accelerator, model, tokenizer, batches, validation, num_steps, *, description, settings=None, lr_scale=1.0, decay=False,
-    prompts=(), plan=None, pusher=None, callbacks=(),
+    prompts=(), plan=None, pusher=None, callbacks=(), figures=dict,
 ):  # fmt: skip
     """Train `model` on `batches` for `num_steps`, evaluate on `validation` (batches), save. `plan`: more lines of the printed plan;
-    `prompts`: see Sample; `callbacks`: more of them.
+    `prompts`: see Sample; `callbacks`: more of them; `figures()`: more of them for the report.
 
     Returns (final folder, Trainer, Evaluate); the folder is None when the run was stopped, and "" when there is nothing to write.
     """
@@ -229,7 +229,7 @@ def run(
     push = callback_push.attach(trainer, pusher if output else None, output)
     try:
         trainer.fit()
-        folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output)
+        folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output, figures())
     finally:
         trainer.stop.release()
     push.finish(folder, step=trainer.state.step)
@@ -251,7 +251,7 @@ def divided(batches, rank, world_size):
     return [{key: value[start : start + size] for key, value in own.items()} for start in range(0, len(own["input_ids"]), size)]
 
 
-def finish(config, trainer, evaluate, log, tokenizer, settings, description, output):
+def finish(config, trainer, evaluate, log, tokenizer, settings, description, output, more):
     """Export, report, say goodbye; returns the final folder, "" for a dry run, None for a stopped one."""
     accelerator, state = trainer.accelerator, trainer.state
     if trainer.stopped and state.step < trainer.num_steps:
@@ -265,7 +265,7 @@ def finish(config, trainer, evaluate, log, tokenizer, settings, description, out
     figures = {
         "steps": state.step, "tokens": state.tokens, "seconds of training": state.seconds, "minimum validation bpb": evaluate.best,
         "last validation bpb": evaluate.last, "validation bpb before": evaluate.first, "steps without targets": state.skipped,
-        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps + state.overflowed, **log.figures,
+        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps + state.overflowed, **log.figures, **more,
     }  # fmt: skip
     if accelerator.is_main_process and output:
         checkpoint.export(trainer.raw_model, tokenizer, folder, weights)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -204,6 +206,35 @@ def test_another_split_of_the_stream_is_refused(tokenizer, shards):
         make(world_size=2, num_workers=2).load_state_dict(state)
     with pytest.raises(ValueError, match="positions=31, this run 47"):
         make(world_size=2, positions=47).load_state_dict(state)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_stream_of_other_data_is_refused_and_the_same_in_another_folder_is_not(tokenizer, shards, tmp_path, streaming):
+    def make(folder, **changes):
+        source = SourceConfig(path=str(folder / "part-*.parquet"), **changes)
+        return TextBatches(source, tokenizer, rows=1, positions=31, streaming=streaming)
+
+    first = make(Path(shards).parent)
+    first.take(2)
+    shutil.copytree(Path(shards).parent, tmp_path / "moved")
+    make(tmp_path / "moved").load_state_dict(json_like(first.state_dict()))
+    with pytest.raises(ValueError, match=r"is of part-0.parquet to part-3.parquet \(4 files, .*, this run's of .*rows from 3; resume with the former"):
+        make(tmp_path / "moved", start=3).load_state_dict(first.state_dict())
+    (tmp_path / "moved" / "part-1.parquet").unlink()
+    with pytest.raises(ValueError, match=r"this run's of part-0.parquet to part-3.parquet \(3 files"):
+        make(tmp_path / "moved").load_state_dict(first.state_dict())
+    older = {name: value for name, value in first.state_dict().items() if name != "data"}
+    make(Path(shards).parent).load_state_dict(older)
+
+
+def test_streamed_conversations_of_another_file_are_refused(tokenizer, chats, tmp_path):
+    def make(path):
+        return StreamedConversations([SourceConfig(path=chats), SourceConfig(path=str(path))], tokenizer, rows=1, positions=63)
+
+    lines = Path(chats).read_text().splitlines(keepends=True)
+    (tmp_path / "less.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"stream is of chats.jsonl \([\d,]+ bytes\), this run's of less.jsonl \([\d,]+ bytes\)"):
+        make(tmp_path / "less.jsonl").load_state_dict(make(chats).state_dict())
 
 
 @pytest.mark.parametrize("streaming", [True, False])
