@@ -122,7 +122,7 @@ def train_tokenizer(config, output):
 
 
 def command(config, name, differing, tokenizer):
-    """The base_train command of one arm: flags that are None are left out, "launch" names a file of Accelerate."""
+    """The base_train command of one arm: flags that are None are left out."""
     steps = differing["num_steps"]
     flags = {
         "data": config.data, "validation": config.validation, "tokenizer": tokenizer, "output_dir": Path(config.output) / name,
@@ -130,10 +130,8 @@ def command(config, name, differing, tokenizer):
         "total_batch_size": config.total_batch_size, "packing": "keep", "num_workers": config.num_workers, "seed": config.seed,
         "dtype": "bfloat16", "warmup_steps": round(config.warmup * steps), "eval_every": max(1, steps // 12), "sample_every": 0,
     } | differing  # fmt: skip
-    launcher = flags.pop("launch", None)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", launcher] if launcher else []
     given = (str(p) for key, value in flags.items() if value is not None for p in (f"--{key.replace('_', '-')}", value))
-    return [sys.executable, *launch, "-m", "scripts.base_train", *given]
+    return [sys.executable, "-m", "scripts.base_train", *given]
 
 
 def run_all(config, arms, tokenizer, started):
