@@ -10,9 +10,10 @@ from transformers.utils import (
     is_kernels_available,
 )
 
+from .kernels import cudnn_attention
 from .runtime import flash_kernel
 
-KERNELS = ("auto", "eager", "sdpa", "flex_attention", "pallas")
+KERNELS = ("auto", "eager", "sdpa", "flex_attention", "cudnn", "pallas")
 FLASH = {
     "flash_attention_2": (is_flash_attn_2_available, "flash-attn"),
     "flash_attention_3": (is_flash_attn_3_available, "flash-attn-3"),
@@ -40,6 +41,16 @@ def check_flash(device, requested, precision):
         raise ValueError(f"--attn {requested} cannot run on {device.type}: {reason}; {remedy}")
 
 
+def check_cudnn(device, precision):
+    """ValueError where cuDNN's attention cannot run; else it is registered with transformers. `precision`: see check_flash."""
+    missing = cudnn_attention.missing(device)
+    if missing is None and precision == "no":
+        missing = "it computes in half precision and this run in float32", "add --dtype bfloat16, or use sdpa or auto"
+    if missing:
+        raise ValueError(f"--attn cudnn cannot run on {device.type}: {missing[0]}; {missing[1]}")
+    cudnn_attention.register()
+
+
 def set_attention(model, name):
     """`model.set_attn_implementation(name)`; ValueError that says the remedy where transformers cannot load it."""
     try:
@@ -51,15 +62,18 @@ def set_attention(model, name):
 def choose_attention(device, requested="auto", *, training=True, precision=None):
     """The name of an attention implementation and the reason, e.g. ("sdpa", "no CUDA device").
 
-    `device`: torch.device. `requested`: one of KERNELS or of the flash family; "auto" takes FlexAttention for compiled training on CUDA, since its block masks
-    skip what windows and document borders hide, XLA's flash kernel for training on a TPU, and SDPA elsewhere. ValueError for an unknown
-    name, for FlexAttention where it has no backward, and for the TPU's and the flash family's kernels where they cannot run (`precision`: see
-    check_flash).
+    `device`: torch.device. `requested`: one of KERNELS or of the flash family; "auto" takes cuDNN's attention for training on Hopper where
+    nvidia-cudnn-frontend is installed, else FlexAttention for training on CUDA, since its block masks skip what windows and document borders
+    hide, XLA's flash kernel for training on a TPU, and SDPA elsewhere. ValueError for an unknown
+    name, for FlexAttention where it has no backward, and for the TPU's, cuDNN's and the flash family's kernels where they cannot run
+    (`precision`: see check_flash).
     """
     if is_flash(requested):
         check_flash(device, requested, precision)
     elif requested not in KERNELS:
         raise ValueError(f"--attn {requested} is unknown; choose from {', '.join((*KERNELS, *FLASH))}")
+    if requested == "cudnn":
+        check_cudnn(device, precision)
     if requested == "flex_attention" and training and device.type != "cuda":
         raise ValueError(f"--attn flex_attention has no backward on {device.type}; use sdpa or auto")
     if device.type == "xla" and training or requested == "pallas":
@@ -74,5 +88,8 @@ def choose_attention(device, requested="auto", *, training=True, precision=None)
         if find_spec("triton") is None:
             return "sdpa", "triton is not installed"
         major = torch.cuda.get_device_capability(device)[0]
+        # on Hopper alone: its kernels for others exist, but nobody has measured them against FlexAttention with windows and documents
+        if major == 9 and precision != "no" and cudnn_attention.missing(device) is None:
+            return cudnn_attention.register(), "nvidia-cudnn-frontend is installed; its kernels skip what windows and document borders hide"
         return ("flex_attention", "block masks skip windows and document borders") if major >= 8 else ("sdpa", "the GPU is older than Ampere")
     return "sdpa", "generation" if device.type == "cuda" else "no CUDA device"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from .runtime import agree, load_whole_weights, whole_weights
@@ -36,14 +37,14 @@ def resolve(output_dir, resume):
 
 def share_folder(accelerator, output_dir):
     """Make `output_dir`, on the main process; ValueError on all of them where one does not see it, as on machines that share no storage."""
-    error = None
+    said = [None]
     if accelerator.is_main_process:
         try:
             prepare_folder(output_dir)
         except OSError as caught:
-            error = caught
-    if agree(accelerator, error is not None):  # on all ranks: one that went on alone would wait for the main process
-        raise error or OSError(f"--output-dir {output_dir}: the main process cannot write to it")
+            said = [str(caught)]
+    if broadcast_object_list(said)[0]:  # on all ranks: one that went on alone would wait for the main process
+        raise OSError(said[0])
     if agree(accelerator, not Path(output_dir).is_dir()):
         raise ValueError(f"--output-dir {output_dir}: not all processes see it; name a folder on storage that all machines share")
 

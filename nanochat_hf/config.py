@@ -4,12 +4,15 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 import yaml
 from transformers import HfArgumentParser
+
+from .once import say_error
 
 SMALLER = (
     "it does not fit; lower --device-batch-size (with --total-batch-size the step stays the same), give --gradient-checkpointing true, lower "
@@ -39,6 +42,7 @@ def parse(types, argv=None, *, lists=(), description=None):
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(types, description=description, allow_abbrev=False)
+    parser.error = functools.partial(_refuse, parser)
     parser.add_argument("--config", default=None, help="recipe (YAML) whose keys are the flags' names; flags win over it")
     extras = {}
     config_path = _config_argument(argv)
@@ -73,6 +77,11 @@ def parse(types, argv=None, *, lists=(), description=None):
     return *configs, extras
 
 
+def _refuse(parser, message):
+    say_error(f"{parser.format_usage()}{parser.prog}: error: {message}")
+    sys.exit(2)
+
+
 def guessed(names, known, separator=", "):
     """Names that are none of the known, each with the one it resembles: guessed(["sed", "x"], ["seed"]) → "sed (did you mean seed?), x"."""
     told = []
@@ -104,7 +113,9 @@ def dump(path, settings):
 
 
 def user_errors(main):
-    """Decorate a script's main: what a user caused ends in one line on stderr and exit code 2, without a traceback."""
+    """Decorate a script's main: what a user caused ends in one line on stderr and exit code 2, without a traceback.
+
+    Of several processes that meet the same error the main one says it."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -113,16 +124,17 @@ def user_errors(main):
         except (ValueError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            say_error(f"error: {' '.join(str(error).split())}")
             sys.exit(2)
         except KeyboardInterrupt:  # once training runs, Ctrl-C saves (stopping.StopSignal)
-            print("\ninterrupted", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             reason = str(error).split(". ")[0]
-            print(f"error: {' '.join(reason.split())}: {SMALLER}", file=sys.stderr)
+            say_error(f"error: {' '.join(reason.split())}: {SMALLER}")
             sys.exit(2)
 
     return wrapped

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from concurrent.futures import CancelledError
@@ -15,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from tqdm import tqdm
 
-from .hub_folder import LAST, run_settings, scrub, stage_model, write_card
+from .hub_folder import LAST, lay_out, run_settings, scrub, write_card
 from .model_card import hub_name
 
 STRATEGIES = ("end", "every_save", "checkpoint")
@@ -134,11 +135,8 @@ class HubPusher:
     def submit(self, folder, *, run_dir=None, checkpoint=None, results=None, license=None, language=None, message="Push model"):
         """Push the model in `folder`, in the background; `run_dir` holds config.json and metrics.jsonl of the run."""
         try:
-            stage = stage_model(folder, self._scratch(run_dir) / uuid4().hex, checkpoint=checkpoint)
-            run_dir = Path(run_dir) if run_dir else Path(folder)
-            settings = run_settings(run_dir)
-            if (run_dir / "metrics.jsonl").is_file():
-                shutil.copy2(run_dir / "metrics.jsonl", stage)
+            stage = lay_out(folder, self._scratch(run_dir) / uuid4().hex, run_dir or folder, checkpoint)
+            settings = run_settings(run_dir or folder)
             while self.jobs and self.jobs[-1][0].cancel():
                 shutil.rmtree(self.jobs.pop()[1], ignore_errors=True)
             card = {"settings": settings, "results": results, "license": license, "language": language}
@@ -193,6 +191,10 @@ class HubPusher:
                 future.result()
             except CancelledError:
                 continue
+            except KeyboardInterrupt:  # an ordinary exit would wait for the client's thread, however long it hangs
+                self.say(f"push to {self.repo_id} interrupted; what was to go there is whole, push it later with scripts.push_to_hub")
+                sys.stdout.flush()
+                os._exit(130)
         self.jobs.clear()
         if self.scratch:
             shutil.rmtree(self.scratch, ignore_errors=True)

@@ -44,6 +44,14 @@ def stage_model(folder, target, *, checkpoint=None):
     return target
 
 
+def lay_out(folder, target, run_dir, checkpoint=None):
+    """stage_model, and the metrics of the run in `run_dir` beside it, where it has any; returns `target`."""
+    stage = stage_model(folder, target, checkpoint=checkpoint)
+    if (Path(run_dir) / "metrics.jsonl").is_file():
+        shutil.copy2(Path(run_dir) / "metrics.jsonl", stage)
+    return stage
+
+
 def _link(source, target):
     try:
         os.link(source, target)

@@ -63,10 +63,16 @@ def chose_float8(dtype=None):
     return dtype == "float8" or dtype is None and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8"
 
 
-def compile_prepared(accelerator, compile=True):
-    """Whether `accelerator` compiles, for fixed shapes, the models that it prepares from now on; False leaves it to the launcher's YAML."""
+def compile_prepared(accelerator, compile=True, higher_order=False):
+    """Whether `accelerator` compiles, for fixed shapes, the models that it prepares from now on; False leaves it to the launcher's YAML.
+
+    `higher_order`: the model has operators that take functions (FlexAttention, recomputed layers). Of those dynamo cannot cut a graph at
+    DDP's buckets, and refuses to; uncut, gradients are reduced once all of them are there.
+    """
     # the constructor's own argument counts for the first Accelerator of a process alone, and the scripts make one to count the processes
     accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="inductor", dynamic=False) if compile else TorchDynamoPlugin()
+    if compile:
+        torch._dynamo.config.optimize_ddp = not higher_order
 
 
 def on_accelerator():

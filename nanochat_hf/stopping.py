@@ -15,9 +15,15 @@ class StopSignal:
         self.accelerator, self.received, self.earlier = accelerator, 0, None
         launched = accelerator.device.type == "xla" or "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ  # torchrun: RANK
         self.parent = os.getppid() if launched else None
+        self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # XLA's launcher trains in a thread, where Python takes no handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._receive)
+            self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def release(self):
+        """Give the signals back to who had them, once there is no step left to finish: what comes later may end the program."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
 
     def _receive(self, number, frame):
         self.received = number

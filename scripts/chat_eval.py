@@ -28,6 +28,7 @@ class EvalConfig:
     batch_size: int = field(default=64, metadata={"help": "questions that a process answers at once"})
     max_new_tokens: int = field(default=512, metadata={"help": "longest answer in tokens"})
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's)"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that comes with a model of another architecture"})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results and every answer"})
     markdown: bool = field(default=False, metadata={"help": "write the table beside OUTPUT too, as .md"})
 
@@ -48,7 +49,7 @@ def main(argv=None):
     if config.output and accelerator.is_main_process:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():  # the others find what it downloaded and prepared
-        model, tokenizer = load(config.model, DTYPES[accelerator.mixed_precision])
+        model, tokenizer = load(config.model, DTYPES[accelerator.mixed_precision], config.trust_remote_code)
         rows = [evaluation_rows(task, path, config.limit) for task, path in chosen]
     model.to("cpu" if accelerator.device.type == "xla" else accelerator.device)  # each new length would be a new program of XLA
     results = []
@@ -75,11 +76,14 @@ def chosen_tasks(config, entries):
     return [(get_task(name.strip()), paths.get(name.strip())) for name in names]
 
 
-def load(name, dtype):
+def load(name, dtype, trust_remote_code=False):
     """(model, tokenizer) of a folder or Hub name, in evaluation mode; ValueError where they cannot be loaded."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(), AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"--model {name}: comes with code of its own; read it, and give --trust-remote-code to run it") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"--model {name}: cannot be loaded ({reason}); give the folder or the Hub name of a model") from None
 

@@ -1,12 +1,14 @@
 """Push a finished model to the Hub: python -m scripts.push_to_hub runs/sft --hub-model-id org/name"""
 
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat_hf.checkpoint import checkpoints
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.hub import HubPusher, check_repo_id
+from nanochat_hf.hub_folder import lay_out, run_settings, write_card
 from nanochat_hf.model_card import read_results
 
 
@@ -22,6 +24,7 @@ class PushConfig:
     results: str | None = field(default=None, metadata={"help": "JSON files of chat_eval or base_eval for the card, with commas"})
     license: str | None = field(default=None, metadata={"help": "licence for the card (default: the present card's, else apache-2.0)"})
     language: str | None = field(default=None, metadata={"help": "language code for the card (default: the present card's, else en)"})
+    dry_run: bool = field(default=False, metadata={"help": "list what would be pushed, and where to, without the network; the card's kept text is not there"})
 
 
 def locate(folder):
@@ -31,6 +34,20 @@ def locate(folder):
         return folder / "final", folder
     inside = folder.resolve().name == "final" or folder.name.startswith("checkpoint-")
     return folder, folder.resolve().parent if inside and (folder.resolve().parent / "config.json").is_file() else folder
+
+
+def show(config, model, run, checkpoint, card):
+    """Print where the push would go, its files with their bytes, and the card, all made in a temporary folder as a push makes them."""
+    with tempfile.TemporaryDirectory(prefix="hub-stage-") as folder:
+        stage = lay_out(model, Path(folder) / "stage", run, checkpoint)
+        write_card(stage, config.hub_model_id, settings=run_settings(run), revision=config.hub_revision, **card)
+        files = sorted(path for path in stage.rglob("*") if path.is_file())
+        sizes = [path.stat().st_size for path in files]
+        print(f"dry run, nothing is sent; repository {config.hub_model_id}, branch {config.hub_revision or 'main'}, "
+              f"{'private' if config.hub_private else 'public'} where it is new, {len(files)} files of {sum(sizes):,} bytes:")  # fmt: skip
+        for path, size in zip(files, sizes, strict=True):
+            print(f"{size:>16,}  {path.relative_to(stage)}")
+        print(f"\nREADME.md:\n\n{(stage / 'README.md').read_text(encoding='utf-8')}")
 
 
 @user_errors
@@ -47,10 +64,12 @@ def main(argv=None):
     found = checkpoints(run)[-1:] if config.with_checkpoint else []
     if config.with_checkpoint and not found:
         raise ValueError(f"--with-checkpoint: no whole checkpoint in {run}; leave the flag out")
+    card = {"results": results, "license": config.license, "language": config.language}
+    if config.dry_run:
+        show(config, model, run, found[0] if found else None, card)
+        return
     pusher = HubPusher(config.hub_model_id, private=config.hub_private, revision=config.hub_revision, say=print)
-    pusher.submit(
-        model, run_dir=run, checkpoint=found[0] if found else None, results=results, license=config.license, language=config.language
-    )
+    pusher.submit(model, run_dir=run, checkpoint=found[0] if found else None, **card)
     sys.exit(0 if pusher.finish() else 1)
 
 

@@ -33,7 +33,7 @@ class TrainConfig:
     total_batch_size: int | None = field(default=None, metadata={"help": "tokens of an optimizer step (default: one micro-batch)"})
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16, float16, or float8: bfloat16 with float8 products in training (default: the launcher's; bfloat16 on XLA)"})
-    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, pallas, sdpa, eager, flash_attention_2 to 4, or a flash kernel of the Hub"})
+    attn: str = field(default="auto", metadata={"help": "auto, flex_attention, cudnn, pallas, sdpa, eager, flash_attention_2 to 4, or a flash kernel of the Hub"})
     kernels: bool | None = field(default=None, metadata={"help": "fused Triton kernels in training (default: on CUDA)"})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA; on a CPU where a C++ compiler and Python's headers are found and the run is long enough, see the plan)"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in backward: less memory, about 30 %% slower"})
@@ -194,7 +194,7 @@ def run(
     compiled, because = choose_compile(
         accelerator.device, config.compile, num_steps, flops_per_token(model, config.max_seq_len) * share, config.dry_run
     )
-    runtime.compile_prepared(accelerator, compiled)
+    runtime.compile_prepared(accelerator, compiled, kernel == "flex_attention" or config.gradient_checkpointing)
     how = {"kernels": fused, "compiled": f"{'yes' if compiled else 'no'} ({because})"}
     flops = announce(config, accelerator, model, description, num_steps, reason, how | (plan or {}))
     if config.plan_only:
@@ -227,8 +227,11 @@ def run(
     if config.eval_every and not resume:
         evaluate.run(trainer)
     push = callback_push.attach(trainer, pusher if output else None, output)
-    trainer.fit()
-    folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output)
+    try:
+        trainer.fit()
+        folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output)
+    finally:
+        trainer.stop.release()
     push.finish(folder, step=trainer.state.step)
     return folder, trainer, evaluate
 

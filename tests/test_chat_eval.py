@@ -182,3 +182,22 @@ def test_chat_core_is_centred_and_its_error_that_of_a_mean():
     results = [(TaskResult("a", 25, 100), 0.25), (TaskResult("b", 50, 100), 0.0)]
     assert chat_core(results) == pytest.approx(0.25)
     assert chat_core_stderr(results) == pytest.approx(((0.0433 / 0.75) ** 2 + 0.05**2) ** 0.5 / 2, rel=1e-3)
+
+
+def test_a_models_own_code_runs_only_where_it_is_trusted(recipe, tmp_path, capsys):
+    folder = tmp_path / "foreign"
+    other_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.ForeignConfig", "AutoModelForCausalLM": "foreign.Foreign"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "foreign.py").write_text(
+        "from transformers import GPT2Config, GPT2LMHeadModel\n"
+        "class ForeignConfig(GPT2Config):\n    model_type = 'foreign'\n"
+        "class Foreign(GPT2LMHeadModel):\n    config_class = ForeignConfig\n"
+    )
+    argv = arguments(recipe, tmp_path / "a.json", "--tasks", "mmlu", "--model", str(folder))
+    with pytest.raises(SystemExit, match="2"):
+        chat_eval.main(argv)
+    assert "comes with code of its own; read it, and give --trust-remote-code" in capsys.readouterr().err
+    chat_eval.main([*argv, "--trust-remote-code"])
+    assert json.loads((tmp_path / "a.json").read_text())["tasks"][0]["total"] == 9

@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -223,3 +225,38 @@ def test_the_script_pushes_a_run_or_a_model_folder(hub, run, tmp_path, capsys):
         error = capsys.readouterr().err.strip()
         assert message in error and "\n" not in error
     assert ("models", "user/x") not in hub.repos
+
+
+def test_a_dry_run_lists_what_a_push_sends_and_asks_nobody(hub, run, capsys):
+    argv = [str(run), "--hub-model-id", "user/tiny", "--hub-private", "--license", "mit"]
+    push_to_hub.main([*argv, "--dry-run"])
+    said = capsys.readouterr().out
+    assert not hub.requests and not list(run.glob(".hub-stage*"))
+    assert "repository user/tiny, branch main, private where it is new" in said and "license: mit" in said.split("README.md:")[1]
+    listed = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in said.split("README.md:")[0].splitlines()[1:] if line}
+    with pytest.raises(SystemExit, match="0"):
+        push_to_hub.main(argv)
+    sent = {name: len(data) for name, data in hub.files("user/tiny").items() if name != ".gitattributes"}
+    assert listed == sent
+
+
+def test_ctrl_c_ends_a_run_whose_last_push_hangs(hub, run, chats, tmp_path):
+    flags = sft(chats, tmp_path / "a", "--push-to-hub", "--hub-model-id", "chat", model=str(run / "final"))
+    hang = (
+        "import runpy, sys, time\nfrom nanochat_hf.hub import HubPusher\n"
+        "HubPusher._upload = lambda *_: (print('hangs', flush=True), time.sleep(100))\n"
+        "sys.argv = sys.argv[1:]\nrunpy.run_module('scripts.chat_sft', run_name='__main__')"
+    )
+    with open(tmp_path / "log", "w") as log:
+        command = [sys.executable, "-c", hang, *flags[1:]]
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment(hub, tmp_path / "home"))
+    deadline = time.monotonic() + 60
+    while "hangs" not in (tmp_path / "log").read_text() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)  # it now waits for the push
+    process.send_signal(signal.SIGINT)
+    try:
+        code = process.wait(10)
+    finally:
+        process.kill()
+    assert code == 130 and "push to user/chat interrupted" in (tmp_path / "log").read_text(), (tmp_path / "log").read_text()

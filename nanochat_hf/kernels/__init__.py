@@ -41,7 +41,7 @@ def install(model, float8=False) -> list[str]:
     """
     config, installed, layers = model.config, set(), model.model.layers
     if config.final_logit_softcapping <= HIGHEST_CAP:
-        model.nll_and_slope = nll_and_slope
+        model.nll_and_slope, model.add_product = nll_and_slope, add_product
         installed.add("softcapped cross-entropy")
     for layer in layers:
         layer.self_attn.fused = float8_queries_keys_values if float8 else queries_keys_values if rotation_fits(config) else None
@@ -80,6 +80,16 @@ def nll_and_slope(logits, target, weight, cap):
 
     nll = softcapped_nll_(logits, target, weight, cap)
     return nll, logits
+
+
+def add_product(total, a, b):
+    """What the model's `add_product` computes, without rounding the product to half precision."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        from .cross_entropy import add_product_
+
+        add_product_(total, a, b)
+    else:
+        total += (a @ b).float()
 
 
 def queries_keys_values(attention, x, rope):

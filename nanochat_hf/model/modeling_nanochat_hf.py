@@ -306,10 +306,14 @@ class NanochatModel(NanochatPreTrainedModel):
 
     def _masks(self, x, attention_mask, position_ids, past_key_values):
         """{layer type: mask}, and the arguments by which attention that takes no mask of documents keeps them apart."""
-        flash = "flash" in self.config._attn_implementation
+        kind = self.config._attn_implementation
+        flash = "flash" in kind or kind == "cudnn"  # these keep documents apart by borders
         documents = {} if flash else dict(position_ids=position_ids)
         if isinstance(attention_mask, dict):
             return attention_mask, documents  # generation with a static cache brings both masks ready made
+        if kind == "cudnn" and attention_mask is None and past_key_values is None:  # transformers would make SDPA's masks of the positions
+            borders = {} if position_ids is None else varlen_arguments(position_ids, x.shape[0])
+            return dict.fromkeys(("full_attention", "sliding_attention")), borders
         masking = dict(
             config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids,
         )  # fmt: skip
@@ -332,6 +336,11 @@ def nll_and_slope(logits, target, weight, cap):
     return nll.squeeze(1), (wrong * weight * (1 - squashed.square())).to(logits.dtype)
 
 
+def add_product(total, a, b):
+    """total (n, m) float32 += a (n, k) · b (k, m)."""
+    total += (a @ b).float()
+
+
 class SoftcappedLoss(torch.autograd.Function):
     """Σ weight·nll of soft-capped logits, whose gradient is taken in the forward pass, chunk by chunk.
 
@@ -340,7 +349,7 @@ class SoftcappedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, vocab_size, cap, chunk, nll_and_slope):
+    def forward(ctx, hidden, head, targets, weights, vocab_size, cap, chunk, nll_and_slope, add_product):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
@@ -352,7 +361,7 @@ class SoftcappedLoss(torch.autograd.Function):
                 nll, slope = nll_and_slope(h @ table.mT, target, weight, cap)
                 total = total + nll.sum()
                 grads.append((slope @ table).to(hidden.dtype))
-                grad_head += (slope.mT @ h).float()
+                add_product(grad_head, slope.mT, h)
         ctx.save_for_backward(torch.cat(grads), grad_head)
         ctx.head = head.shape[0] - vocab_size, head.dtype
         return total
@@ -362,7 +371,7 @@ class SoftcappedLoss(torch.autograd.Function):
         grad_hidden, grad_head = ctx.saved_tensors
         padding, dtype = ctx.head
         grad_head = F.pad((grad_head * grad_output).to(dtype), (0, 0, 0, padding))
-        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None, None, None
+        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None, None, None, None
 
 
 class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
@@ -372,7 +381,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NanochatModel(config)
         self.lm_head = linear(config.hidden_size, table_rows(config), "head")
-        self.nll_and_slope = nll_and_slope  # a kernel may take its place
+        self.nll_and_slope, self.add_product = nll_and_slope, add_product  # kernels may take their place
         self.post_init()
 
     def logits(self, hidden):
@@ -416,7 +425,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         if self.training and torch.is_grad_enabled() and type(self.lm_head) is nn.Linear:
             return SoftcappedLoss.apply(
                 hidden, self.lm_head.weight, targets, weights, self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK,
-                self.nll_and_slope,
+                self.nll_and_slope, self.add_product,
             )
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(targets), LOSS_CHUNK):

@@ -4,6 +4,7 @@ import argparse
 import gc
 import statistics
 import time
+from itertools import cycle
 
 import torch
 
@@ -18,25 +19,32 @@ from scripts.benchmarks.measure import peak_memory, report, wait
 
 
 class RandomTokens:
-    """Endless micro-batches of random ids; documents of about `document` tokens, or one a row."""
+    """Endless micro-batches of random ids, a few over and over; documents of about `document` tokens, or one a row.
 
-    epoch = 0
+    They are made before any step is timed: training has threads and processes for that.
+    """
+
+    epoch, distinct = 0, 4
 
     def __init__(self, vocab, rows, positions, document, pin):
-        self.vocab, self.shape, self.document, self.pin = vocab, (rows, positions), document, pin
+        generator = torch.Generator().manual_seed(0)
+        batches = [self.batch(vocab, rows, positions, document, generator) for _ in range(self.distinct)]
+        self.batches = [{key: value.pin_memory() if pin else value for key, value in batch.items()} for batch in batches]
+
+    @staticmethod
+    def batch(vocab, rows, positions, document, generator):
+        """One micro-batch, as the collators make it."""
+        ids = torch.randint(vocab, (rows, positions + 1), generator=generator)
+        batch = {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}
+        if document:
+            starts = torch.rand(rows, positions, generator=generator) < 1 / document
+            starts[:, 0] = True
+            place = torch.arange(positions).expand(rows, -1)
+            batch["position_ids"] = place - torch.where(starts, place, 0).cummax(1).values
+        return batch
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(0)
-        rows, positions = self.shape
-        while True:
-            ids = torch.randint(self.vocab, (rows, positions + 1), generator=generator)
-            batch = {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}
-            if self.document:
-                starts = torch.rand(rows, positions, generator=generator) < 1 / self.document
-                starts[:, 0] = True
-                place = torch.arange(positions).expand(rows, -1)
-                batch["position_ids"] = place - torch.where(starts, place, 0).cummax(1).values
-            yield {key: value.pin_memory() if self.pin else value for key, value in batch.items()}
+        return cycle(self.batches)
 
 
 class Timed:

@@ -122,7 +122,7 @@ def train_tokenizer(config, output):
 
 
 def command(config, name, differing, tokenizer):
-    """The base_train command of one arm: flags that are None are left out."""
+    """The base_train command of one arm."""
     steps = differing["num_steps"]
     flags = {
         "data": config.data, "validation": config.validation, "tokenizer": tokenizer, "output_dir": Path(config.output) / name,
@@ -130,8 +130,7 @@ def command(config, name, differing, tokenizer):
         "total_batch_size": config.total_batch_size, "packing": "keep", "num_workers": config.num_workers, "seed": config.seed,
         "dtype": "bfloat16", "warmup_steps": round(config.warmup * steps), "eval_every": max(1, steps // 12), "sample_every": 0,
     } | differing  # fmt: skip
-    given = (str(p) for key, value in flags.items() if value is not None for p in (f"--{key.replace('_', '-')}", value))
-    return [sys.executable, "-m", "scripts.base_train", *given]
+    return [sys.executable, "-m", "scripts.base_train", *(str(p) for key, value in flags.items() for p in (f"--{key.replace('_', '-')}", value))]
 
 
 def run_all(config, arms, tokenizer, started):
