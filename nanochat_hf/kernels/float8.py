@@ -64,7 +64,18 @@ def product(a, b, units, dtype, fast=True):
 
     `fast` leaves the sums in the tensor cores, which keep 14 bits of them.
     """
-    return torch._scaled_mm(a, b.t(), scale_a=units[0], scale_b=units[1], out_dtype=dtype, use_fast_accum=fast)
+    return _product(a, b, *units, dtype, fast)
+
+
+# An operator of our own around torch's, so that the compiler neither changes layouts nor tries templates of its own.
+@torch.library.custom_op("nanochat_hf::float8_product", mutates_args=())
+def _product(a: torch.Tensor, b: torch.Tensor, a_unit: torch.Tensor, b_unit: torch.Tensor, dtype: torch.dtype, fast: bool) -> torch.Tensor:
+    return torch._scaled_mm(a, b.t(), scale_a=a_unit, scale_b=b_unit, out_dtype=dtype, use_fast_accum=fast)
+
+
+@_product.register_fake
+def _(a, b, a_unit, b_unit, dtype, fast):
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("nanochat_hf::float8_cast", mutates_args=())
