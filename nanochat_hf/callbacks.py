@@ -25,13 +25,13 @@ def due(step, every):
 
 @contextlib.contextmanager
 def evaluating(trainer):
-    """The raw model in evaluation mode, with an attention that takes any shape uncompiled; afterwards as it was."""
+    """The raw model in evaluation mode, uncompiled, with an attention that takes any shape; afterwards as it was."""
     model, kernel = trainer.raw_model, trainer.raw_model.config._attn_implementation
     model.eval()
     if kernel not in ("eager", "sdpa"):
         model.set_attn_implementation("sdpa")
     try:
-        with trainer.accelerator.autocast():
+        with trainer.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             yield model
     finally:
         model.set_attn_implementation(kernel)

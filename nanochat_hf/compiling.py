@@ -1,4 +1,4 @@
-"""Whether training is compiled: on CUDA always, on a CPU where it can be and the run is long enough."""
+"""Whether training is compiled (on CUDA always, on a CPU where it can be and the run is long enough), and how."""
 
 import math
 import os
@@ -6,6 +6,9 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 
 # FLOPs of a process from which it pays on a CPU, where it takes half a minute without a cache and saves two fifths of a step and more
 PAYS_FROM = 1e13
@@ -39,3 +42,27 @@ def lacks():
         return f"a C++ compiler ({compiler})"
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
     return "" if headers.is_file() else f"Python's headers ({headers})"
+
+
+def compile_prepared(accelerator, compile=True, higher_order=False, layers=()):
+    """Whether `accelerator` compiles, for fixed shapes, the models that it prepares from now on; False leaves it to the launcher's YAML.
+
+    Under FSDP2 the `layers` are compiled in place: of a model compiled as a whole Accelerate splits the wrapper, so that evaluation, which
+    calls the model inside, would not find its parameters together.
+
+    `higher_order`: the model has operators that take functions (FlexAttention, recomputed layers). Of those dynamo cannot cut a graph at
+    DDP's buckets, and refuses to; uncut, gradients are reduced once all of them are there.
+    """
+    # the constructor's own argument counts for the first Accelerator of a process alone, and the scripts make one to count the processes
+    whole = compile and not (layers and accelerator.distributed_type == DistributedType.FSDP)
+    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="inductor", dynamic=False) if whole else TorchDynamoPlugin()
+    if compile and not whole:
+        compile_layers(layers)
+    if compile:
+        torch._dynamo.config.optimize_ddp = not higher_order
+
+
+def compile_layers(layers, backend="inductor"):
+    """Compile modules in place, for fixed shapes; one compilation serves all that are alike."""
+    for layer in layers:
+        layer.compile(backend=backend, dynamic=False)

@@ -7,10 +7,11 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, is_torch_xla_available, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, is_torch_xla_available, set_seed
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .compiling import compile_prepared
 from .scaling import peak_of
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16", "float8": "bf16"}  # Accelerate's names
@@ -61,18 +62,6 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
 def chose_float8(dtype=None):
     """Whether products are to be float8 in training: by --dtype, or where that says nothing by the launcher's mixed_precision fp8."""
     return dtype == "float8" or dtype is None and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8"
-
-
-def compile_prepared(accelerator, compile=True, higher_order=False):
-    """Whether `accelerator` compiles, for fixed shapes, the models that it prepares from now on; False leaves it to the launcher's YAML.
-
-    `higher_order`: the model has operators that take functions (FlexAttention, recomputed layers). Of those dynamo cannot cut a graph at
-    DDP's buckets, and refuses to; uncut, gradients are reduced once all of them are there.
-    """
-    # the constructor's own argument counts for the first Accelerator of a process alone, and the scripts make one to count the processes
-    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="inductor", dynamic=False) if compile else TorchDynamoPlugin()
-    if compile:
-        torch._dynamo.config.optimize_ddp = not higher_order
 
 
 def on_accelerator():

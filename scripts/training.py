@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from nanochat_hf import callback_push, checkpoint, kernels, runtime
 from nanochat_hf.attention import choose_attention, set_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
-from nanochat_hf.compiling import choose_compile
+from nanochat_hf.compiling import choose_compile, compile_prepared
 from nanochat_hf.config import SMALLER, dump, resolved
 from nanochat_hf.optim import MATRIX_OPTIMIZERS, MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
 from nanochat_hf.report import write_report
@@ -194,7 +194,7 @@ def run(
     compiled, because = choose_compile(
         accelerator.device, config.compile, num_steps, flops_per_token(model, config.max_seq_len) * share, config.dry_run
     )
-    runtime.compile_prepared(accelerator, compiled, kernel == "flex_attention" or config.gradient_checkpointing)
+    compile_prepared(accelerator, compiled, kernel == "flex_attention" or config.gradient_checkpointing, model.model.layers)
     how = {"kernels": fused, "compiled": f"{'yes' if compiled else 'no'} ({because})"}
     flops = announce(config, accelerator, model, description, num_steps, reason, how | (plan or {}))
     if config.plan_only:

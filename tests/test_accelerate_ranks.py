@@ -1,9 +1,13 @@
 """The real model under Accelerate on 1, 2 and 3 gloo processes, and split by FSDP2: 20 steps end at the same parameters."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 from processes import on_ranks
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from nanochat_hf.model import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.optim import MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
@@ -125,3 +129,42 @@ def test_twenty_steps_end_where_one_process_ends(alone, tmp_path, function, worl
         assert furthest(result["params"], expected["params"]) < limit
         assert result["state_bytes"] < expected["state_bytes"] / world * 1.3
     print(f"state of the optimizer: {expected['state_bytes']} bytes alone, {[r['state_bytes'] for r in results]} on {world} ranks")
+
+
+def compiled_and_split(rank, world, folder, precision):
+    """The model with its layers compiled, then split, as under Accelerate's FSDP2; evaluated before, between and after steps."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from nanochat_hf.callbacks import evaluating
+    from nanochat_hf.compiling import compile_layers
+
+    dist.init_process_group("gloo")
+    model, mesh = build(), init_device_mesh("cpu", (world,))
+    compiled = CompileCounterWithBackend("aot_eager")
+    compile_layers(model.model.layers, compiled)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    trainer = SimpleNamespace(model=model, raw_model=model, accelerator=SimpleNamespace(autocast=contextlib.nullcontext))
+    losses = []
+    for step in range(3):
+        batch, targets = rows(step, rank, world)
+        with torch.no_grad(), evaluating(trainer) as whole:
+            losses.append(whole(**batch, num_items_in_batch=targets).loss.item())
+        assert model.training and all(hasattr(p, "full_tensor") for p in model.model.layers.parameters())
+        frames = compiled.frame_count
+        loss = model(**batch, num_items_in_batch=targets).loss
+        assert compiled.frame_count == frames if step else compiled.frame_count > frames == 0  # in training alone, and once
+        assert abs(loss.item() - losses[-1]) < 1e-5 * losses[-1]
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.data.sub_(parameter.grad, alpha=0.1)
+            parameter.grad = None
+    torch.save({"losses": losses}, f"{folder}/result_{rank}.pt")
+    dist.barrier()
+
+
+def test_a_model_compiled_and_split_is_evaluated_between_steps(tmp_path):
+    for result in launch(compiled_and_split, 2, tmp_path / "run"):
+        assert len(set(result["losses"])) == 3
