@@ -3,6 +3,8 @@
 Letters: n tokens of a chunk, V vocabulary. The cap bounds the logits, so the sum of exponentials needs no maximum first.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -10,35 +12,42 @@ import triton.language as tl
 COLUMNS = 8192  # logits that a program holds at a time
 
 @triton.jit
-def _r(z, cap):
+def _r(z, inner):
     # tanh(z/cap) = 1 − 2r: two of the three functions that soft-cap and exponential cost
-    return 1.0 / (tl.exp(z.to(tl.float32) * (2.0 / cap)) + 1.0)
+    return 1.0 / (tl.exp2(z.to(tl.float32) * inner) + 1.0)
 
 
 @triton.jit
-def _kernel(logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, vocab: tl.constexpr, COLUMNS: tl.constexpr):
+def _kernel(logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, outer, vocab: tl.constexpr, COLUMNS: tl.constexpr):
+    # inner = 2·log2(e)/cap and outer = 2·log2(e)·cap: the hardware has powers of 2
     row = tl.program_id(0).to(tl.int64)
     target, weight = tl.load(target_ptr + row), tl.load(weight_ptr + row)
     weight = tl.where(target >= 0, weight, 0.0)
-    line = logits_ptr + row * stride
-    at_target = _r(tl.load(line + tl.maximum(target, 0)), cap)
+    line, EVEN = logits_ptr + row * stride, vocab % COLUMNS == 0
+    at_target = _r(tl.load(line + tl.maximum(target, 0)), inner)
     total = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, vocab, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        if vocab % COLUMNS == 0:
-            total += tl.exp(_r(tl.load(line + column), cap) * (-2.0 * cap))  # exp(cap·tanh(z/cap) − cap)
+        if EVEN:
+            total += tl.exp2(_r(tl.load(line + column), inner) * -outer)  # exp(cap·tanh(z/cap) − cap)
         else:
-            r = _r(tl.load(line + column, column < vocab, 0.0), cap)
-            total += tl.where(column < vocab, tl.exp(r * (-2.0 * cap)), 0.0)
-    shift = tl.log(tl.sum(total, 0))
-    tl.store(loss_ptr + row, (shift + 2.0 * cap * at_target) * weight)
+            r = _r(tl.load(line + column, column < vocab, 0.0), inner)
+            total += tl.where(column < vocab, tl.exp2(r * -outer), 0.0)
+    total = tl.sum(total, 0)
+    tl.store(loss_ptr + row, (tl.log(total) + 2.0 * cap * at_target) * weight)
+    shift, weight = tl.log2(total), 4.0 * weight  # 1 − tanh² = 4·(r − r²)
     for start in range(0, vocab, COLUMNS):  # the row still lies in the cache
         column = start + tl.arange(0, COLUMNS)
-        inside = column < vocab
-        r = _r(tl.load(line + column, inside, 0.0), cap)
-        wrong = tl.exp(r * (-2.0 * cap) - shift) - tl.where(column == target, 1.0, 0.0)
-        slope = wrong * (4.0 * weight * (r - r * r))  # 1 − tanh² = 4·(r − r²)
-        tl.store(line + column, slope.to(logits_ptr.dtype.element_ty), inside)
+        if EVEN:
+            r = _r(tl.load(line + column), inner)
+            tl.store(line + column, (tl.exp2(r * -outer - shift) * (weight * (r - r * r))).to(logits_ptr.dtype.element_ty))
+        else:
+            r = _r(tl.load(line + column, column < vocab, 0.0), inner)
+            slope = tl.exp2(r * -outer - shift) * (weight * (r - r * r))
+            tl.store(line + column, slope.to(logits_ptr.dtype.element_ty), column < vocab)
+    tl.debug_barrier()  # all of the row is written; now the target's own place
+    slope = (tl.exp2(at_target * -outer - shift) - 1.0) * (weight * (at_target - at_target * at_target))
+    tl.store(line + tl.maximum(target, 0), slope.to(logits_ptr.dtype.element_ty), target >= 0)
 
 
 @torch.library.custom_op("nanochat_hf::softcapped_nll_", mutates_args=("logits",))
@@ -48,7 +57,8 @@ def softcapped_nll_(logits: torch.Tensor, target: torch.Tensor, weight: torch.Te
     The logits become the gradient of Σ weight·nll with respect to them.
     """
     loss = torch.empty_like(weight)
-    _kernel[(logits.shape[0],)](logits, target, weight, loss, logits.stride(0), cap, vocab=logits.shape[1], COLUMNS=COLUMNS, num_warps=16)
+    inner, outer = 2 / math.log(2) / cap, 2 / math.log(2) * cap
+    _kernel[(logits.shape[0],)](logits, target, weight, loss, logits.stride(0), cap, inner, outer, vocab=logits.shape[1], COLUMNS=COLUMNS, num_warps=16)
     return loss
 
 

@@ -33,16 +33,11 @@ def _squared_relu(x_desc, w_desc, out_desc, N, W, C, PROGRAMS: tl.constexpr, ROW
 
 @triton.jit
 def _slope(
-    dy_desc, w_desc, a_desc, out_desc, a_ptr, N, W, C, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    dy_desc, w_desc, a_desc, out_desc, N, W, C, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(W, COLUMNS)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS) * across, PROGRAMS, flatten=True):
         row, column = tile // across * ROWS, tile % across * COLUMNS
-        if PREFETCH:  # what the end of the tile reads is on its way into the L2 cache while the product runs; 64 elements are a line of it
-            rows = tl.minimum(row + tl.arange(0, ROWS), N - 1).to(tl.int64)[:, None]
-            lines = tl.minimum(column + 64 * tl.arange(0, COLUMNS // 64), W - 8)[None, :]
-            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [a_ptr + rows * W + lines], tl.int32, is_pure=False, pack=1)
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, C, DEPTH):
             product = tl.dot(dy_desc.load([row, start]), w_desc.load([start, column]), product)
@@ -59,7 +54,7 @@ def suits(x: torch.Tensor, *widths: int) -> bool:
     return half and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9 and all(width % SUITS == 0 for width in widths)
 
 
-def _launch(kernel, narrow, wide, weight, weight_block, *kept, **options):
+def _launch(kernel, narrow, wide, weight, weight_block, *kept):
     # narrow (N, C) · weight → (N, W) like wide; one program a multiprocessor, each of which walks over the tiles
     out = torch.empty(narrow.shape[0], wide, dtype=narrow.dtype, device=narrow.device)
     half = [ROWS, COLUMNS // 2]  # what a program holds of the result beside the accumulators
@@ -67,7 +62,7 @@ def _launch(kernel, narrow, wide, weight, weight_block, *kept, **options):
     descriptors += [TensorDescriptor.from_tensor(tensor, half) for tensor in (*kept, out)]
     programs = torch.cuda.get_device_properties(narrow.device).multi_processor_count if narrow.is_cuda else 2
     kernel[(programs,)](
-        *descriptors, *kept, *out.shape, narrow.shape[1], PROGRAMS=programs, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, **options,
+        *descriptors, *out.shape, narrow.shape[1], PROGRAMS=programs, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
         num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
@@ -87,7 +82,7 @@ def _(x, up):
 @torch.library.custom_op("nanochat_hf::squared_relu_down_backward", mutates_args=())
 def squared_relu_down_backward(dy: torch.Tensor, down: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
     """(dy·down)·2·√squared of dy (N, C), down (C, W) and squared (N, W) → (N, W): the gradient before the squared ReLU."""
-    return _launch(_slope, dy.contiguous(), down.shape[1], down.contiguous(), [DEPTH, COLUMNS], squared.contiguous(), PREFETCH=dy.is_cuda)
+    return _launch(_slope, dy.contiguous(), down.shape[1], down.contiguous(), [DEPTH, COLUMNS], squared.contiguous())
 
 
 @squared_relu_down_backward.register_fake
