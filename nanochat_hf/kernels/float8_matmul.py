@@ -1,4 +1,4 @@
-"""Float8 products of the MLP with the squared ReLU, or its slope, and the casts of the result inside. For GPUs with TMA (Hopper and later).
+"""Float8 products of the MLP with the squared ReLU, or its slope, and the casts of the result inside. For Hopper, by TMA.
 
 The unit of the result must be known before, which is what bounds in place of maxima are good for. Letters: N tokens, C hidden_size, W = 4C.
 """

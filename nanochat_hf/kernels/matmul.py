@@ -1,4 +1,4 @@
-"""Products of the MLP with the squared ReLU, or its slope, taken while the result lies in registers. For GPUs with TMA (Hopper and later).
+"""Products of the MLP with the squared ReLU, or its slope, taken while the result lies in registers. For Hopper, by TMA.
 
 Letters: N tokens, C hidden_size, W = 4C intermediate_size.
 """
@@ -49,9 +49,10 @@ def _slope(
 
 
 def suits(x: torch.Tensor, *widths: int) -> bool:
-    """Whether these kernels serve tensors like `x`: half precision on a CUDA device with TMA, rows of `widths` elements."""
+    """Whether these kernels serve tensors like `x`: half precision on Hopper, rows of `widths` elements. Later GPUs have TMA too, but some
+    less shared memory, and nobody has measured them."""
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return half and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9 and all(width % SUITS == 0 for width in widths)
+    return half and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9 and all(width % SUITS == 0 for width in widths)
 
 
 def _launch(kernel, narrow, wide, weight, weight_block, *kept):
