@@ -55,21 +55,28 @@ class Timed:
         setattr(owner, name, self)
 
     def __call__(self, *args, **kwargs):
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            result = self.call(*args, **kwargs)
-            self.times.append((time.perf_counter() - start) * 1e3)
-            return result
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
+        start = moment(self.device)
         result = self.call(*args, **kwargs)
-        events[1].record()
-        self.times.append(events)
+        self.times.append((start, moment(self.device)))
         return result
 
     def milliseconds(self):
         """All times so far; the device must be idle."""
-        return [t if isinstance(t, float) else t[0].elapsed_time(t[1]) for t in self.times]
+        return [passed(start, end) for start, end in self.times]
+
+
+def moment(device):
+    """Now: on CUDA as an event in the stream, which nobody waits for; elsewhere the clock's."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def passed(start, end):
+    """Milliseconds between two moments; those of CUDA must lie in the past."""
+    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
 
 
 def measure(depth, rows, args):
@@ -96,15 +103,18 @@ def measure(depth, rows, args):
     batches = RandomTokens(args.vocab_size, rows, args.positions, args.document, device.type == "cuda")
     update = Timed(optimizer, "step", device)  # before Accelerate wraps it, whose scaler calls the method that it finds then
     trainer = Trainer(accelerator, model, optimizer, batches, num_steps=args.steps + 2, schedule=schedule)
-    marks = [time.perf_counter()]
+    start, first, marks = time.perf_counter(), [], []
 
     def mark(trainer, info):
-        wait(device)
-        marks.append(time.perf_counter())
+        if info.step == 1:
+            wait(device)
+            first.append(time.perf_counter() - start)
+        marks.append(moment(device))  # later steps do not wait for the device, as in training
 
     trainer.callbacks = [mark]
     trainer.fit()
-    seconds = statistics.median(b - a for a, b in zip(marks[2:], marks[3:], strict=False))
+    wait(device)
+    seconds = statistics.median(passed(a, b) for a, b in zip(marks[1:], marks[2:], strict=False)) / 1e3
     updates = statistics.median(update.milliseconds()[-args.steps :] or [float("nan")])
     tokens = args.total_batch_size
     peak = peak_flops(device)
@@ -112,7 +122,7 @@ def measure(depth, rows, args):
         "depth": depth, "rows": rows, "dtype": args.dtype, "attention": attention, "documents": args.document, "compiled": args.compile, "kernels": args.kernels,
         "tok/s": tokens / seconds, "step ms": seconds * 1e3, "fwd+bwd ms": seconds * 1e3 - updates, "optimizer ms": updates,
         "mfu": flops_per_token(model, args.positions) * tokens / seconds / peak if peak else float("nan"),
-        "peak GiB": peak_memory(device) or float("nan"), "first step s": marks[1] - marks[0],
+        "peak GiB": peak_memory(device) or float("nan"), "first step s": first[0],
         "overflowed": trainer.state.overflowed,
     }  # fmt: skip
     if args.profile:
@@ -132,7 +142,8 @@ def profile(trainer, batches, depth):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as run:
         trainer.step([batch for _, batch in micro])
         wait(trainer.accelerator.device)
-    kernels_run = [e for e in run.key_averages() if e.self_device_time_total and e.device_type != torch.autograd.DeviceType.CPU]
+    on_device = [e for e in run.key_averages() if e.self_device_time_total and e.device_type != torch.autograd.DeviceType.CPU]
+    kernels_run = [e for e in on_device if not e.is_user_annotation]  # the optimizer's is the sum of kernels counted already
     total = sum(e.self_device_time_total for e in kernels_run)
     print(f"one step of depth {depth}: {total / 1e3:.1f} ms of kernels")
     for event in sorted(kernels_run, key=lambda e: -e.self_device_time_total)[:40]:
@@ -154,6 +165,7 @@ def main(argv=None):
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: ignore the accelerator")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA)")
     parser.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="fused kernels (default: where they run)")
+    parser.add_argument("--baseline", action="store_true", help="measure the plain formulas too, before: uncompiled, SDPA under masks")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--json", help="also write the figures there")
     args = parser.parse_args(argv)
@@ -170,7 +182,9 @@ def main(argv=None):
     depths = args.depth or [4]
     rows = args.rows or [32]
     rows = rows * len(depths) if len(rows) == 1 else rows
-    report([measure(depth, n, args) for depth, n in zip(depths, rows, strict=True)], args.json)
+    plain = {"compile": False, "kernels": False, "attn": "sdpa", "dtype": "bfloat16" if args.dtype == "float8" else args.dtype, "profile": False}
+    ways = [argparse.Namespace(**vars(args) | plain)] * args.baseline + [args]
+    report([measure(depth, n, way) for depth, n in zip(depths, rows, strict=True) for way in ways], args.json)
 
 
 if __name__ == "__main__":
