@@ -101,7 +101,9 @@ class Trainer:
         scale = as_input(self.accumulation * self.accelerator.num_processes / targets, device)
         targets = as_input(targets, device)
         for batch in micro_batches:
-            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            # while positions still lie on the host
+            borders = self.raw_model.base_model.document_borders(batch.get("position_ids"), device)
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()} | borders
             with self.accelerator.accumulate(self.model):
                 # a sum, divided outside: a compiled model would be compiled anew for every other number of targets
                 loss = self.model(**batch, num_items_in_batch=1).loss

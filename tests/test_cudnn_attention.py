@@ -2,16 +2,19 @@
 
 import sys
 from importlib.util import find_spec
+from itertools import repeat
 
 import cudnn_stand_in
 import pytest
 import torch
+from accelerate import Accelerator
 from test_model import build, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
 from nanochat_hf import attention
 from nanochat_hf.kernels import cudnn_attention, cudnn_graph
+from nanochat_hf.trainer import Trainer
 
 LENGTH = 30  # windows are 9 keys
 PACKED = torch.tensor([[*range(11), *range(19)], [*range(5), *range(20), *range(5)]])
@@ -168,6 +171,37 @@ def test_packed_rows_compile_once_for_any_number_of_documents(graphs):
         same(gradients, learned(eager(), ids, position_ids=positions)[1])
         frames.append(counter.frame_count)
     assert frames[0] == frames[-1]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_packed_rows_whose_borders_come_along_compile_as_one_graph(graphs, rows):
+    model, ids, counter = model_of(), tokens(rows, LENGTH), CompileCounterWithBackend("aot_eager")
+    call = torch.compile(model.train(), dynamic=False, fullgraph=True, backend=counter)
+    for documents in (1, 2, 3, 7, 20):
+        positions = torch.cat([torch.arange(LENGTH + 1 - documents), torch.zeros(documents - 1, dtype=torch.long)]).expand(rows, -1)
+        borders = model.model.document_borders(positions, ids.device)
+        wanted = learned(eager(), ids, position_ids=positions)[1]
+        same(torch.autograd.grad(call(ids, labels=ids, position_ids=positions, **borders).loss, list(model.parameters())), wanted)
+    assert counter.frame_count == 1
+    assert eager().model.document_borders(positions, ids.device) == {} == model.model.document_borders(None, ids.device)
+
+
+def test_the_trainer_brings_the_borders(graphs):
+    """While positions lie on the host: fullgraph would refuse the search for them inside."""
+    positions = torch.cat([torch.arange(n) for n in (3, 10, LENGTH - 13)]).expand(2, -1)
+    ids = tokens(2, LENGTH)
+    batch = {"input_ids": ids, "shift_labels": ids.roll(-1, 1), "position_ids": positions}
+    losses = []
+    for model in (eager(), model_of()):
+        trainer = Trainer(
+            Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1), repeat(batch), num_steps=3, schedule=lambda optimizer, step: 1.0,
+            callbacks=[lambda trainer, info: losses.append(info.loss)],
+        )  # fmt: skip
+        if model.config._attn_implementation == "cudnn":
+            trainer.model = torch.compile(trainer.model, fullgraph=True, dynamic=False, backend="aot_eager")
+        trainer.fit()
+    same(losses[3:], losses[:3])
+    assert losses[2] < losses[0]
 
 
 def test_few_graphs_serve_any_number_of_documents(graphs):

@@ -162,15 +162,15 @@ def table_rows(config):
 
 
 @torch.compiler.disable  # one break of the graph, in place of one that the search itself makes
-def varlen_arguments(position_ids, batch_size):
-    """What FlashAttention needs to keep packed documents apart: {cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k}.
+def varlen_arguments(position_ids, batch_size, device=None):
+    """What FlashAttention needs to keep packed documents apart: {cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k}, on `device`.
 
     A document begins with each row and wherever positions (B or 1, T) do not go on by one:
     [[0, 1, 2, 0, 1]] → cu_seq_lens [0, 3, 5]. transformers itself looks for documents at B = 1 only, and then anew in every layer.
     """
     begins = torch.diff(position_ids, prepend=position_ids[:, :1], dim=-1) != 1  # a row's first difference is 0
     begins = begins.expand(batch_size, -1).flatten().nonzero().flatten()
-    borders = F.pad(begins, (0, 1), value=batch_size * position_ids.shape[1]).int()  # (documents + 1)
+    borders = F.pad(begins, (0, 1), value=batch_size * position_ids.shape[1]).int().to(device, non_blocking=True)  # (documents + 1)
     torch._dynamo.maybe_mark_dynamic(borders, 0)  # or every other number of documents would compile the layers anew, dynamic=False or not
     longest = position_ids.shape[1]  # a bound will do, and costs no wait for the device
     return dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
@@ -278,8 +278,8 @@ class NanochatModel(NanochatPreTrainedModel):
         if torch.is_autocast_enabled(x.device.type):
             # the residual stream in the low precision too, as with the reference's bfloat16 table: half the bytes of every norm and sum
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        masks, documents = self._masks(x, attention_mask, position_ids, past_key_values)
-        kwargs = documents | kwargs  # collators may bring the borders themselves
+        masks, documents = self._masks(x, attention_mask, position_ids, past_key_values, "cu_seq_lens_q" in kwargs)
+        kwargs = documents | kwargs
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
@@ -304,15 +304,27 @@ class NanochatModel(NanochatPreTrainedModel):
         hidden = (*hidden, x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, hidden_states=hidden)
 
-    def _masks(self, x, attention_mask, position_ids, past_key_values):
-        """{layer type: mask}, and the arguments by which attention that takes no mask of documents keeps them apart."""
-        kind = self.config._attn_implementation
-        flash = "flash" in kind or kind == "cudnn"  # these keep documents apart by borders
+    def document_borders(self, position_ids, device):
+        """Arguments that `forward` would otherwise make of position_ids (B, T), {} where the attention takes none: made of those that still lie
+        on the host they cost no wait for the device, and leave the graph whole."""
+        takes = self.takes_borders and position_ids is not None
+        return varlen_arguments(position_ids, position_ids.shape[0], device) if takes else {}
+
+    @property
+    def takes_borders(self):
+        """Whether the attention keeps documents apart by their borders, not by a mask."""
+        return "flash" in self.config._attn_implementation or self.config._attn_implementation == "cudnn"
+
+    def _masks(self, x, attention_mask, position_ids, past_key_values, given):
+        """{layer type: mask}, and the arguments by which attention that takes no mask of documents keeps them apart, if not `given`."""
+        kind, flash = self.config._attn_implementation, self.takes_borders
         documents = {} if flash else dict(position_ids=position_ids)
         if isinstance(attention_mask, dict):
             return attention_mask, documents  # generation with a static cache brings both masks ready made
+        # borders in place of positions: those transformers would search in every layer, and at B = 1 under mask and cache too
+        wanted = flash and not given and position_ids is not None and attention_mask is None and past_key_values is None
+        borders = varlen_arguments(position_ids, x.shape[0]) if wanted else {}
         if kind == "cudnn" and attention_mask is None and past_key_values is None:  # transformers would make SDPA's masks of the positions
-            borders = {} if position_ids is None else varlen_arguments(position_ids, x.shape[0])
             return dict.fromkeys(("full_attention", "sliding_attention")), borders
         masking = dict(
             config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids,
@@ -320,10 +332,7 @@ class NanochatModel(NanochatPreTrainedModel):
         masks = {"full_attention": create_causal_mask(**masking)}
         if "sliding_attention" in self.config.layer_types:
             masks["sliding_attention"] = create_sliding_window_causal_mask(**masking)
-        if flash and position_ids is not None and attention_mask is None and past_key_values is None:
-            # borders in place of positions: those transformers would search in every layer, and at B = 1 under mask and cache too
-            documents = varlen_arguments(position_ids, x.shape[0])
-        return masks, documents
+        return masks, documents | borders
 
 
 def nll_and_slope(logits, target, weight, cap):

@@ -106,7 +106,11 @@ def measure(args):
     accelerator = runtime.build_accelerator(accumulation, dtype=args.dtype, compile=args.compile)
     device, trainer = accelerator.device, build(args, accelerator)
     some = list(islice(trainer.batches.collated(), Documents.distinct))
-    batches = cycle([({k: v.to(device) for k, v in b.items()}, trainer.accumulation * int((b["shift_labels"] != -100).sum())) for b in some])
+    borders = trainer.raw_model.base_model.document_borders
+    batches = cycle([
+        ({k: v.to(device) for k, v in b.items()} | borders(b["position_ids"], device), trainer.accumulation * int((b["shift_labels"] != -100).sum()))
+        for b in some
+    ])  # fmt: skip
     seconds, waited, called = {"trainer": [], "bare": []}, [], []
     for number in range(args.rounds + 1):  # the first compiles and is not counted
         steps = args.steps if number else 3
