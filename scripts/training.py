@@ -167,6 +167,22 @@ def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, deca
     )  # fmt: skip
 
 
+def equip(config, accelerator, model, num_steps):
+    """Give `model` its attention and kernels, and settle whether it will be compiled; returns the attention's reason, whether it is compiled, and
+    {"kernels": …, "compiled": "yes (asked for)"} for the plan."""
+    kernel, reason = choose_attention(accelerator.device, config.attn, precision=accelerator.mixed_precision)
+    set_attention(model, kernel)
+    fused = install_kernels(config, accelerator, model)
+    if config.gradient_checkpointing:
+        runtime.enable_checkpointing(model, accelerator.device)
+    share = config.device_batch_size * config.max_seq_len * accelerator.gradient_accumulation_steps  # tokens of a process in a step
+    compiled, because = choose_compile(
+        accelerator.device, config.compile, num_steps, flops_per_token(model, config.max_seq_len) * share, config.dry_run
+    )
+    compile_prepared(accelerator, compiled, kernel == "flex_attention" or config.gradient_checkpointing, model.model.layers)
+    return reason, compiled, {"kernels": fused, "compiled": f"{'yes' if compiled else 'no'} ({because})"}
+
+
 def run(
     config, accelerator, model, tokenizer, batches, validation, num_steps, *, description, settings=None, lr_scale=1.0, decay=False,
     prompts=(), plan=None, pusher=None, callbacks=(), figures=dict,
@@ -185,17 +201,7 @@ def run(
             f"--warmup-steps {config.warmup_steps} and --warmdown-ratio {config.warmdown_ratio} overlap in a run of {num_steps} steps; "
             f"lower --warmup-steps to at most {int(num_steps * (1 - config.warmdown_ratio))}"
         )
-    kernel, reason = choose_attention(accelerator.device, config.attn, precision=accelerator.mixed_precision)
-    set_attention(model, kernel)
-    fused = install_kernels(config, accelerator, model)
-    if config.gradient_checkpointing:
-        runtime.enable_checkpointing(model, accelerator.device)
-    share = config.device_batch_size * config.max_seq_len * accelerator.gradient_accumulation_steps  # tokens of a process in a step
-    compiled, because = choose_compile(
-        accelerator.device, config.compile, num_steps, flops_per_token(model, config.max_seq_len) * share, config.dry_run
-    )
-    compile_prepared(accelerator, compiled, kernel == "flex_attention" or config.gradient_checkpointing, model.model.layers)
-    how = {"kernels": fused, "compiled": f"{'yes' if compiled else 'no'} ({because})"}
+    reason, compiled, how = equip(config, accelerator, model, num_steps)
     flops = announce(config, accelerator, model, description, num_steps, reason, how | (plan or {}))
     if config.plan_only:
         return "", None, None
