@@ -65,9 +65,13 @@ def parse(types, argv=None, *, lists=(), description=None):
             if action.dest in recipe:
                 action.required = False
         parser.set_defaults(**recipe)
+    flags = {flag for flag in parser._option_string_actions if flag.startswith("--") and "_" not in flag}
+    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    mistyped = sorted(given - set(parser._option_string_actions))
+    if mistyped and any(action.required and given.isdisjoint(action.option_strings) for action in parser._actions):
+        parser.error(f"unknown flags: {guessed(mistyped, flags, ' ')}; see --help")  # argparse would say only that one is missing
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = {flag for flag in parser._option_string_actions if flag.startswith("--") and "_" not in flag}
         parser.error(f"unknown flags: {guessed(unknown, flags, ' ')}; see --help")
     values = vars(namespace)
     try:

@@ -1,5 +1,7 @@
 """What a user caused ends in one line that says how to go on."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 
@@ -112,3 +114,13 @@ def test_every_flag_of_the_original_has_its_line_and_every_flag_named_there_exis
     ours = {flag for row in rows for flag in re.findall(r"--([a-z][a-z-]+[a-z])(?=[ `|]|\\\\)", row[1])} - {"config_file", "hub"}
     known = {field.name.replace("_", "-") for kind in (SFTConfig, TrainConfig, HubConfig) for field in fields(kind)}
     assert ours and not ours - known, ours - known
+
+
+def test_a_mistyped_flag_that_must_be_given_is_named(capsys):
+    @dataclass(frozen=True)
+    class Needs:
+        model: str = field(metadata={"help": "a folder"})
+
+    with pytest.raises(SystemExit):
+        parse([Needs], ["--modell", "x"])
+    assert "unknown flags: --modell (did you mean --model?)" in capsys.readouterr().err
