@@ -50,6 +50,8 @@ def gradients(model, inputs, call=None):
 @pytest.mark.parametrize("settings", [FORMULAS, pytest.param({}, marks=triton)], ids=["formulas", "kernels"])
 @pytest.mark.parametrize("compile", [False, True])
 def test_all_of_a_model_has_a_gradient_near_float32s(settings, compile, device):
+    if device == "cpu" and not settings and torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU where there is one, and cannot read the CPU's tensors")
     model, inputs = tiny(device, **settings), batch(device)
     loss, exact = gradients(model, inputs)
     kernels.install(model, float8=True)
