@@ -82,7 +82,8 @@ def parse(types, argv=None, *, lists=(), description=None):
 
 
 def _refuse(parser, message):
-    say_error(f"{parser.format_usage()}{parser.prog}: error: {message}")
+    # without the usage, 30 lines of flags above the one that matters; argparse's own words name no remedy
+    say_error(f"{parser.prog}: error: {message if ';' in message else f'{message}; see --help'}")
     sys.exit(2)
 
 

@@ -116,11 +116,20 @@ def test_every_flag_of_the_original_has_its_line_and_every_flag_named_there_exis
     assert ours and not ours - known, ours - known
 
 
-def test_a_mistyped_flag_that_must_be_given_is_named(capsys):
-    @dataclass(frozen=True)
-    class Needs:
-        model: str = field(metadata={"help": "a folder"})
+@dataclass(frozen=True)
+class Needs:
+    model: str = field(metadata={"help": "a folder"})
 
+
+def test_a_mistyped_flag_that_must_be_given_is_named(capsys):
     with pytest.raises(SystemExit):
         parse([Needs], ["--modell", "x"])
     assert "unknown flags: --modell (did you mean --model?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, words", [(["--model"], "expected one argument; see --help"), ([], "required: --model; see --help")])
+def test_a_wrong_command_line_is_answered_in_one_line(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        parse([Needs], argv)
+    message = capsys.readouterr().err
+    assert message.endswith(f"{words}\n") and message.count("\n") == 1
