@@ -25,9 +25,9 @@ def graphs(monkeypatch):
     """The stand-in for cuDNN, also for float32 on the CPU."""
     monkeypatch.setitem(sys.modules, "cudnn", cudnn_stand_in.module())
     monkeypatch.setattr(cudnn_attention, "runs", lambda q, k, v: q.shape[1] == k.shape[1] > 1)
-    cudnn_graph.graph_of.cache_clear(), cudnn_graph._handle.cache_clear()
+    cudnn_graph.graph_of.cache_clear(), cudnn_graph.handle_of.cache_clear()
     yield cudnn_stand_in.Graph
-    cudnn_graph.graph_of.cache_clear(), cudnn_graph._handle.cache_clear()
+    cudnn_graph.graph_of.cache_clear(), cudnn_graph.handle_of.cache_clear()
 
 
 def model_of(**changes):

@@ -142,6 +142,7 @@ def test_it_learns_as_float32_does(device):
 def test_checkpointed_layers_have_the_same_gradients():
     model, inputs = tiny(**FORMULAS), batch()
     kernels.install(model, float8=True)
+    model.model.fused_mix = None  # checkpointing does without it, and rounds elsewhere
     _, kept = gradients(model, inputs)
     runtime.enable_checkpointing(model, torch.device("cpu"))
     _, recomputed = gradients(model, inputs)

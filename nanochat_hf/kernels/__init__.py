@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import float8, float8_layers
-from .mlp import SquaredReluMLP
+from .cudnn_attention import NAME as CUDNN
+from .mlp import SquaredReluMLP, matmul
 
 HIGHEST_CAP = 40.0  # the cross-entropy sums exp(capped logit − cap) without a maximum: float32 holds exp(−80)
 
@@ -43,7 +44,9 @@ def install(model, float8=False) -> list[str]:
     if config.final_logit_softcapping <= HIGHEST_CAP:
         model.nll_and_slope, model.add_product = nll_and_slope, add_product
         installed.add("softcapped cross-entropy")
+    model.model.fused_mix = mixed_and_normed if find_spec("triton") else None
     for layer in layers:
+        layer.self_attn.fused_whole = None if float8 else rotated_attention
         layer.self_attn.fused = float8_queries_keys_values if float8 else queries_keys_values if rotation_fits(config) else None
         layer.self_attn.fused_output = float8_output if float8 else None
         layer.mlp.fused = float8_squared_relu if float8 else squared_relu
@@ -92,10 +95,43 @@ def add_product(total, a, b):
         total += (a @ b).float()
 
 
+def mixed_and_normed(stream, update, x0, resid, skip, eps, channels):
+    """resid·(stream + update) + skip·x0 (B, T, C), its RMS norm, that norm's first `channels`, and x0 for the next layer."""
+    from .stream import MixAndNorm
+
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    return MixAndNorm.apply(stream, update, x0.to(stream.device), resid, skip, eps, channels)
+
+
+def _one_product(attention, x):
+    # whether one product makes queries, keys and values, rotated and normed
+    inputs = _inputs(attention)
+    fits = matmul and plain(*inputs) and rotation_fits(attention.config) and attention.head_dim <= matmul.COLUMNS // 2
+    return fits and matmul.suits(x, *(size for module in inputs for size in module.weight.shape))
+
+
+def rotated_attention(attention, x, value, rope, borders):
+    """Normed x (B, T, C) → heads' results (B, T, H, D), where one product makes all that cuDNN's attention reads; else None."""
+    if attention.config._attn_implementation != CUDNN or not _one_product(attention, x) or x.shape[1] < 2:
+        return None
+    from .projections import Attention
+
+    weights = (module.weight for module in _inputs(attention))
+    return Attention.apply(x, *weights, value, rope, borders, *_heads(attention), attention.scaling, attention.sliding_window or 0)
+
+
+def _heads(attention):
+    return attention.q_proj.out_features // attention.head_dim, attention.k_proj.out_features // attention.head_dim
+
+
 def queries_keys_values(attention, x, rope):
-    """What NanochatAttention.queries_keys_values computes, by one product for queries and keys and one kernel for rotation and norm."""
+    """What NanochatAttention.queries_keys_values computes, by one product, else by one for queries and keys, and one kernel for rotation and norm."""
     if not (plain(attention.q_proj, attention.k_proj) and rotation_fits(attention.config)):
         return attention.queries_keys_values(x, rope)
+    if _one_product(attention, x):
+        from .projections import QueriesKeysValues
+
+        return QueriesKeysValues.apply(x, *(module.weight for module in _inputs(attention)), rope, *_heads(attention))
     both = F.linear(x, torch.cat((attention.q_proj.weight, attention.k_proj.weight)))
     return *_rotated(attention, both, rope), attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
 
@@ -103,8 +139,7 @@ def queries_keys_values(attention, x, rope):
 def _rotated(attention, both, rope):
     from .rope import RopeNorm
 
-    heads = (attention.q_proj.out_features // attention.head_dim, attention.k_proj.out_features // attention.head_dim)
-    return RopeNorm.apply(both, rope, *heads)
+    return RopeNorm.apply(both, rope, *_heads(attention))
 
 
 def squared_relu(mlp, x):

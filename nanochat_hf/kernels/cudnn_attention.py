@@ -9,7 +9,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cudnn_graph import call_of, run
+from .cudnn_graph import run
 
 # not "cudnn_flash": transformers looks for each name with "flash" in it among FlashAttention's packages and on the Hub
 NAME = "cudnn"
@@ -38,10 +38,11 @@ def missing(device):
 
 
 def _ready(tensor, packed):
-    """The tensor as it lies, where a kernel can read it there: whole vectors of 16 bytes, and packed tokens one after the other."""
-    whole = 16 // tensor.element_size()
+    """The tensor as it lies, where a kernel can read it there: whole vectors of 16 bytes, and packed tokens all at one distance."""
+    whole, (B, T, *_), (row, token, *_) = 16 // tensor.element_size(), tensor.shape, tensor.stride()
     aligned = tensor.stride(-1) == 1 and all(s and s % whole == 0 for s in tensor.stride()[:-1]) and tensor.data_ptr() % 16 == 0
-    return tensor if aligned and (not packed or tensor.is_contiguous()) else tensor.clone(memory_format=torch.contiguous_format)
+    even = not packed or B == 1 or row == T * token
+    return tensor if aligned and even else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("nanochat_hf::cudnn_attention", mutates_args=())
@@ -57,8 +58,7 @@ def attention(
     B, T, H, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     stats = torch.empty((B, H, T) if borders is None else (B, T, H), dtype=torch.float32, device=q.device)
-    call = call_of(False, (q, k, v), scale, window, borders)
-    run(call, {"q": q, "k": k, "v": v, "o": out, "stats": stats}, borders)
+    run(False, {"q": q, "k": k, "v": v, "o": out, "stats": stats}, scale, window, borders)
     return out, stats
 
 
@@ -68,11 +68,16 @@ def attention_backward(
     scale: float, window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of `attention`'s out with respect to q, k and v, contiguous, from what it was given and gave."""
+    gradients = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    write_gradients(gradients, do, q, k, v, out, stats, borders, scale, window)
+    return gradients
+
+
+def write_gradients(into, do, q, k, v, out, stats, borders, scale, window):
+    """`attention_backward` into given tensors (dq, dk, dv), which may be parts of one."""
     q, k, v, out, do = (_ready(t, borders is not None) for t in (q, k, v, out, do))
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    call = call_of(True, (q, k, v, out, do), scale, window, borders)
-    run(call, {"q": q, "k": k, "v": v, "o": out, "do": do, "stats": stats.contiguous(), "dq": dq, "dk": dk, "dv": dv}, borders)
-    return dq, dk, dv
+    read = {"q": q, "k": k, "v": v, "o": out, "do": do, "stats": stats.contiguous()}
+    run(True, read | dict(zip(("dq", "dk", "dv"), into, strict=True)), scale, window, borders)
 
 
 @attention.register_fake

@@ -4,6 +4,7 @@ Letters: B rows, T positions, H query heads, K key/value heads, D head_dim, n do
 from NVIDIA/cudnn-frontend 1.18: docs/operations/Attention.md and include/cudnn_frontend/node/scaled_dot_product_flash_attention.h.
 """
 
+import contextlib
 import functools
 import threading
 from typing import NamedTuple
@@ -12,16 +13,14 @@ import torch
 import torch.nn.functional as F
 
 FEWEST = 64  # documents a graph is built for; above, powers of two: few graphs serve all batches
-ROW, HEADS = ("q", "k", "v", "o", "do"), {"q": "H", "o": "H", "do": "H", "dq": "H", "stats": "H"}  # others have K heads
-UID = {name: i for i, name in enumerate(
-    ("q", "k", "v", "o", "stats", "do", "dq", "dk", "dv", "length_q", "length_kv", "q at", "k at", "v at", "o at", "stats at"), 1
-)}  # fmt: skip
-PLACED = {"q": "q", "k": "k", "v": "v", "o": "o", "stats": "stats", "do": "o", "dq": "q", "dk": "k", "dv": "v"}  # whose offsets each has
+HEADS = {"q": "H", "o": "H", "do": "H", "dq": "H", "stats": "H"}  # others have K heads
+UID = {name: i for i, name in enumerate(("q", "k", "v", "o", "stats", "do", "dq", "dk", "dv", "length_q", "length_kv"), 1)}
+OFFSETS = 32  # the first number of a tensor of offsets
 _lock = threading.Lock()  # a handle has one stream at a time, and backward runs in a thread of its own
 
 
 class Call(NamedTuple):
-    """All that a graph is built for. `strides`: (row, token, head) of q, k, v and, backward, o and do; `documents`: n, 0 for plain rows."""
+    """All that a graph is built for. `strides`: (name, (row, token, head)) of each tensor but stats; `documents`: n, 0 for plain rows."""
 
     backward: bool
     device: torch.device
@@ -43,18 +42,38 @@ class Call(NamedTuple):
         dims = [self.documents or B, heads, T, width]
         if name == "stats":  # token after token in packed rows, head after head in plain ones
             return dims, [heads * T, 1, heads, 1] if self.documents else [heads * T, T, 1, 1]
-        if name in ROW[: len(self.strides)] and not self.documents:
-            row, token, head = self.strides[ROW.index(name)]
-            return dims, [row, head, token, 1]
-        return dims, [T * heads * D, D, heads * D, 1]
+        row, token, head = dict(self.strides)[name]
+        return dims, [T * token if self.documents else row, head, token, 1]
+
+    def unit(self, name):
+        """Elements from a token of packed rows to the next."""
+        return self.heads(name) if name == "stats" else dict(self.strides)[name][1]
+
+    def offset_ids(self):
+        """{unit: number of the offsets of documents in such tensors}; {} for plain rows."""
+        units = {self.unit(name) for name in (*dict(self.strides), "stats")} if self.documents else ()
+        return {unit: OFFSETS + i for i, unit in enumerate(sorted(units))}
 
 
 @functools.cache
-def _handle(device):
+def handle_of(device):
+    """cuDNN's handle for `device`."""
     import cudnn
 
     with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
         return cudnn.create_handle()
+
+
+@contextlib.contextmanager
+def held(device):
+    """The device's handle, set to the current stream, for one thread at a time."""
+    import cudnn
+
+    cuda = device.type == "cuda"
+    with torch.cuda.device(device) if cuda else torch.device(device), _lock:
+        handle = handle_of(device)
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream if cuda else 0)
+        yield handle
 
 
 def describe(call, handle, **options):
@@ -66,28 +85,28 @@ def describe(call, handle, **options):
     graph = cudnn.pygraph(io_data_type=io, intermediate_data_type=single, compute_data_type=single, handle=handle, **options)
     n, (B, T, *_) = call.documents, call.sizes
 
-    def integers(name, count, kind):
-        return graph.tensor(dim=[count, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kind, uid=UID[name], name=name)
+    def integers(name, uid, count, kind):
+        return graph.tensor(dim=[count, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kind, uid=uid, name=name)
 
-    offsets = {name: integers(f"{name} at", n + 1, cudnn.data_type.INT64) for name in ("q", "k", "v", "o", "stats")} if n else {}
+    offsets = {unit: integers(f"at {unit}", uid, n + 1, cudnn.data_type.INT64) for unit, uid in call.offset_ids().items()}
 
     def given(name):
         dims, strides = call.layout(name)
-        kind = single if name == "stats" else io
-        return graph.tensor(dim=dims, stride=strides, data_type=kind, uid=UID[name], name=name, ragged_offset=offsets.get(PLACED[name]))
+        kind, offset = single if name == "stats" else io, offsets.get(call.unit(name))
+        return graph.tensor(dim=dims, stride=strides, data_type=kind, uid=UID[name], name=name, ragged_offset=offset)
 
     def wanted(name, tensor):
         dims, strides = call.layout(name)
         tensor.set_output(True).set_dim(dims).set_stride(strides).set_uid(UID[name]).set_data_type(single if name == "stats" else io)
         if n:
-            tensor.set_ragged_offset(offsets[PLACED[name]])
+            tensor.set_ragged_offset(offsets[call.unit(name)])
 
     # query i sees keys j with i − left < j ≤ i + right ("masks columns at or before row − left bound"): left is the window as it stands
     options = dict(attn_scale=call.scale, diagonal_alignment=cudnn.diagonal_alignment.TOP_LEFT, diagonal_band_right_bound=0)
     if call.window:
         options["diagonal_band_left_bound"] = call.window
     if n:
-        lengths = [integers(name, n, cudnn.data_type.INT32) for name in ("length_q", "length_kv")]
+        lengths = [integers(name, UID[name], n, cudnn.data_type.INT32) for name in ("length_q", "length_kv")]
         options |= dict(use_padding_mask=True, seq_len_q=lengths[0], seq_len_kv=lengths[1])
     if not call.backward:
         o, stats = graph.sdpa(given("q"), given("k"), given("v"), generate_stats=True, name="attention", **options)
@@ -108,38 +127,34 @@ def graph_of(call):
     import cudnn
 
     try:
-        graph = describe(call, _handle(call.device))
+        graph = describe(call, handle_of(call.device))
         graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         return graph, graph.get_workspace_size()
     except Exception as error:
         raise RuntimeError(f"cuDNN {cudnn.backend_version()} cannot run {call}: {error}; use --attn flex_attention or sdpa") from error
 
 
-def call_of(backward, read, scale, window, borders):
-    q, k = read[:2]
+def call_of(backward, tensors, scale, window, borders):
+    """The Call of `tensors` {name: (B, T, heads, D)}, read and written, and stats."""
+    q, k = tensors["q"], tensors["k"]
     (B, T, H, D), K = q.shape, k.shape[2]
     n = 0 if borders is None else max(FEWEST, 1 << (len(borders) - 2).bit_length())
-    strides = () if n else tuple(tuple(t.stride()[:-1]) for t in read)  # packed tokens lie in one way
+    # rows of packed tokens follow one another, so that their distance says nothing
+    strides = tuple((name, (0 if n else t.stride(0), *t.stride()[1:3])) for name, t in tensors.items() if name != "stats")
     deterministic = backward and torch.are_deterministic_algorithms_enabled()
     return Call(backward, q.device, q.dtype, (B, T, H, K, D), strides, scale, window if window < T else 0, n, deterministic)
 
 
-def run(call, tensors, borders):
-    """Launch the graph of `call` on the current stream. `tensors` {name: tensor}; `borders` (documents + 1) or None."""
-    import cudnn
-
-    B, T, *_, D = call.sizes
+def run(backward, tensors, scale, window, borders):
+    """Launch attention, or its gradient, on the current stream. `tensors` {name: tensor}; `borders` (documents + 1) or None."""
+    call = call_of(backward, tensors, scale, window, borders)
+    numbered = {UID[name]: tensor for name, tensor in tensors.items()}
     if call.documents:  # what fills the list up begins at the end and has no tokens; so do none that the last border leaves out
+        B, T, *_ = call.sizes
         borders = F.pad(borders[:-1].long(), (0, call.documents + 2 - len(borders)), value=B * T)
-        lengths = borders.diff().int()
-        tensors = tensors | {"length_q": lengths, "length_kv": lengths}
-        units = {name: call.heads(name) * (1 if name == "stats" else D) for name in ("q", "k", "v", "o", "stats")}  # elements a token
-        offsets = {unit: borders * unit for unit in set(units.values())}
-        tensors |= {f"{name} at": offsets[unit] for name, unit in units.items()}
-    cuda = call.device.type == "cuda"
-    with torch.cuda.device(call.device) if cuda else torch.device(call.device), _lock:
+        numbered |= dict.fromkeys((UID["length_q"], UID["length_kv"]), borders.diff().int())
+        numbered |= {uid: borders * unit for unit, uid in call.offset_ids().items()}
+    with held(call.device) as handle:
         graph, size = graph_of(call)
         workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=call.device)
-        handle = _handle(call.device)
-        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(call.device).cuda_stream if cuda else 0)
-        graph.execute({UID[name]: tensor.data_ptr() for name, tensor in tensors.items()}, workspace.data_ptr(), handle=handle)
+        graph.execute({uid: tensor.data_ptr() for uid, tensor in numbered.items()}, workspace.data_ptr(), handle=handle)

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .cudnn_products import slope
+
 ROWS, COLUMNS, DEPTH = 128, 256, 64  # a tile of the result, and how much of the inner axis a step multiplies
 SUITS = 8  # row lengths in elements: TMA wants multiples of 16 bytes
 
@@ -55,24 +57,29 @@ def suits(x: torch.Tensor, *widths: int) -> bool:
     return half and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9 and all(width % SUITS == 0 for width in widths)
 
 
-def _launch(kernel, narrow, wide, weight, weight_block, *kept):
-    # narrow (N, C) · weight → (N, W) like wide; one program a multiprocessor, each of which walks over the tiles
-    out = torch.empty(narrow.shape[0], wide, dtype=narrow.dtype, device=narrow.device)
+def descriptors_and_programs(narrow, weight, *wide, turned=True):
+    """Descriptors of narrow (N, C), of its weight, (W, C) where `turned` or (C, W), and of `wide` (N, W) tensors; keywords of the tiles. One program a
+    multiprocessor, each of which walks over the tiles."""
     half = [ROWS, COLUMNS // 2]  # what a program holds of the result beside the accumulators
-    descriptors = [TensorDescriptor.from_tensor(narrow, [ROWS, DEPTH]), TensorDescriptor.from_tensor(weight, weight_block)]
-    descriptors += [TensorDescriptor.from_tensor(tensor, half) for tensor in (*kept, out)]
+    descriptors = [TensorDescriptor.from_tensor(narrow, [ROWS, DEPTH])]
+    descriptors += [TensorDescriptor.from_tensor(weight, [COLUMNS, DEPTH] if turned else [DEPTH, COLUMNS])]
+    descriptors += [TensorDescriptor.from_tensor(tensor, half) for tensor in wide]
     programs = torch.cuda.get_device_properties(narrow.device).multi_processor_count if narrow.is_cuda else 2
-    kernel[(programs,)](
-        *descriptors, *out.shape, narrow.shape[1], PROGRAMS=programs, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
-        num_warps=8, num_stages=3,
-    )  # fmt: skip
+    return descriptors, dict(PROGRAMS=programs, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH)
+
+
+def _launch(kernel, narrow, wide, weight, turned, *kept):
+    # narrow (N, C) · weight → (N, W) like wide
+    out = torch.empty(narrow.shape[0], wide, dtype=narrow.dtype, device=narrow.device)
+    descriptors, tiles = descriptors_and_programs(narrow, weight, *kept, out, turned=turned)
+    kernel[(tiles["PROGRAMS"],)](*descriptors, *out.shape, narrow.shape[1], **tiles, num_warps=8, num_stages=3)
     return out
 
 
 @torch.library.custom_op("nanochat_hf::squared_relu_up", mutates_args=())
 def squared_relu_up(x: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """relu(x·upᵀ)² of x (N, C) and up (W, C) → (N, W), in their dtype; the product itself is float32 until it is squared."""
-    return _launch(_squared_relu, x.contiguous(), up.shape[0], up.contiguous(), [COLUMNS, DEPTH])
+    return _launch(_squared_relu, x.contiguous(), up.shape[0], up.contiguous(), True)
 
 
 @squared_relu_up.register_fake
@@ -83,7 +90,9 @@ def _(x, up):
 @torch.library.custom_op("nanochat_hf::squared_relu_down_backward", mutates_args=())
 def squared_relu_down_backward(dy: torch.Tensor, down: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
     """(dy·down)·2·√squared of dy (N, C), down (C, W) and squared (N, W) → (N, W): the gradient before the squared ReLU."""
-    return _launch(_slope, dy.contiguous(), down.shape[1], down.contiguous(), [DEPTH, COLUMNS], squared.contiguous())
+    dy, down, squared = dy.contiguous(), down.contiguous(), squared.contiguous()
+    by_cudnn = slope(dy, down, squared)
+    return _launch(_slope, dy, down.shape[1], down, False, squared) if by_cudnn is None else by_cudnn
 
 
 @squared_relu_down_backward.register_fake

@@ -37,19 +37,25 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dq_ptr, dk_ptr, q_ptr, k_ptr, rope_ptr, scale_ptr, dx_ptr, tokens, positions, period, plane, q_heads, k_heads,
-    dq_row, dq_token, dq_head, dk_row, dk_token, dk_head, D: tl.constexpr, TOKENS: tl.constexpr,
+    dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, rope_ptr, scale_ptr, dx_ptr, tokens, positions, period, plane, q_heads, k_heads, q_token, k_token, dx_token,
+    dq_row, dq_token, dq_head, dk_row, dk_token, dk_head, dv_row, dv_token, dv_head, D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     head, live = tl.program_id(1), token < tokens
     keep, half = live[:, None], tl.arange(0, D // 2)[None, :]
     row, position = token // positions, token % positions
+    target = dx_ptr + (token * dx_token + head * D)[:, None] + half
+    if head >= q_heads + k_heads:  # a value's gradient goes as it is beside the others
+        gradient = dv_ptr + (row * dv_row + position * dv_token + (head - q_heads - k_heads) * dv_head)[:, None] + half
+        tl.store(target, tl.load(gradient, keep, 0.0), keep)
+        tl.store(target + D // 2, tl.load(gradient + D // 2, keep, 0.0), keep)
+        return
     if head < q_heads:
         gradient = dq_ptr + (row * dq_row + position * dq_token + head * dq_head)[:, None] + half
-        output = q_ptr + (token * q_heads + head)[:, None] * D + half
+        output = q_ptr + (token * q_token + head * D)[:, None] + half
     else:
         gradient = dk_ptr + (row * dk_row + position * dk_token + (head - q_heads) * dk_head)[:, None] + half
-        output = k_ptr + (token * k_heads + head - q_heads)[:, None] * D + half
+        output = k_ptr + (token * k_token + (head - q_heads) * D)[:, None] + half
     angle = rope_ptr + (token % period)[:, None] * (D // 2) + half
     g1 = tl.load(gradient, keep, 0.0).to(tl.float32)
     g2 = tl.load(gradient + D // 2, keep, 0.0).to(tl.float32)
@@ -61,7 +67,6 @@ def _backward(
     # through the norm: what lies along the normed vector changes nothing
     along = ((tl.sum(g1 * y1, 1) + tl.sum(g2 * y2, 1)) / D)[:, None]
     g1, g2 = (g1 - y1 * along) * scale, (g2 - y2 * along) * scale
-    target = dx_ptr + (token * (q_heads + k_heads) + head)[:, None] * D + half
     tl.store(target, (g1 * cos - g2 * sin).to(dx_ptr.dtype.element_ty), keep)
     tl.store(target + D // 2, (g1 * sin + g2 * cos).to(dx_ptr.dtype.element_ty), keep)
 
@@ -96,15 +101,23 @@ def rope_norm_backward(
 ) -> torch.Tensor:
     """Gradient with respect to x of `rope_norm_forward`, from its outputs alone: x itself need not be kept."""
     B, T, q_heads, D = q.shape
-    k_heads = k.shape[2]
-    dq, dk = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk))
-    dx = q.new_empty(B, T, (q_heads + k_heads) * D)
-    grid = (triton.cdiv(B * T, TOKENS), q_heads + k_heads)
-    _backward[grid](
-        dq, dk, q, k, rope, scale, dx, B * T, T, rope.shape[1] * T, rope[0].numel(), q_heads, k_heads,
-        *dq.stride()[:3], *dk.stride()[:3], D=D, TOKENS=TOKENS, num_warps=4,
-    )  # fmt: skip
+    dx = q.new_empty(B, T, (q_heads + k.shape[2]) * D)
+    write_gradient(dx, dq, dk, None, q.contiguous(), k.contiguous(), scale, rope)
     return dx
+
+
+def write_gradient(dx, dq, dk, dv, q, k, scale, rope):
+    """Write into dx (B, T, ≥ (H + K)·D) the gradients before rotation and norm, of dq and q (B, T, H, D), dk and k (B, T, K, D), and beside them dv
+    (B, T, K, D) where given. dq and dk may lie where their results go; q, k and dx have rows that follow one another."""
+    B, T, q_heads, D = q.shape
+    k_heads, values = k.shape[2], 0 if dv is None else dv.shape[2]
+    dq, dk, dv = (g if g is None or g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
+    dv = dq if dv is None else dv  # then without heads, and not read
+    grid = (triton.cdiv(B * T, TOKENS), q_heads + k_heads + values)
+    _backward[grid](
+        dq, dk, dv, q, k, rope, scale, dx, B * T, T, rope.shape[1] * T, rope[0].numel(), q_heads, k_heads, q.stride(1), k.stride(1), dx.stride(1),
+        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], D=D, TOKENS=TOKENS, num_warps=4,
+    )  # fmt: skip
 
 
 @rope_norm_backward.register_fake

@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanochat_hf import NanochatConfig
+from .loss_nanochat_hf import SoftcappedLoss, add_product, nll_and_slope
 
 GATE_CHANNELS = 32
 LOSS_CHUNK = 8192  # tokens whose logits exist at one time: 512 MiB in bfloat16 at V = 32768
@@ -79,7 +80,8 @@ class NanochatAttention(nn.Module):
         self.v_proj = linear(C, K * D)
         self.o_proj = linear(H * D, C, "zero")
         self.ve_gate = linear(GATE_CHANNELS, K, "zero") if has_value_embedding(config, layer_idx) else None
-        self.fused = self.fused_output = None  # in training, kernels in place of `queries_keys_values` and of o_proj may stand here
+        # in training, kernels in place of `queries_keys_values`, of o_proj and, without mask and cache, of all before it may stand here
+        self.fused = self.fused_output = self.fused_whole = None
 
     def queries_keys_values(self, x, rope):
         """Rotated and normed q (B, T, H, D) and k (B, T, K, D), and v (B, T, K, D)."""
@@ -93,21 +95,31 @@ class NanochatAttention(nn.Module):
         eps = self.config.rms_norm_eps
         return norm(rotate(q, cos, sin), eps), norm(rotate(k, cos, sin), eps)
 
-    def forward(self, x, value_embedding, rope, attention_mask, past_key_values, **kwargs):
-        B, T, _ = x.shape
+    def gated(self, first, value_embedding):
+        """What the value embedding (B, T, K·D) adds to v, by x's `first` channels: (B, T, K, D), None in layers without one."""
+        if self.ve_gate is None:
+            return None
+        gate = 2 * torch.sigmoid(self.ve_gate(first)).unsqueeze(-1)  # (B, T, K, 1)
+        return gate.to(first.dtype) * value_embedding.view(*gate.shape[:-1], -1).to(first.dtype)
+
+    def attend(self, x, value, rope, attention_mask, past_key_values, **kwargs):
+        """Normed x (B, T, C) → heads' results (B, T, H, D), attention weights where the implementation has them."""
         q, k, v = self.fused(self, x, rope) if self.fused and self.training else self.queries_keys_values(x, rope)
-        if self.ve_gate is not None:
-            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
-            v = v + gate.unsqueeze(-1).to(v.dtype) * value_embedding.view_as(v).to(v.dtype)
+        v = v if value is None else v + value.to(v.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, K, T, D); views, after all that reads memory in order
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        y, weights = attend(
-            self, q, k.to(q.dtype), v.to(q.dtype), attention_mask, dropout=0.0, scaling=self.scaling,
-            sliding_window=self.sliding_window, **kwargs,
-        )  # fmt: skip
-        y = y.reshape(B, T, -1)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        options = dict(dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window)
+        return attention(self, q, k.to(q.dtype), v.to(q.dtype), attention_mask, **options, **kwargs)
+
+    def forward(self, x, first, value_embedding, rope, attention_mask, past_key_values, **kwargs):
+        value, y, weights = self.gated(first, value_embedding), None, None
+        if self.fused_whole and self.training and attention_mask is None and past_key_values is None:
+            y = self.fused_whole(self, x, value, rope, kwargs.get("cu_seq_lens_q"))
+        if y is None:
+            y, weights = self.attend(x, value, rope, attention_mask, past_key_values, **kwargs)
+        y = y.flatten(2)
         return self.fused_output(self, y) if self.fused_output and self.training else self.o_proj(y), weights
 
 
@@ -137,10 +149,15 @@ class NanochatDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = NanochatAttention(config, layer_idx)
         self.mlp = NanochatMLP(config)
 
-    def forward(self, hidden_states, value_embedding, rope, attention_mask=None, past_key_values=None, **kwargs):
-        attended, _ = self.self_attn(norm(hidden_states, self.eps), value_embedding, rope, attention_mask, past_key_values, **kwargs)
+    def forward(self, hidden_states, value_embedding, rope, attention_mask=None, past_key_values=None, normed=None, apart=False, **kwargs):
+        """`normed`: norm(x) and its first channels, where they are known. `apart`: x and mlp(…), not yet summed."""
+        if normed is None:
+            normed = norm(hidden_states, self.eps)
+            normed = normed, normed[..., :GATE_CHANNELS]
+        attended, _ = self.self_attn(*normed, value_embedding, rope, attention_mask, past_key_values, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(norm(hidden_states, self.eps))
+        update = self.mlp(norm(hidden_states, self.eps))
+        return (hidden_states, update) if apart else hidden_states + update
 
 
 def linear(inputs, outputs, init_scheme="uniform"):
@@ -251,6 +268,7 @@ class NanochatModel(NanochatPreTrainedModel):
         self.resid_lambdas = nn.Parameter(torch.ones(config.num_hidden_layers))
         self.x0_lambdas = nn.Parameter(torch.full((config.num_hidden_layers,), 0.1))
         self.gradient_checkpointing = False
+        self.fused_mix = None  # in training, a kernel for the stream before a layer and its norm may stand here
         self.post_init()
 
     def rope(self, position_ids):
@@ -288,18 +306,28 @@ class NanochatModel(NanochatPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         rope = self.rope(position_ids)
         x = x0 = norm(x, self.config.rms_norm_eps)
+        # gradient checkpointing would keep what the kernel gives beside the stream
+        fused = None if self.gradient_checkpointing or output_hidden_states or not self.training else self.fused_mix
         hidden = []
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden.append(x)
             # float32 scalars do not promote x, and cast to bfloat16 they would lose what training writes into them;
             # .to() does nothing unless device_map has put this layer elsewhere
-            resid, skip = self.resid_lambdas[i].to(x.device), self.x0_lambdas[i].to(x.device)
-            x = resid * x + skip * x0.to(x.device)
-            table = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
-            mask = masks[self.config.layer_types[i]]
+            device = x0.device if fused else x.device
+            resid, skip = self.resid_lambdas[i].to(device), self.x0_lambdas[i].to(device)
+            table, normed = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None, None
+            if fused and i:
+                channels = 0 if table is None else GATE_CHANNELS
+                x, *normed, x0 = fused(*x, x0, resid, skip, self.config.rms_norm_eps, channels)
+            else:
+                x = resid * x + skip * x0.to(x.device)
             # the cache goes by keyword: gradient checkpointing drops it by name, lest the recomputation write it twice
-            x = layer(x, table, rope, mask, past_key_values=past_key_values, **kwargs)
+            x = layer(
+                x, table, rope, masks[self.config.layer_types[i]], past_key_values=past_key_values, normed=normed, apart=bool(fused), **kwargs
+            )  # fmt: skip
+        if fused:
+            x = x[0] + x[1]
         x = norm(x, self.config.rms_norm_eps)
         hidden = (*hidden, x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, hidden_states=hidden)
@@ -333,54 +361,6 @@ class NanochatModel(NanochatPreTrainedModel):
         if "sliding_attention" in self.config.layer_types:
             masks["sliding_attention"] = create_sliding_window_causal_mask(**masking)
         return masks, documents | borders
-
-
-def nll_and_slope(logits, target, weight, cap):
-    """Uncapped logits (n, V), targets (n) with −100 ignored, weights (n) → weight·nll (n) float32, its gradient (n, V)."""
-    weight, target = torch.where(target == -100, 0.0, weight).unsqueeze(1), target.clamp(min=0).unsqueeze(1)  # (n, 1)
-    squashed = torch.tanh(logits.float() / cap)
-    lse = torch.logsumexp(cap * squashed, dim=1, keepdim=True)
-    nll = (lse - cap * squashed.gather(1, target)) * weight
-    wrong = torch.exp(cap * squashed - lse) - (torch.arange(logits.shape[1], device=target.device) == target).float()
-    return nll.squeeze(1), (wrong * weight * (1 - squashed.square())).to(logits.dtype)
-
-
-def add_product(total, a, b):
-    """total (n, m) float32 += a (n, k) · b (k, m)."""
-    total += (a @ b).float()
-
-
-class SoftcappedLoss(torch.autograd.Function):
-    """Σ weight·nll of soft-capped logits, whose gradient is taken in the forward pass, chunk by chunk.
-
-    The logits of a chunk are read while they exist and never made again: no (N, V) tensor, and no second product with the head.
-    hidden (N, C), head (rows, C), targets (N) with −100 ignored, weights (N) float32 → 0-d float32.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, head, targets, weights, vocab_size, cap, chunk, nll_and_slope, add_product):
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        with torch.autocast(kind, enabled=False):
-            table = head[:vocab_size].to(dtype)
-            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            grad_head = torch.zeros(table.shape, dtype=torch.float32, device=hidden.device)
-            grads = []
-            for h, target, weight in zip(hidden.to(dtype).split(chunk), targets.split(chunk), weights.split(chunk), strict=True):
-                nll, slope = nll_and_slope(h @ table.mT, target, weight, cap)
-                total = total + nll.sum()
-                grads.append((slope @ table).to(hidden.dtype))
-                add_product(grad_head, slope.mT, h)
-        ctx.save_for_backward(torch.cat(grads), grad_head)
-        ctx.head = head.shape[0] - vocab_size, head.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        grad_hidden, grad_head = ctx.saved_tensors
-        padding, dtype = ctx.head
-        grad_head = F.pad((grad_head * grad_output).to(dtype), (0, 0, 0, padding))
-        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None, None, None, None
 
 
 class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):

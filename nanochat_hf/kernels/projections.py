@@ -1,0 +1,175 @@
+"""Queries, keys and values by one product, rotated and normed while they lie in registers; for Hopper, by TMA. And cuDNN's attention upon them,
+whose gradient goes back through norm and rotation within one tensor.
+
+Letters: B rows, T positions, N = B·T tokens, C hidden_size, H query heads, K key/value heads, D head_dim, W = (H + 2K)·D.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .cudnn_attention import attention, write_gradients
+from .matmul import _halves, descriptors_and_programs
+from .rope import write_gradient
+
+WIDEST = 128  # head_dim: half a tile holds whole heads
+GROUP = 4  # tiles of rows that share the weights' tiles, for the cache
+
+
+@triton.jit
+def _turned(part, token, live, head, cos, sin, scale_ptr, rotated, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
+    # part (ROWS, COLUMNS) of heads from `head` on; those from `rotated` on stay as they are
+    HEADS: tl.constexpr = COLUMNS // D
+    x1, x2 = part.reshape(ROWS, HEADS, 2, D // 2).permute(0, 1, 3, 2).split()
+    head += tl.arange(0, HEADS)
+    turned = head < rotated
+    cos = tl.where(turned[None, :, None], cos.to(tl.float32)[:, None, :], 1.0)
+    sin = tl.where(turned[None, :, None], sin.to(tl.float32)[:, None, :], 0.0)
+    y1, y2 = x1 * cos + x2 * sin, x2 * cos - x1 * sin
+    # of the rotated vector: the tables' rounded entries do not keep lengths exactly
+    scale = tl.rsqrt((tl.sum(y1 * y1, 2) + tl.sum(y2 * y2, 2)) / D + eps)
+    tl.store(scale_ptr + token[:, None] * rotated + head[None, :], scale, turned[None, :] & live[:, None])
+    scale = tl.where(turned[None, :], scale, 1.0)[:, :, None]
+    return tl.join(y1 * scale, y2 * scale).permute(0, 1, 3, 2).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def _project(
+    x_desc, w_desc, out_desc, rope_ptr, scale_ptr, N, W, C, period, plane, rotated, eps, D: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    down, across = tl.cdiv(N, ROWS), tl.cdiv(W, COLUMNS)
+    for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True):
+        first = tile // (GROUP * across) * GROUP
+        size = min(down - first, GROUP)
+        row = (first + tile % (GROUP * across) % size) * ROWS
+        column = tile % (GROUP * across) // size * COLUMNS
+        product = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, C, DEPTH):
+            product = tl.dot(x_desc.load([row, start]), w_desc.load([column, start]).T, product)
+        half, head = COLUMNS // 2, column // D
+        token = (row + tl.arange(0, ROWS)).to(tl.int64)
+        live = token < N
+        angle = rope_ptr + (token % period)[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
+        wanted = live[:, None] & (head < rotated)  # not for a tile of values alone
+        cos, sin = tl.load(angle, wanted, 0.0), tl.load(angle + plane, wanted, 0.0)
+        left, right = _halves(product, ROWS, COLUMNS)
+        left = _turned(left, token, live, head, cos, sin, scale_ptr, rotated, eps, ROWS, COLUMNS // 2, D)
+        out_desc.store([row, column], left.to(out_desc.dtype))
+        right = _turned(right, token, live, head + half // D, cos, sin, scale_ptr, rotated, eps, ROWS, COLUMNS // 2, D)
+        out_desc.store([row, column + half], right.to(out_desc.dtype))
+
+
+@torch.library.custom_op("nanochat_hf::rotated_projections", mutates_args=())
+def rotated_projections(x: torch.Tensor, w: torch.Tensor, rope: torch.Tensor, rotated: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (B, T, C), w (W, C), angles (2, B or 1, T, 1, D/2) → x·wᵀ (B, T, W), its first `rotated` heads rotated and normed, and their 1/rms
+    (B, T, rotated) float32."""
+    B, T, C = x.shape
+    out, scale = x.new_empty(B, T, w.shape[0]), x.new_empty(B, T, rotated, dtype=torch.float32)
+    flat = x.reshape(-1, C)
+    descriptors, tiles = descriptors_and_programs(flat, w.contiguous(), out.view(-1, w.shape[0]))
+    eps = torch.finfo(torch.float32).eps  # F.rms_norm's own: that of the dtype it computes in
+    _project[(tiles["PROGRAMS"],)](
+        *descriptors, rope, scale, B * T, w.shape[0], C, rope.shape[1] * T, rope[0].numel(), rotated, eps, D=head_dim, GROUP=GROUP, **tiles,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return out, scale
+
+
+@rotated_projections.register_fake
+def _(x, w, rope, rotated, head_dim):
+    B, T, _ = x.shape
+    return x.new_empty(B, T, w.shape[0]), x.new_empty(B, T, rotated, dtype=torch.float32)
+
+
+def parts(qkv, heads, key_heads):
+    """(B, T, W) → q (B, T, H, D), k and v (B, T, K, D), views."""
+    return qkv.unflatten(-1, (heads + 2 * key_heads, -1)).split((heads, key_heads, key_heads), dim=2)
+
+
+@torch.library.custom_op("nanochat_hf::rotated_backward", mutates_args=())
+def rotated_backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, qkv: torch.Tensor, scale: torch.Tensor, rope: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """Gradient (B, T, W) of the product within `rotated_projections`, from those of q, k and v and from its results."""
+    q, k, _ = parts(qkv, heads, dk.shape[2])
+    gradient = torch.empty_like(qkv)
+    write_gradient(gradient, dq, dk, dv, q, k, scale, rope)
+    return gradient
+
+
+@rotated_backward.register_fake
+def _(dq, dk, dv, qkv, scale, rope, heads):
+    return qkv.new_empty(qkv.shape)
+
+
+@torch.library.custom_op("nanochat_hf::rotated_attention_backward", mutates_args=())
+def rotated_attention_backward(
+    do: torch.Tensor, qkv: torch.Tensor, v: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, borders: torch.Tensor | None, scale: torch.Tensor,
+    rope: torch.Tensor, scaling: float, window: int,
+) -> torch.Tensor:  # fmt: skip
+    """Gradient (B, T, W) of the product within `rotated_projections`, from that of cuDNN's attention upon qkv with values v: each kernel writes
+    its part of one tensor, so that nothing is copied or summed."""
+    q, k, _ = parts(qkv, out.shape[2], v.shape[2])
+    gradient = torch.empty_like(qkv)
+    dq, dk, dv = parts(gradient, out.shape[2], v.shape[2])
+    write_gradients((dq, dk, dv), do, q, k, v, out, stats, borders, scaling, window)
+    write_gradient(gradient, dq, dk, None, q, k, scale, rope)
+    return gradient
+
+
+@rotated_attention_backward.register_fake
+def _(do, qkv, v, out, stats, borders, scale, rope, scaling, window):
+    return qkv.new_empty(qkv.shape)
+
+
+def _product(ctx, x, weights, rope, heads, key_heads):
+    # the product of forward, in autocast's dtype, and what backward needs of it
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    ctx.dtypes, ctx.heads, ctx.sizes = (x.dtype, weights[0].dtype), heads, [weight.shape[0] for weight in weights]
+    x, w = x.to(dtype), torch.cat(weights).to(dtype)
+    return x, w, *rotated_projections(x, w, rope, heads + key_heads, w.shape[0] // (heads + 2 * key_heads))
+
+
+def _through_product(ctx, gradient, x, w):
+    # gradients of x and of the weights from that of their product
+    with torch.autocast(x.device.type, enabled=False):
+        dw = (gradient.flatten(0, -2).mT @ x.flatten(0, -2)).to(ctx.dtypes[1])
+        return (gradient @ w).to(ctx.dtypes[0]), *dw.split(ctx.sizes)
+
+
+class QueriesKeysValues(torch.autograd.Function):
+    """x (B, T, C), weights of q, k and v, angles → q (B, T, H, D), k and v (B, T, K, D), q and k rotated and normed."""
+
+    @staticmethod
+    def forward(ctx, x, q, k, v, rope, heads, key_heads):
+        x, w, qkv, scale = _product(ctx, x, (q, k, v), rope, heads, key_heads)
+        ctx.save_for_backward(x, w, qkv, scale, rope)
+        return parts(qkv, heads, key_heads)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        x, w, qkv, scale, rope = ctx.saved_tensors
+        return *_through_product(ctx, rotated_backward(dq, dk, dv, qkv, scale, rope, ctx.heads), x, w), None, None, None
+
+
+class Attention(torch.autograd.Function):
+    """As QueriesKeysValues, then `value` (B, T, K, D) or None added to v, and cuDNN's attention → (B, T, H, D)."""
+
+    @staticmethod
+    def forward(ctx, x, q, k, v, value, rope, borders, heads, key_heads, scaling, window):
+        x, w, qkv, scale = _product(ctx, x, (q, k, v), rope, heads, key_heads)
+        queries, keys, values = parts(qkv, heads, key_heads)
+        values = values if value is None else values + value.to(values.dtype)
+        out, stats = attention(queries, keys, values, borders, scaling, window)
+        ctx.save_for_backward(x, w, qkv, values, out, stats, borders, scale, rope)
+        ctx.options, ctx.value = (scaling, window), None if value is None else value.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        x, w, qkv, values, out, stats, borders, scale, rope = ctx.saved_tensors
+        gradient = rotated_attention_backward(do, qkv, values, out, stats, borders, scale, rope, *ctx.options)
+        value = None if ctx.value is None else parts(gradient, ctx.heads, values.shape[2])[2].to(ctx.value)
+        return *_through_product(ctx, gradient, x, w), value, *[None] * 6
