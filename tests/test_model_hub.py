@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import nanochat_hf  # noqa: F401  (registers the classes)
 from nanochat_hf.model import NanochatConfig, NanochatForCausalLM, NanochatModel
 
-CODE = {"configuration_nanochat_hf.py", "modeling_nanochat_hf.py"}
+CODE = {"configuration_nanochat_hf.py", "modeling_nanochat_hf.py", "loss_nanochat_hf.py"}
 AUTO = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
 

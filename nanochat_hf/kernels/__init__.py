@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import float8, float8_layers
+from . import cudnn_products, float8, float8_layers
 from .cudnn_attention import NAME as CUDNN
 from .mlp import SquaredReluMLP, matmul
 
 HIGHEST_CAP = 40.0  # the cross-entropy sums exp(capped logit − cap) without a maximum: float32 holds exp(−80)
+HALF = torch.bfloat16, torch.float16
 
 
 def available(device) -> tuple[bool, str]:
@@ -44,11 +45,14 @@ def install(model, float8=False) -> list[str]:
     if config.final_logit_softcapping <= HIGHEST_CAP:
         model.nll_and_slope, model.add_product = nll_and_slope, add_product
         installed.add("softcapped cross-entropy")
-    model.model.fused_mix = mixed_and_normed if find_spec("triton") else None
+    by_cudnn = torch.cuda.is_available() and cudnn_products.serves(torch.device("cuda", torch.cuda.current_device()))
+    by_triton = find_spec("triton") is not None  # float8 does without, for tests
+    model.model.fused_mix = mixed_and_normed if by_triton else None
     for layer in layers:
+        layer.fused_norm = stream_and_norm if by_triton and not float8 else None  # float8 has its casts in the kernel of the norm
         layer.self_attn.fused_whole = None if float8 else rotated_attention
         layer.self_attn.fused = float8_queries_keys_values if float8 else queries_keys_values if rotation_fits(config) else None
-        layer.self_attn.fused_output = float8_output if float8 else None
+        layer.self_attn.fused_output = float8_output if float8 else output if by_cudnn else None
         layer.mlp.fused = float8_squared_relu if float8 else squared_relu
     if rotation_fits(config) and all(plain(layer.self_attn.q_proj, layer.self_attn.k_proj) for layer in layers):
         installed.add("rope and norm of queries and keys")
@@ -99,8 +103,19 @@ def mixed_and_normed(stream, update, x0, resid, skip, eps, channels):
     """resid·(stream + update) + skip·x0 (B, T, C), its RMS norm, that norm's first `channels`, and x0 for the next layer."""
     from .stream import MixAndNorm
 
-    eps = torch.finfo(torch.float32).eps if eps is None else eps
-    return MixAndNorm.apply(stream, update, x0.to(stream.device), resid, skip, eps, channels)
+    return MixAndNorm.apply(stream, update, x0.to(stream.device), resid, skip, _eps(eps), channels)
+
+
+def stream_and_norm(x, eps):
+    """x (B, T, C) and its RMS norm."""
+    from .stream import StreamAndNorm
+
+    return StreamAndNorm.apply(x, _eps(eps))
+
+
+def _eps(eps):
+    # F.rms_norm's own is that of the dtype it computes in
+    return torch.finfo(torch.float32).eps if eps is None else eps
 
 
 def _one_product(attention, x):
@@ -162,9 +177,16 @@ def float8_queries_keys_values(attention, x, rope):
     return q, k, v.unflatten(-1, (-1, D))
 
 
-def float8_output(attention, y):
-    """o_proj by float8 products, where they fit."""
-    return float8_layers.Linear.apply(y, attention.o_proj.weight) if _suits_float8(y, attention.o_proj) else attention.o_proj(y)
+def float8_output(attention, y, stream):
+    """stream + o_proj(y), by float8 products where they fit."""
+    return stream + (float8_layers.Linear.apply(y, attention.o_proj.weight) if _suits_float8(y, attention.o_proj) else attention.o_proj(y))
+
+
+def output(attention, y, stream):
+    """stream + o_proj(y), summed within the product where cuDNN can."""
+    if plain(attention.o_proj) and y.is_cuda and y.dtype == stream.dtype in HALF and stream.shape[-1] % 8 == 0:
+        return cudnn_products.LinearPlus.apply(y, attention.o_proj.weight, stream)
+    return stream + attention.o_proj(y)
 
 
 def float8_squared_relu(mlp, x):

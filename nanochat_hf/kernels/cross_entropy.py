@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-COLUMNS = 8192  # logits that a program holds at a time
+COLUMNS = 32768  # logits that a program holds at a time
 
 @triton.jit
 def _r(z, inner):

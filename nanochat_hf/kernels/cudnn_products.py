@@ -1,7 +1,7 @@
-"""The product with the slope of the squared ReLU inside, by one of cuDNN's graphs (package nvidia-cudnn-frontend): its kernels multiply the next tile
-while the last one is scaled and stored, which Triton's do not.
+"""Products of which more is made while the result lies in registers, by cuDNN's graphs (package nvidia-cudnn-frontend): their kernels multiply the next
+tile while the last one is finished and stored, which Triton's do not. For Hopper.
 
-Letters: N tokens, C hidden_size, W = 4C intermediate_size.
+Letters: N tokens, K inner width, W width of the result.
 """
 
 import functools
@@ -12,7 +12,7 @@ from .cudnn_attention import missing
 from .cudnn_graph import handle_of, held
 
 TILE = 192  # columns of a tile of the kernel that serves widths best which it divides
-UID = {"dy": 1, "down": 2, "squared": 3, "slope": 4}
+UID = {"a": 1, "w": 2, "kept": 3, "result": 4}
 
 
 def _preferred(width):
@@ -22,8 +22,9 @@ def _preferred(width):
 
 
 @functools.cache
-def plan_of(device, dtype, N, C, W):
-    """(graph, its plan's number, bytes of workspace) of (dy (N, C) · down (C, W)) · 2·√squared (N, W); None where cuDNN has none."""
+def plan_of(kind, device, dtype, N, K, W):
+    """(graph, its plan's number, bytes of workspace), None where cuDNN has none, of "slope", (a·w)·2·√kept with w (K, W), or "sum", a·wᵀ + kept with
+    w (W, K); a (N, K), kept and result (N, W)."""
     if missing(device):
         return None
     import cudnn
@@ -32,13 +33,17 @@ def plan_of(device, dtype, N, C, W):
     io = cudnn.data_type.BFLOAT16 if dtype == torch.bfloat16 else cudnn.data_type.HALF
     graph = cudnn.pygraph(io_data_type=io, intermediate_data_type=single, compute_data_type=single, handle=handle_of(device))
 
-    def given(name, rows, columns):
-        return graph.tensor(dim=[1, rows, columns], stride=[rows * columns, columns, 1], data_type=io, uid=UID[name], name=name)
+    def given(name, rows, columns, turned=False):
+        strides = [rows * columns, 1, rows] if turned else [rows * columns, columns, 1]
+        return graph.tensor(dim=[1, rows, columns], stride=strides, data_type=io, uid=UID[name], name=name)
 
-    product = graph.matmul(given("dy", N, C), given("down", C, W))
-    root = graph.sqrt(given("squared", N, W))
-    slope = graph.mul(product, graph.add(root, root))
-    slope.set_output(True).set_data_type(io).set_uid(UID["slope"])
+    product, kept = graph.matmul(given("a", N, K), given("w", K, W, turned=kind == "sum")), given("kept", N, W)
+    if kind == "sum":
+        result = graph.add(product, kept)
+    else:
+        root = graph.sqrt(kept)
+        result = graph.mul(product, graph.add(root, root))
+    result.set_output(True).set_data_type(io).set_uid(UID["result"])
     try:
         graph.validate()
         graph.build_operation_graph()
@@ -47,19 +52,59 @@ def plan_of(device, dtype, N, C, W):
         names = [graph.get_plan_name_at_index(i) for i in range(graph.get_execution_plan_count())]
         number = next((names.index(name) for name in _preferred(W) if name in names), 0)
         graph.build_plan_at_index(number)
-    except Exception:  # an older cuDNN, other limits: Triton's kernel stands ready
+    except Exception:  # an older cuDNN, other limits: others stand ready
         return None
     return graph, number, graph.get_workspace_size_plan_at_index(number)
 
 
-def slope(dy, down, squared):
-    """(dy·down)·2·√squared of dy (N, C), down (C, W) and squared (N, W), all contiguous → (N, W); None where cuDNN has no kernel for it."""
-    plan = plan_of(dy.device, dy.dtype, *dy.shape, down.shape[1])
+def _run(kind, a, w, kept):
+    plan = plan_of(kind, a.device, a.dtype, *a.shape, kept.shape[1])
     if plan is None:
         return None
     graph, number, size = plan
-    out, workspace = torch.empty_like(squared), torch.empty(max(size, 1), dtype=torch.uint8, device=dy.device)
-    tensors = {"dy": dy, "down": down, "squared": squared, "slope": out}
-    with held(dy.device) as handle:
+    out, workspace = torch.empty_like(kept), torch.empty(max(size, 1), dtype=torch.uint8, device=a.device)
+    tensors = {"a": a, "w": w, "kept": kept, "result": out}
+    with held(a.device) as handle:
         graph.execute_plan_at_index({UID[name]: t.data_ptr() for name, t in tensors.items()}, workspace.data_ptr(), number, handle=handle)
     return out
+
+
+def slope(dy, down, squared):
+    """(dy·down)·2·√squared of dy (N, C), down (C, W) and squared (N, W), all contiguous → (N, W); None where cuDNN has no kernel for it."""
+    return _run("slope", dy, down, squared)
+
+
+@torch.library.custom_op("nanochat_hf::product_plus", mutates_args=())
+def product_plus(a: torch.Tensor, w: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """a·wᵀ + kept of a (N, K), w (W, K) and kept (N, W), of one dtype → (N, W), summed in float32 where cuDNN has a kernel for it."""
+    a, w, kept = a.contiguous(), w.contiguous(), kept.contiguous()
+    out = _run("sum", a, w, kept)
+    return a @ w.mT + kept if out is None else out
+
+
+@product_plus.register_fake
+def _(a, w, kept):
+    return kept.new_empty(kept.shape)
+
+
+def serves(device):
+    """Whether product_plus is worth its while on `device`: on Hopper, with cuDNN's frontend."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and missing(device) is None
+
+
+class LinearPlus(torch.autograd.Function):
+    """y (…, K), weight (W, K), stream (…, W) of y's dtype → stream + y·weightᵀ."""
+
+    @staticmethod
+    def forward(ctx, y, weight, stream):
+        flat, w = y.reshape(-1, y.shape[-1]), weight.to(y.dtype)
+        ctx.save_for_backward(flat, w)
+        ctx.dtype = weight.dtype
+        return product_plus(flat, w, stream.reshape(-1, stream.shape[-1])).view(stream.shape)
+
+    @staticmethod
+    def backward(ctx, d):
+        flat, w = ctx.saved_tensors
+        with torch.autocast(d.device.type, enabled=False):
+            d_flat = d.reshape(-1, d.shape[-1])
+            return (d_flat @ w).view(*d.shape[:-1], -1), (d_flat.mT @ flat).to(ctx.dtype), d

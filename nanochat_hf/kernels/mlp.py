@@ -3,9 +3,9 @@
 import torch
 
 try:
-    from . import matmul  # wants Triton's tensor descriptors
+    from . import matmul, weight_gradient  # want Triton's tensor descriptors
 except ImportError:
-    matmul = None
+    matmul = weight_gradient = None
 
 
 class SquaredReluMLP(torch.autograd.Function):
@@ -39,4 +39,11 @@ class SquaredReluMLP(torch.autograd.Function):
             else:
                 slope = (dy_flat @ down) * (2 * squared.sqrt())
             dx = (slope @ up).to(ctx.dtypes[0]).view(*dy.shape[:-1], -1)
-            return dx, (slope.mT @ flat).to(ctx.dtypes[1]), (dy_flat.mT @ squared).to(ctx.dtypes[2])
+            return dx, _gradient(slope, flat, ctx.dtypes[1]), _gradient(squared, dy_flat, ctx.dtypes[2], turned=True)
+
+
+def _gradient(wide, narrow, dtype, turned=False):
+    # wideᵀ·narrow (W, C), or that turned (C, W): the wide factor first, for the order in which the kernel's tiles share rows
+    if weight_gradient and wide.is_cuda:
+        return weight_gradient.weight_gradient(wide, narrow, dtype, turned)
+    return (narrow.mT @ wide if turned else wide.mT @ narrow).to(dtype)

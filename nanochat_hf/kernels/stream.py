@@ -56,8 +56,35 @@ def _backward(
     tl.store(sums_ptr + PROGRAMS + program, tl.sum(along_x0, 0))
 
 
+@triton.jit
+def _norm(x_ptr, normed_ptr, scale_ptr, C, eps, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    at, keep = row * C + column, column < C
+    x = tl.load(x_ptr + at, keep, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / C + eps)
+    tl.store(normed_ptr + at, (x * scale).to(normed_ptr.dtype.element_ty), keep)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _norm_backward(d_x_ptr, d_normed_ptr, x_ptr, scale_ptr, out_ptr, N, C, PROGRAMS, BLOCK: tl.constexpr):
+    column, width = tl.arange(0, BLOCK), tl.full((1,), C, tl.int64)
+    keep = column < C
+    for row in tl.range(tl.program_id(0), N, PROGRAMS, num_stages=2):
+        at, scale = row * width + column, tl.load(scale_ptr + row)
+        normed = tl.load(x_ptr + at, keep, 0.0).to(tl.float32) * scale
+        g = tl.load(d_normed_ptr + at, keep, 0.0).to(tl.float32)
+        g = (g - normed * (tl.sum(g * normed, 0) / C)) * scale + tl.load(d_x_ptr + at, keep, 0.0).to(tl.float32)
+        tl.store(out_ptr + at, g.to(out_ptr.dtype.element_ty), keep)
+
+
 def _warps(block):
     return min(max(block // 512, 1), 16)
+
+
+def _programs(x, rows):
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return min(PROGRAMS * multiprocessors, rows)
 
 
 @torch.library.custom_op("nanochat_hf::mix_and_norm", mutates_args=())
@@ -91,8 +118,7 @@ def mix_and_norm_backward(
     """Gradients of x, of x0 with `d_x0` of the layers behind added, and of (r, s), from what `mix_and_norm` was given and gave."""
     d_mixed, d_normed, d_first, d_x0, x, x0 = (t.contiguous() for t in (d_mixed, d_normed, d_first, d_x0, x, x0))
     dx, dx0, C, N = torch.empty_like(x), torch.empty_like(x0), x.shape[-1], scale.numel()
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    programs, block = min(PROGRAMS * multiprocessors, N), triton.next_power_of_2(C)
+    programs, block = _programs(x, N), triton.next_power_of_2(C)
     sums = x.new_empty(2, programs, dtype=torch.float32)
     _backward[(programs,)](
         d_mixed, d_normed, d_first, d_x0, x, x0, r, s, scale, dx, dx0, sums, N, C, programs, F=d_first.shape[-1], BLOCK=block,
@@ -122,3 +148,46 @@ class MixAndNorm(torch.autograd.Function):
         x, x0, r, s, scale = ctx.saved_tensors
         dx, dx0, sums = mix_and_norm_backward(d_mixed, d_normed, d_first, d_x0, x, x0, r, s, scale)
         return dx, dx, dx0, sums[0].to(r.dtype), sums[1].to(s.dtype), None, None
+
+
+@torch.library.custom_op("nanochat_hf::stream_norm", mutates_args=())
+def stream_norm(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (…, C) → its RMS norm, 1/rms (…) float32."""
+    x, C = x.contiguous(), x.shape[-1]
+    normed, scale, block = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32), triton.next_power_of_2(C)
+    _norm[(scale.numel(),)](x, normed, scale, C, eps, BLOCK=block, num_warps=_warps(block))
+    return normed, scale
+
+
+@stream_norm.register_fake
+def _(x, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("nanochat_hf::stream_norm_backward", mutates_args=())
+def stream_norm_backward(d_x: torch.Tensor, d_normed: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """d_x and the gradient of x through `stream_norm`, summed."""
+    d_x, d_normed, x = d_x.contiguous(), d_normed.contiguous(), x.contiguous()
+    out, C, N = torch.empty_like(x), x.shape[-1], scale.numel()
+    programs, block = _programs(x, N), triton.next_power_of_2(C)
+    _norm_backward[(programs,)](d_x, d_normed, x, scale, out, N, C, programs, BLOCK=block, num_warps=_warps(block))
+    return out
+
+
+@stream_norm_backward.register_fake
+def _(d_x, d_normed, x, scale):
+    return x.new_empty(x.shape)
+
+
+class StreamAndNorm(torch.autograd.Function):
+    """x (…, C) → x, its norm: x is handed on, so that both gradients meet in one kernel."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        normed, scale = stream_norm(x, eps)
+        ctx.save_for_backward(x, scale)
+        return x.view_as(x), normed
+
+    @staticmethod
+    def backward(ctx, d_x, d_normed):
+        return stream_norm_backward(d_x, d_normed, *ctx.saved_tensors), None

@@ -80,7 +80,7 @@ class NanochatAttention(nn.Module):
         self.v_proj = linear(C, K * D)
         self.o_proj = linear(H * D, C, "zero")
         self.ve_gate = linear(GATE_CHANNELS, K, "zero") if has_value_embedding(config, layer_idx) else None
-        # in training, kernels in place of `queries_keys_values`, of o_proj and, without mask and cache, of all before it may stand here
+        # in training, kernels in place of `queries_keys_values`, of the sum with o_proj's result and, without mask and cache, of all before it may stand here
         self.fused = self.fused_output = self.fused_whole = None
 
     def queries_keys_values(self, x, rope):
@@ -113,14 +113,15 @@ class NanochatAttention(nn.Module):
         options = dict(dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window)
         return attention(self, q, k.to(q.dtype), v.to(q.dtype), attention_mask, **options, **kwargs)
 
-    def forward(self, x, first, value_embedding, rope, attention_mask, past_key_values, **kwargs):
+    def forward(self, stream, x, first, value_embedding, rope, attention_mask, past_key_values, **kwargs):
+        """The stream (B, T, C) with what attention adds, by its norm x and that norm's `first` channels; attention weights or None."""
         value, y, weights = self.gated(first, value_embedding), None, None
         if self.fused_whole and self.training and attention_mask is None and past_key_values is None:
             y = self.fused_whole(self, x, value, rope, kwargs.get("cu_seq_lens_q"))
         if y is None:
             y, weights = self.attend(x, value, rope, attention_mask, past_key_values, **kwargs)
         y = y.flatten(2)
-        return self.fused_output(self, y) if self.fused_output and self.training else self.o_proj(y), weights
+        return self.fused_output(self, y, stream) if self.fused_output and self.training else stream + self.o_proj(y), weights
 
 
 class NanochatMLP(nn.Module):
@@ -148,15 +149,19 @@ class NanochatDecoderLayer(GradientCheckpointingLayer):
         self.eps = config.rms_norm_eps
         self.self_attn = NanochatAttention(config, layer_idx)
         self.mlp = NanochatMLP(config)
+        self.fused_norm = None  # in training, a kernel that gives the stream and its norm may stand here
 
     def forward(self, hidden_states, value_embedding, rope, attention_mask=None, past_key_values=None, normed=None, apart=False, **kwargs):
         """`normed`: norm(x) and its first channels, where they are known. `apart`: x and mlp(…), not yet summed."""
         if normed is None:
             normed = norm(hidden_states, self.eps)
             normed = normed, normed[..., :GATE_CHANNELS]
-        attended, _ = self.self_attn(*normed, value_embedding, rope, attention_mask, past_key_values, **kwargs)
-        hidden_states = hidden_states + attended
-        update = self.mlp(norm(hidden_states, self.eps))
+        hidden_states, _ = self.self_attn(hidden_states, *normed, value_embedding, rope, attention_mask, past_key_values, **kwargs)
+        if self.fused_norm and self.training:
+            hidden_states, normed = self.fused_norm(hidden_states, self.eps)
+        else:
+            normed = norm(hidden_states, self.eps)
+        update = self.mlp(normed)
         return (hidden_states, update) if apart else hidden_states + update
 
 

@@ -1,0 +1,126 @@
+"""Gradients of weights whose tiles leave many multiprocessors idle in the last round: tiles are cut along the tokens too, so that all work to the end.
+For Hopper, by TMA.
+
+Letters: N tokens (the inner axis), G rows and K columns of the result.
+"""
+
+import functools
+from itertools import chain
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .matmul import COLUMNS, DEPTH, ROWS, _halves, suits
+
+CUTS = 4  # of a tile, at most
+OVERHEAD = 15  # steps that a piece's way through memory costs, in float32 there and back
+GAIN = 0.79  # of the steps without cuts, at most, or cuBLAS serves
+SUM_ROWS = 32  # of a tile that one program sums
+
+
+@triton.jit
+def _pieces(
+    g_desc, x_desc, piece_desc, table_ptr, pieces, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    for piece in tl.range(tl.program_id(0), pieces, PROGRAMS, flatten=True):
+        entry = table_ptr + piece * 4
+        row, column, begin, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+        product = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(begin, end, DEPTH):
+            product = tl.dot(g_desc.load([start, row]).T, x_desc.load([start, column]), product)
+        left, right = _halves(product, ROWS, COLUMNS)
+        piece_desc.store([piece * ROWS, 0], left)
+        piece_desc.store([piece * ROWS, COLUMNS // 2], right)
+
+
+@triton.jit
+def _sum(
+    pieces_ptr, first_ptr, list_ptr, out_ptr, G, K, across, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    tile, part = tl.program_id(0), tl.program_id(1) * PART + tl.arange(0, PART)
+    column, total = tl.arange(0, COLUMNS), tl.zeros((PART, COLUMNS), tl.float32)
+    for i in tl.range(tl.load(first_ptr + tile), tl.load(first_ptr + tile + 1)):
+        piece = tl.load(list_ptr + i).to(tl.int64)
+        total += tl.load(pieces_ptr + (piece * ROWS + part)[:, None] * COLUMNS + column[None, :])
+    row, column = tile // across * ROWS + part, tile % across * COLUMNS + column
+    out = out_ptr + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    tl.store(out, total.to(out_ptr.dtype.element_ty), (row < G)[:, None] & (column < K)[None, :])
+
+
+def cut(tiles, steps, programs, cuts):
+    """((tile, first step, end), …) of `tiles` of `steps` each for `programs` that take one piece after another: each tile in `cuts` pieces, those
+    of the same steps side by side, since they read the same rows; and the pieces of a last round that would leave programs idle cut once more."""
+    bounds = [steps * i // cuts for i in range(cuts + 1)]
+    pieces = [(tile, *pair) for pair in zip(bounds, bounds[1:], strict=False) for tile in range(tiles)]
+    whole = len(pieces) // programs * programs
+    rest, pieces = pieces[whole:], pieces[:whole]
+    again = programs // len(rest) if rest else 1
+    finer = [(tile, a + (b - a) * i // again, a + (b - a) * (i + 1) // again) for i in range(again) for tile, a, b in rest]
+    return *pieces, *(piece for piece in finer if piece[1] < piece[2])
+
+
+def length(pieces, programs):
+    """Steps until the last program is done, with what the pieces themselves cost."""
+    rounds = [pieces[i : i + programs] for i in range(0, len(pieces), programs)]
+    return sum(max(end - begin for _, begin, end in each) + OVERHEAD for each in rounds)
+
+
+@functools.cache
+def plan(N, G, K, programs):
+    """Pieces of the product, or None where cutting does not gain enough."""
+    tiles, steps = -(-G // ROWS) * -(-K // COLUMNS), -(-N // DEPTH)
+    if tiles <= programs:  # cuBLAS has smaller tiles and cuts of its own for these
+        return None
+    best = min((cut(tiles, steps, programs, cuts) for cuts in range(1, CUTS + 1)), key=lambda pieces: length(pieces, programs))
+    return best if length(best, programs) < GAIN * -(-tiles // programs) * steps else None
+
+
+@functools.cache
+def _tables(pieces, across, device):
+    # of the pieces: row, column, first token, end; of the tiles: where their list of pieces begins, the lists
+    entries = [(tile // across * ROWS, tile % across * COLUMNS, begin * DEPTH, end * DEPTH) for tile, begin, end in pieces]
+    lists = [[] for _ in range(1 + max(tile for tile, *_ in pieces))]
+    for number, (tile, *_) in enumerate(pieces):
+        lists[tile].append(number)
+    first = torch.tensor([0, *map(len, lists)]).cumsum(0)
+    return [torch.tensor(table, dtype=torch.int32).to(device) for table in (entries, first.tolist(), list(chain(*lists)))]
+
+
+def _programs(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def by_pieces(g, x, dtype, turned, pieces, programs):
+    """`weight_gradient` of contiguous g and x by `programs` that take `pieces`, summed in float32."""
+    G, K = g.shape[1], x.shape[1]
+    across = -(-K // COLUMNS)
+    table, first, lists = _tables(pieces, across, g.device)
+    parts = torch.empty(len(table) * ROWS, COLUMNS, dtype=torch.float32, device=g.device)
+    descriptors = [TensorDescriptor.from_tensor(g, [DEPTH, ROWS]), TensorDescriptor.from_tensor(x, [DEPTH, COLUMNS])]
+    descriptors.append(TensorDescriptor.from_tensor(parts, [ROWS, COLUMNS // 2]))
+    _pieces[(programs,)](
+        *descriptors, table, len(table), PROGRAMS=programs, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=3
+    )  # fmt: skip
+    out = torch.empty((K, G) if turned else (G, K), dtype=dtype, device=g.device)
+    strides = out.stride()[::-1] if turned else out.stride()
+    grid = len(first) - 1, ROWS // SUM_ROWS
+    _sum[grid](parts, first, lists, out, G, K, across, *strides, ROWS=ROWS, COLUMNS=COLUMNS, PART=SUM_ROWS, num_warps=8)
+    return out
+
+
+@torch.library.custom_op("nanochat_hf::weight_gradient", mutates_args=())
+def weight_gradient(g: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, turned: bool) -> torch.Tensor:
+    """gᵀ·x of g (N, G) and x (N, K) → (G, K), or (K, G) where `turned`, of `dtype`; by cuBLAS where that is as fast."""
+    (N, G), K, programs = g.shape, x.shape[1], _programs(g.device)
+    pieces = plan(N, G, K, programs) if suits(g, G, K) else None
+    if pieces is None:
+        return (x.mT @ g if turned else g.mT @ x).to(dtype)
+    return by_pieces(g.contiguous(), x.contiguous(), dtype, turned, pieces, programs)
+
+
+@weight_gradient.register_fake
+def _(g, x, dtype, turned):
+    G, K = g.shape[1], x.shape[1]
+    return g.new_empty((K, G) if turned else (G, K), dtype=dtype)
