@@ -50,6 +50,22 @@ def test_the_stream_and_its_norm(dtype, tolerance, channels):
     assert all((a.grad - b.grad).abs() < tolerance * t.norm() for a, b, t in zip(ours[3:], plain[3:], terms, strict=True))
 
 
+@triton
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_stream_handed_on_and_its_norm(dtype, tolerance):
+    from nanochat_hf.kernels.stream import StreamAndNorm
+
+    generator = torch.Generator().manual_seed(0)
+    x, *slopes = (torch.randn(3, 700 if HALF else 5, 96, generator=generator).to(DEVICE, dtype) for _ in range(3))
+    (ours,), (plain,) = leaves(x), leaves(x.float())
+    stream, normed = StreamAndNorm.apply(ours, 1e-7)
+    torch.autograd.backward((stream, normed), slopes)
+    expected = norm(plain, 1e-7)
+    torch.autograd.backward((plain, expected), [slope.float() for slope in slopes])
+    assert torch.equal(stream, x)
+    alike((normed, ours.grad), (expected, plain.grad), tolerance)
+
+
 def projected(tokens, width, sizes, D, generator, shared=True):
     """x, weights and angles for heads of `sizes`."""
     x = torch.randn(2, tokens, width, generator=generator).to(DEVICE, KIND)

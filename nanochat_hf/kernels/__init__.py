@@ -47,9 +47,10 @@ def install(model, float8=False) -> list[str]:
         installed.add("softcapped cross-entropy")
     by_cudnn = torch.cuda.is_available() and cudnn_products.serves(torch.device("cuda", torch.cuda.current_device()))
     by_triton = find_spec("triton") is not None  # float8 does without, for tests
-    model.model.fused_mix = mixed_and_normed if by_triton else None
+    model.model.fused_mix, model.model.fused_tables = (mixed_and_normed, ordered_tables) if by_triton else (None, None)
     for layer in layers:
         layer.fused_norm = stream_and_norm if by_triton and not float8 else None  # float8 has its casts in the kernel of the norm
+        layer.self_attn.fused_gate = gated_rows
         layer.self_attn.fused_whole = None if float8 else rotated_attention
         layer.self_attn.fused = float8_queries_keys_values if float8 else queries_keys_values if rotation_fits(config) else None
         layer.self_attn.fused_output = float8_output if float8 else output if by_cudnn else None
@@ -111,6 +112,24 @@ def stream_and_norm(x, eps):
     from .stream import StreamAndNorm
 
     return StreamAndNorm.apply(x, _eps(eps))
+
+
+def ordered_tables(tables, ids):
+    """{layer: arguments of `gated_rows` but the gate} of the tables of value embeddings; {} where they are not lookups of whole tables."""
+    from .value_embedding import order_of_ids
+
+    weights = {int(layer): table.weight for layer, table in tables.items() if type(table) is nn.Embedding}
+    if not weights or len(weights) < len(tables) or any(hasattr(weight, "device_mesh") for weight in weights.values()):  # FSDP2's parts
+        return {}
+    order = order_of_ids(ids, next(iter(weights.values())).shape[0])
+    return {layer: (weight, ids, *order) for layer, weight in weights.items()}
+
+
+def gated_rows(gate, weight, ids, *order):
+    """gate (B, T, K) · rows (B, T, K, D) of a table, whose gradient is summed id after id."""
+    from .value_embedding import GatedRows
+
+    return GatedRows.apply(weight, gate, ids, *order)
 
 
 def _eps(eps):

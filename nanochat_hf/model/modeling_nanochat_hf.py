@@ -80,8 +80,9 @@ class NanochatAttention(nn.Module):
         self.v_proj = linear(C, K * D)
         self.o_proj = linear(H * D, C, "zero")
         self.ve_gate = linear(GATE_CHANNELS, K, "zero") if has_value_embedding(config, layer_idx) else None
-        # in training, kernels in place of `queries_keys_values`, of the sum with o_proj's result and, without mask and cache, of all before it may stand here
-        self.fused = self.fused_output = self.fused_whole = None
+        # in training, kernels in place of `queries_keys_values`, of the sum with o_proj's result, of the gated lookup and, without mask and cache, of all
+        # before o_proj may stand here
+        self.fused = self.fused_output = self.fused_gate = self.fused_whole = None
 
     def queries_keys_values(self, x, rope):
         """Rotated and normed q (B, T, H, D) and k (B, T, K, D), and v (B, T, K, D)."""
@@ -96,11 +97,13 @@ class NanochatAttention(nn.Module):
         return norm(rotate(q, cos, sin), eps), norm(rotate(k, cos, sin), eps)
 
     def gated(self, first, value_embedding):
-        """What the value embedding (B, T, K·D) adds to v, by x's `first` channels: (B, T, K, D), None in layers without one."""
+        """What the value embedding (B, T, K·D), or the arguments of `fused_gate`, adds to v, by x's `first` channels: (B, T, K, D), None without one."""
         if self.ve_gate is None:
             return None
-        gate = 2 * torch.sigmoid(self.ve_gate(first)).unsqueeze(-1)  # (B, T, K, 1)
-        return gate.to(first.dtype) * value_embedding.view(*gate.shape[:-1], -1).to(first.dtype)
+        gate = (2 * torch.sigmoid(self.ve_gate(first))).to(first.dtype)  # (B, T, K)
+        if isinstance(value_embedding, tuple):
+            return self.fused_gate(gate, *value_embedding)
+        return gate.unsqueeze(-1) * value_embedding.view(*gate.shape, -1).to(first.dtype)
 
     def attend(self, x, value, rope, attention_mask, past_key_values, **kwargs):
         """Normed x (B, T, C) → heads' results (B, T, H, D), attention weights where the implementation has them."""
@@ -273,7 +276,8 @@ class NanochatModel(NanochatPreTrainedModel):
         self.resid_lambdas = nn.Parameter(torch.ones(config.num_hidden_layers))
         self.x0_lambdas = nn.Parameter(torch.full((config.num_hidden_layers,), 0.1))
         self.gradient_checkpointing = False
-        self.fused_mix = None  # in training, a kernel for the stream before a layer and its norm may stand here
+        self.fused_mix = None  # in training, a kernel for the stream before a layer and its norm may stand here,
+        self.fused_tables = None  # and one for the value embeddings, which it looks up by their gates
         self.post_init()
 
     def rope(self, position_ids):
@@ -313,6 +317,7 @@ class NanochatModel(NanochatPreTrainedModel):
         x = x0 = norm(x, self.config.rms_norm_eps)
         # gradient checkpointing would keep what the kernel gives beside the stream
         fused = None if self.gradient_checkpointing or output_hidden_states or not self.training else self.fused_mix
+        tables = self.fused_tables(self.value_embeds, input_ids) if self.fused_tables and self.training else {}
         hidden = []
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
@@ -321,7 +326,7 @@ class NanochatModel(NanochatPreTrainedModel):
             # .to() does nothing unless device_map has put this layer elsewhere
             device = x0.device if fused else x.device
             resid, skip = self.resid_lambdas[i].to(device), self.x0_lambdas[i].to(device)
-            table, normed = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None, None
+            table, normed = tables[i] if i in tables else self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None, None
             if fused and i:
                 channels = 0 if table is None else GATE_CHANNELS
                 x, *normed, x0 = fused(*x, x0, resid, skip, self.config.rms_norm_eps, channels)
