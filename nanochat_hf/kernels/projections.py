@@ -17,14 +17,17 @@ GROUP = 4  # tiles of rows that share the weights' tiles, for the cache
 
 
 @triton.jit
-def _turned(part, token, live, head, cos, sin, scale_ptr, rotated, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
-    # part (ROWS, COLUMNS) of heads from `head` on; those from `rotated` on stay as they are
+def _turned(
+    part, token, live, head, cos, sin, scale_ptr, rotated, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    # part (ROWS, COLUMNS) of heads from `head` on; those from `rotated` on stay as they are, by cos 1 and sin 0
     HEADS: tl.constexpr = COLUMNS // D
     x1, x2 = part.reshape(ROWS, HEADS, 2, D // 2).permute(0, 1, 3, 2).split()
     head += tl.arange(0, HEADS)
     turned = head < rotated
-    cos = tl.where(turned[None, :, None], cos.to(tl.float32)[:, None, :], 1.0)
-    sin = tl.where(turned[None, :, None], sin.to(tl.float32)[:, None, :], 0.0)
+    cos, sin = cos.to(tl.float32)[:, None, :], sin.to(tl.float32)[:, None, :]
+    if MIXED:  # tiles may hold heads of both kinds
+        cos, sin = tl.where(turned[None, :, None], cos, 1.0), tl.where(turned[None, :, None], sin, 0.0)
     y1, y2 = x1 * cos + x2 * sin, x2 * cos - x1 * sin
     # of the rotated vector: the tables' rounded entries do not keep lengths exactly
     scale = tl.rsqrt((tl.sum(y1 * y1, 2) + tl.sum(y2 * y2, 2)) / D + eps)
@@ -35,8 +38,8 @@ def _turned(part, token, live, head, cos, sin, scale_ptr, rotated, eps, ROWS: tl
 
 @triton.jit
 def _project(
-    x_desc, w_desc, out_desc, rope_ptr, scale_ptr, N, W, C, period, plane, rotated, eps, D: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x_desc, w_desc, out_desc, rope_ptr, scale_ptr, N, W, C, period, plane, rotated, eps, D: tl.constexpr, MIXED: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     down, across = tl.cdiv(N, ROWS), tl.cdiv(W, COLUMNS)
     for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True):
@@ -52,11 +55,11 @@ def _project(
         live = token < N
         angle = rope_ptr + (token % period)[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
         wanted = live[:, None] & (head < rotated)  # not for a tile of values alone
-        cos, sin = tl.load(angle, wanted, 0.0), tl.load(angle + plane, wanted, 0.0)
+        cos, sin = tl.load(angle, wanted, 1.0), tl.load(angle + plane, wanted, 0.0)
         left, right = _halves(product, ROWS, COLUMNS)
-        left = _turned(left, token, live, head, cos, sin, scale_ptr, rotated, eps, ROWS, COLUMNS // 2, D)
+        left = _turned(left, token, live, head, cos, sin, scale_ptr, rotated, eps, ROWS, COLUMNS // 2, D, MIXED)
         out_desc.store([row, column], left.to(out_desc.dtype))
-        right = _turned(right, token, live, head + half // D, cos, sin, scale_ptr, rotated, eps, ROWS, COLUMNS // 2, D)
+        right = _turned(right, token, live, head + half // D, cos, sin, scale_ptr, rotated, eps, ROWS, COLUMNS // 2, D, MIXED)
         out_desc.store([row, column + half], right.to(out_desc.dtype))
 
 
@@ -69,9 +72,10 @@ def rotated_projections(x: torch.Tensor, w: torch.Tensor, rope: torch.Tensor, ro
     flat = x.reshape(-1, C)
     descriptors, tiles = descriptors_and_programs(flat, w.contiguous(), out.view(-1, w.shape[0]))
     eps = torch.finfo(torch.float32).eps  # F.rms_norm's own: that of the dtype it computes in
+    mixed = rotated % (tiles["COLUMNS"] // head_dim) != 0
     _project[(tiles["PROGRAMS"],)](
-        *descriptors, rope, scale, B * T, w.shape[0], C, rope.shape[1] * T, rope[0].numel(), rotated, eps, D=head_dim, GROUP=GROUP, **tiles,
-        num_warps=8, num_stages=3,
+        *descriptors, rope, scale, B * T, w.shape[0], C, rope.shape[1] * T, rope[0].numel(), rotated, eps, D=head_dim, MIXED=mixed, GROUP=GROUP,
+        **tiles, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out, scale
 

@@ -17,7 +17,7 @@ from .matmul import COLUMNS, DEPTH, ROWS, _halves, suits
 CUTS = 4  # of a tile, at most
 OVERHEAD = 15  # steps that a piece's way through memory costs, in float32 there and back
 GAIN = 0.79  # of the steps without cuts, at most, or cuBLAS serves
-SUM_ROWS = 32  # of a tile that one program sums
+SUM_ROWS = 8  # of a tile that one program sums
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def by_pieces(g, x, dtype, turned, pieces, programs):
     out = torch.empty((K, G) if turned else (G, K), dtype=dtype, device=g.device)
     strides = out.stride()[::-1] if turned else out.stride()
     grid = len(first) - 1, ROWS // SUM_ROWS
-    _sum[grid](parts, first, lists, out, G, K, across, *strides, ROWS=ROWS, COLUMNS=COLUMNS, PART=SUM_ROWS, num_warps=8)
+    _sum[grid](parts, first, lists, out, G, K, across, *strides, ROWS=ROWS, COLUMNS=COLUMNS, PART=SUM_ROWS, num_warps=4)
     return out
 
 
