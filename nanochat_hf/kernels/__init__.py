@@ -59,6 +59,8 @@ def install(model, float8=False) -> list[str]:
         installed.add("rope and norm of queries and keys")
     if all(plain(layer.mlp.up_proj, layer.mlp.down_proj) for layer in layers):
         installed.add("squared ReLU")
+    if by_triton:
+        installed |= {"residual stream and its norms"} | ({"value embeddings' gradients"} if model.model.value_embeds else set())
     return sorted(installed) + ([float8_share(model)] if float8 else [])
 
 
