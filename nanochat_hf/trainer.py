@@ -6,6 +6,7 @@ from itertools import islice
 
 import torch
 
+from . import kernels
 from .optim import gradient_norms
 from .runtime import as_input, mark_step, reduce_gradients
 
@@ -54,17 +55,24 @@ class Trainer:
         self.callbacks, self.max_grad_norm, self.stop, self.norms_every = list(callbacks), max_grad_norm, stop, norms_every
         self.state, self.stopped = TrainState(), False
         self.overflows = 0  # overflowed steps in a row until now
+        self.keeps_sums = False
 
     def fit(self):
         """Train to `num_steps` or until a stop is agreed on; returns the TrainState."""
         batches = iter(self.batches)
         self.model.train()
-        while self.state.step < self.num_steps and not self.stopped:
-            info = self.step(list(islice(batches, self.accumulation)))
-            self.stopped = self.stop is not None and self.stop.agreed()
-            for callback in self.callbacks:
-                callback(self, info)
+        with self.kept_sums() as self.keeps_sums:
+            while self.state.step < self.num_steps and not self.stopped:
+                info = self.step(list(islice(batches, self.accumulation)))
+                self.stopped = self.stop is not None and self.stop.agreed()
+                for callback in self.callbacks:
+                    callback(self, info)
         return self.state
+
+    def kept_sums(self):
+        """A context in which kernels, where the model has them, add up gradients over micro-batches themselves; of one micro-batch there is no sum."""
+        alone = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cuda"
+        return kernels.kept_sums(self.raw_model, alone and self.accumulation > 1)
 
     def step(self, micro_batches):
         """One optimizer step over `micro_batches` (dicts of CPU tensors, see collate.py) → StepInfo."""
@@ -118,7 +126,7 @@ class Trainer:
                     if self.max_grad_norm:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
                     self.optimizer.step()
-                    self.optimizer.zero_grad()
+                    self.optimizer.zero_grad(set_to_none=not self.keeps_sums)
                     mark_step(device)
         return total, norms
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import cudnn_products, float8, float8_layers
+from . import cudnn_products, float8, float8_layers, sums
 from .cudnn_attention import NAME as CUDNN
 from .mlp import SquaredReluMLP, matmul
 
@@ -71,6 +71,23 @@ def float8_share(model) -> str:
     return f"float8 products of {count} of the layers' {sum(map(len, groups))} matrices, the rest and the head as autocast has them"
 
 
+def kept_sums(model, wanted=True):
+    """A context in which the kernels of `model` add the gradients of its weights up themselves, where `wanted`: see sums.kept. For one process
+    alone: several reduce what autograd hands them."""
+    base, groups = getattr(model, "model", None), []
+    for layer in getattr(base, "layers", ()) if wanted else ():
+        attention, mlp = layer.self_attn, layer.mlp
+        if attention.fused is queries_keys_values:
+            groups.append(_inputs(attention))
+        if attention.fused_output is output:
+            groups.append((attention.o_proj,))
+        if mlp.fused is squared_relu:
+            groups += [(module,) for module in _mlp(mlp)]
+    if wanted and getattr(base, "fused_tables", None) is ordered_tables:
+        groups += [(table,) for table in base.value_embeds.values()]
+    return sums.kept([group for group in groups if all(type(module) in (nn.Linear, nn.Embedding) for module in group)])
+
+
 def _inputs(attention):
     return attention.q_proj, attention.k_proj, attention.v_proj
 
@@ -124,14 +141,14 @@ def ordered_tables(tables, ids):
     if not weights or len(weights) < len(tables) or any(hasattr(weight, "device_mesh") for weight in weights.values()):  # FSDP2's parts
         return {}
     order = order_of_ids(ids, next(iter(weights.values())).shape[0])
-    return {layer: (weight, ids, *order) for layer, weight in weights.items()}
+    return {layer: (weight, ids, *order, sums.of(tables[str(layer)])) for layer, weight in weights.items()}
 
 
-def gated_rows(gate, weight, ids, *order):
+def gated_rows(gate, weight, ids, *order_and_sum):
     """gate (B, T, K) · rows (B, T, K, D) of a table, whose gradient is summed id after id."""
     from .value_embedding import GatedRows
 
-    return GatedRows.apply(weight, gate, ids, *order)
+    return GatedRows.apply(weight, gate, ids, *order_and_sum)
 
 
 def _eps(eps):
@@ -153,7 +170,8 @@ def rotated_attention(attention, x, value, rope, borders):
     from .projections import Attention
 
     weights = (module.weight for module in _inputs(attention))
-    return Attention.apply(x, *weights, value, rope, borders, *_heads(attention), attention.scaling, attention.sliding_window or 0)
+    options = *_heads(attention), attention.scaling, attention.sliding_window or 0
+    return Attention.apply(x, *weights, value, rope, borders, *options, sums.of(attention.q_proj))
 
 
 def _heads(attention):
@@ -167,7 +185,8 @@ def queries_keys_values(attention, x, rope):
     if _one_product(attention, x):
         from .projections import QueriesKeysValues
 
-        return QueriesKeysValues.apply(x, *(module.weight for module in _inputs(attention)), rope, *_heads(attention))
+        weights = (module.weight for module in _inputs(attention))
+        return QueriesKeysValues.apply(x, *weights, rope, *_heads(attention), sums.of(attention.q_proj))
     both = F.linear(x, torch.cat((attention.q_proj.weight, attention.k_proj.weight)))
     return *_rotated(attention, both, rope), attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
 
@@ -182,7 +201,7 @@ def squared_relu(mlp, x):
     """What NanochatMLP.squared_relu computes. A function, since torch.compile does not trace a bound `apply` (docs/log.md)."""
     if not plain(mlp.up_proj, mlp.down_proj):
         return mlp.squared_relu(x)
-    return SquaredReluMLP.apply(x, mlp.up_proj.weight, mlp.down_proj.weight)
+    return SquaredReluMLP.apply(x, mlp.up_proj.weight, mlp.down_proj.weight, sums.of(mlp.up_proj), sums.of(mlp.down_proj))
 
 
 def float8_queries_keys_values(attention, x, rope):
@@ -206,7 +225,7 @@ def float8_output(attention, y, stream):
 def output(attention, y, stream):
     """stream + o_proj(y), summed within the product where cuDNN can."""
     if plain(attention.o_proj) and y.is_cuda and y.dtype == stream.dtype in HALF and stream.shape[-1] % 8 == 0:
-        return cudnn_products.LinearPlus.apply(y, attention.o_proj.weight, stream)
+        return cudnn_products.LinearPlus.apply(y, attention.o_proj.weight, stream, sums.of(attention.o_proj))
     return stream + attention.o_proj(y)
 
 

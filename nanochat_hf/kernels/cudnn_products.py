@@ -10,6 +10,7 @@ import torch
 
 from .cudnn_attention import missing
 from .cudnn_graph import handle_of, held
+from .sums import add_weight_gradient
 
 TILE = 192  # columns of a tile of the kernel that serves widths best which it divides
 UID = {"a": 1, "w": 2, "kept": 3, "result": 4}
@@ -93,18 +94,19 @@ def serves(device):
 
 
 class LinearPlus(torch.autograd.Function):
-    """y (…, K), weight (W, K), stream (…, W) of y's dtype → stream + y·weightᵀ."""
+    """y (…, K), weight (W, K), stream (…, W) of y's dtype → stream + y·weightᵀ. The weight's gradient goes into its sum, where given."""
 
     @staticmethod
-    def forward(ctx, y, weight, stream):
+    def forward(ctx, y, weight, stream, total=None):
         flat, w = y.reshape(-1, y.shape[-1]), weight.to(y.dtype)
-        ctx.save_for_backward(flat, w)
+        ctx.save_for_backward(flat, w, total)
         ctx.dtype = weight.dtype
         return product_plus(flat, w, stream.reshape(-1, stream.shape[-1])).view(stream.shape)
 
     @staticmethod
     def backward(ctx, d):
-        flat, w = ctx.saved_tensors
+        flat, w, total = ctx.saved_tensors
         with torch.autocast(d.device.type, enabled=False):
             d_flat = d.reshape(-1, d.shape[-1])
-            return (d_flat @ w).view(*d.shape[:-1], -1), (d_flat.mT @ flat).to(ctx.dtype), d
+            dw = (d_flat.mT @ flat).to(ctx.dtype) if total is None else add_weight_gradient(total, d_flat, flat, False)
+            return (d_flat @ w).view(*d.shape[:-1], -1), dw, d, None

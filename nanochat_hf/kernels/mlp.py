@@ -2,6 +2,8 @@
 
 import torch
 
+from .sums import add_weight_gradient
+
 try:
     from . import matmul, weight_gradient  # want Triton's tensor descriptors
 except ImportError:
@@ -9,13 +11,13 @@ except ImportError:
 
 
 class SquaredReluMLP(torch.autograd.Function):
-    """x (…, C), up (4C, C), down (C, 4C) → relu(x·upᵀ)²·downᵀ (…, C), in autocast's dtype.
+    """x (…, C), up (4C, C), down (C, 4C) → relu(x·upᵀ)²·downᵀ (…, C), in autocast's dtype. The weights' gradients go into their sums, where given.
 
     Only a = relu(u)² is kept: its slope is 2·relu(u) = 2·√a, so u (…, 4C), the largest activation of a layer, need not be.
     """
 
     @staticmethod
-    def forward(ctx, x, up, down):
+    def forward(ctx, x, up, down, up_sum=None, down_sum=None):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         ctx.dtypes = x.dtype, up.dtype, down.dtype
@@ -26,12 +28,12 @@ class SquaredReluMLP(torch.autograd.Function):
             else:
                 squared = torch.relu(flat @ up.mT).square()
             y = squared @ down.mT
-        ctx.save_for_backward(flat, squared, up, down)
+        ctx.save_for_backward(flat, squared, up, down, up_sum, down_sum)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
-        flat, squared, up, down = ctx.saved_tensors
+        flat, squared, up, down, up_sum, down_sum = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
             dy_flat = dy.reshape(-1, dy.shape[-1]).to(flat.dtype)
             if matmul and matmul.suits(dy_flat, dy_flat.shape[1], squared.shape[1]):
@@ -39,11 +41,15 @@ class SquaredReluMLP(torch.autograd.Function):
             else:
                 slope = (dy_flat @ down) * (2 * squared.sqrt())
             dx = (slope @ up).to(ctx.dtypes[0]).view(*dy.shape[:-1], -1)
-            return dx, _gradient(slope, flat, ctx.dtypes[1]), _gradient(squared, dy_flat, ctx.dtypes[2], turned=True)
+            d_up, d_down = _gradient(slope, flat, ctx.dtypes[1], up_sum), _gradient(squared, dy_flat, ctx.dtypes[2], down_sum, turned=True)
+        return dx, d_up, d_down, None, None
 
 
-def _gradient(wide, narrow, dtype, turned=False):
-    # wideᵀ·narrow (W, C), or that turned (C, W): the wide factor first, for the order in which the kernel's tiles share rows
+def _gradient(wide, narrow, dtype, total, turned=False):
+    # wideᵀ·narrow (W, C), or that turned (C, W), None where it was added to the total: the wide factor first, for the order in which the kernel's
+    # tiles share rows
+    if total is not None:
+        return add_weight_gradient(total, wide, narrow, turned)
     if weight_gradient and wide.is_cuda:
         return weight_gradient.weight_gradient(wide, narrow, dtype, turned)
     return (narrow.mT @ wide if turned else wide.mT @ narrow).to(dtype)

@@ -11,6 +11,7 @@ import triton.language as tl
 from .cudnn_attention import attention, write_gradients
 from .matmul import _halves, descriptors_and_programs
 from .rope import write_gradient
+from .sums import add_weight_gradient
 
 WIDEST = 128  # head_dim: half a tile holds whole heads
 GROUP = 4  # tiles of rows that share the weights' tiles, for the cache
@@ -136,44 +137,49 @@ def _product(ctx, x, weights, rope, heads, key_heads):
     return x, w, *rotated_projections(x, w, rope, heads + key_heads, w.shape[0] // (heads + 2 * key_heads))
 
 
-def _through_product(ctx, gradient, x, w):
-    # gradients of x and of the weights from that of their product
+def _through_product(ctx, gradient, x, w, total):
+    # gradients of x and of the weights from that of their product; the weights' go into their total, where given
     with torch.autocast(x.device.type, enabled=False):
-        dw = (gradient.flatten(0, -2).mT @ x.flatten(0, -2)).to(ctx.dtypes[1])
-        return (gradient @ w).to(ctx.dtypes[0]), *dw.split(ctx.sizes)
+        factors = gradient.flatten(0, -2), x.flatten(0, -2)
+        dx = (gradient @ w).to(ctx.dtypes[0])
+        if total is None:
+            return dx, *(factors[0].mT @ factors[1]).to(ctx.dtypes[1]).split(ctx.sizes)
+        add_weight_gradient(total, *factors, False)
+        return dx, None, None, None
 
 
 class QueriesKeysValues(torch.autograd.Function):
-    """x (B, T, C), weights of q, k and v, angles → q (B, T, H, D), k and v (B, T, K, D), q and k rotated and normed."""
+    """x (B, T, C), weights of q, k and v, angles → q (B, T, H, D), k and v (B, T, K, D), q and k rotated and normed. The weights' gradients go into
+    their sum (W, C), where given."""
 
     @staticmethod
-    def forward(ctx, x, q, k, v, rope, heads, key_heads):
+    def forward(ctx, x, q, k, v, rope, heads, key_heads, total=None):
         x, w, qkv, scale = _product(ctx, x, (q, k, v), rope, heads, key_heads)
-        ctx.save_for_backward(x, w, qkv, scale, rope)
+        ctx.save_for_backward(x, w, qkv, scale, rope, total)
         return parts(qkv, heads, key_heads)
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
-        x, w, qkv, scale, rope = ctx.saved_tensors
-        return *_through_product(ctx, rotated_backward(dq, dk, dv, qkv, scale, rope, ctx.heads), x, w), None, None, None
+        x, w, qkv, scale, rope, total = ctx.saved_tensors
+        return *_through_product(ctx, rotated_backward(dq, dk, dv, qkv, scale, rope, ctx.heads), x, w, total), *[None] * 4
 
 
 class Attention(torch.autograd.Function):
     """As QueriesKeysValues, then `value` (B, T, K, D) or None added to v, and cuDNN's attention → (B, T, H, D)."""
 
     @staticmethod
-    def forward(ctx, x, q, k, v, value, rope, borders, heads, key_heads, scaling, window):
+    def forward(ctx, x, q, k, v, value, rope, borders, heads, key_heads, scaling, window, total=None):
         x, w, qkv, scale = _product(ctx, x, (q, k, v), rope, heads, key_heads)
         queries, keys, values = parts(qkv, heads, key_heads)
         values = values if value is None else values + value.to(values.dtype)
         out, stats = attention(queries, keys, values, borders, scaling, window)
-        ctx.save_for_backward(x, w, qkv, values, out, stats, borders, scale, rope)
+        ctx.save_for_backward(x, w, qkv, values, out, stats, borders, scale, rope, total)
         ctx.options, ctx.value = (scaling, window), None if value is None else value.dtype
         return out
 
     @staticmethod
     def backward(ctx, do):
-        x, w, qkv, values, out, stats, borders, scale, rope = ctx.saved_tensors
+        x, w, qkv, values, out, stats, borders, scale, rope, total = ctx.saved_tensors
         gradient = rotated_attention_backward(do, qkv, values, out, stats, borders, scale, rope, *ctx.options)
         value = None if ctx.value is None else parts(gradient, ctx.heads, values.shape[2])[2].to(ctx.value)
-        return *_through_product(ctx, gradient, x, w), value, *[None] * 6
+        return *_through_product(ctx, gradient, x, w, total), value, *[None] * 7

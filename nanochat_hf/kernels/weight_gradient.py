@@ -17,7 +17,7 @@ from .matmul import COLUMNS, DEPTH, ROWS, _halves, suits
 CUTS = 4  # of a tile, at most
 OVERHEAD = 15  # steps that a piece's way through memory costs, in float32 there and back
 GAIN = 0.79  # of the steps without cuts, at most, or cuBLAS serves
-SUM_ROWS = 8  # of a tile that one program sums
+SUM_ROWS, SUM_COLUMNS = 32, 64  # of a tile that one program sums: memory has them one after another in either direction
 
 
 @triton.jit
@@ -37,16 +37,20 @@ def _pieces(
 
 @triton.jit
 def _sum(
-    pieces_ptr, first_ptr, list_ptr, out_ptr, G, K, across, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
+    pieces_ptr, first_ptr, list_ptr, out_ptr, G, K, across, row_stride, column_stride, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PART: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     tile, part = tl.program_id(0), tl.program_id(1) * PART + tl.arange(0, PART)
-    column, total = tl.arange(0, COLUMNS), tl.zeros((PART, COLUMNS), tl.float32)
+    column, total = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH), tl.zeros((PART, WIDTH), tl.float32)
     for i in tl.range(tl.load(first_ptr + tile), tl.load(first_ptr + tile + 1)):
         piece = tl.load(list_ptr + i).to(tl.int64)
         total += tl.load(pieces_ptr + (piece * ROWS + part)[:, None] * COLUMNS + column[None, :])
     row, column = tile // across * ROWS + part, tile % across * COLUMNS + column
     out = out_ptr + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    tl.store(out, total.to(out_ptr.dtype.element_ty), (row < G)[:, None] & (column < K)[None, :])
+    inside = (row < G)[:, None] & (column < K)[None, :]
+    if ADD:
+        total += tl.load(out, inside, 0.0).to(tl.float32)
+    tl.store(out, total.to(out_ptr.dtype.element_ty), inside)
 
 
 def cut(tiles, steps, programs, cuts):
@@ -92,8 +96,9 @@ def _programs(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def by_pieces(g, x, dtype, turned, pieces, programs):
-    """`weight_gradient` of contiguous g and x by `programs` that take `pieces`, summed in float32."""
+def by_pieces(g, x, out, turned, pieces, programs, add=False):
+    """Write gᵀ·x of contiguous g (N, G) and x (N, K) to out (G, K), or (K, G) where `turned`, or `add` it, by `programs` that take `pieces`; summed in
+    float32."""
     G, K = g.shape[1], x.shape[1]
     across = -(-K // COLUMNS)
     table, first, lists = _tables(pieces, across, g.device)
@@ -103,21 +108,34 @@ def by_pieces(g, x, dtype, turned, pieces, programs):
     _pieces[(programs,)](
         *descriptors, table, len(table), PROGRAMS=programs, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=3
     )  # fmt: skip
-    out = torch.empty((K, G) if turned else (G, K), dtype=dtype, device=g.device)
     strides = out.stride()[::-1] if turned else out.stride()
-    grid = len(first) - 1, ROWS // SUM_ROWS
-    _sum[grid](parts, first, lists, out, G, K, across, *strides, ROWS=ROWS, COLUMNS=COLUMNS, PART=SUM_ROWS, num_warps=4)
-    return out
+    grid, tiles = (len(first) - 1, ROWS // SUM_ROWS, COLUMNS // SUM_COLUMNS), dict(ROWS=ROWS, COLUMNS=COLUMNS, PART=SUM_ROWS, WIDTH=SUM_COLUMNS)
+    _sum[grid](parts, first, lists, out, G, K, across, *strides, ADD=add, **tiles, num_warps=4)
+
+
+def _pieces_of(g, K):
+    programs = _programs(g.device)
+    return plan(len(g), g.shape[1], K, programs) if suits(g, g.shape[1], K) else None, programs
+
+
+def add_by_pieces(total, g, x, turned):
+    """total += gᵀ·x, or its transpose where `turned`, if that is better done by pieces; whether it was."""
+    pieces, programs = _pieces_of(g, x.shape[1])
+    if pieces is not None:
+        by_pieces(g.contiguous(), x.contiguous(), total, turned, pieces, programs, add=True)
+    return pieces is not None
 
 
 @torch.library.custom_op("nanochat_hf::weight_gradient", mutates_args=())
 def weight_gradient(g: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, turned: bool) -> torch.Tensor:
     """gᵀ·x of g (N, G) and x (N, K) → (G, K), or (K, G) where `turned`, of `dtype`; by cuBLAS where that is as fast."""
-    (N, G), K, programs = g.shape, x.shape[1], _programs(g.device)
-    pieces = plan(N, G, K, programs) if suits(g, G, K) else None
+    G, K = g.shape[1], x.shape[1]
+    pieces, programs = _pieces_of(g, K)
     if pieces is None:
         return (x.mT @ g if turned else g.mT @ x).to(dtype)
-    return by_pieces(g.contiguous(), x.contiguous(), dtype, turned, pieces, programs)
+    out = torch.empty((K, G) if turned else (G, K), dtype=dtype, device=g.device)
+    by_pieces(g.contiguous(), x.contiguous(), out, turned, pieces, programs)
+    return out
 
 
 @weight_gradient.register_fake

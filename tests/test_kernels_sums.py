@@ -1,0 +1,184 @@
+"""Gradients that kernels add up over micro-batches, against those that autograd sums. On a GPU, or by Triton's interpreter where triton is installed
+without one; what needs no Triton runs everywhere."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_kernels import DEVICE, batch, compiled, relative, tiny, triton
+from test_kernels_gradients import HALF, KIND, TOLERANCE, randoms
+from test_kernels_layer import leaves, projected
+
+from nanochat_hf import kernels
+from nanochat_hf.kernels import cudnn_products, sums
+from nanochat_hf.kernels.mlp import SquaredReluMLP
+from nanochat_hf.trainer import Trainer
+
+
+def summed(function, tensors, weights, **sums_given):
+    """Gradients of `tensors` in `function`, those at `weights` from the sums, which begin as ones."""
+    ours = leaves(*tensors)
+    out = function(*ours, **sums_given)
+    generator = torch.Generator().manual_seed(1)
+    outs = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(outs, [torch.randn(o.shape, generator=generator).to(o) for o in outs])
+    assert not sums_given or all(ours[i].grad is None for i in weights)
+    return [t.grad for t in ours]
+
+
+@pytest.mark.parametrize("shape", [(70, 64), (256, 1280) if HALF else (20, 16)])
+def test_the_mlp_adds_to_its_sums(shape):
+    N, C = shape
+    tensors = randoms((N, C), (4 * C, C), (C, 4 * C))
+    dx, d_up, d_down = summed(SquaredReluMLP.apply, tensors, (1, 2))
+    totals = [torch.ones_like(t, dtype=torch.float32) for t in tensors[1:]]
+    ours, *_ = summed(lambda *t: SquaredReluMLP.apply(*t, *totals), tensors, (1, 2))
+    assert torch.equal(ours, dx)
+    for total, expected in zip(totals, (d_up, d_down), strict=True):
+        assert relative(total - 1, expected.float()) < TOLERANCE
+
+
+def test_a_product_with_the_stream_adds_to_its_sum():
+    tensors = randoms((2, 70, 64), (48, 64), (2, 70, 48))
+    dy, dw, d_stream = summed(cudnn_products.LinearPlus.apply, tensors, (1,))
+    total = torch.ones(48, 64, device=DEVICE)
+    ours = summed(lambda *t: cudnn_products.LinearPlus.apply(*t, total), tensors, (1,))
+    assert torch.equal(ours[0], dy) and torch.equal(ours[2], d_stream) and relative(total - 1, dw.float()) < TOLERANCE
+
+
+@triton
+def test_the_product_of_queries_keys_and_values_adds_to_one_sum():
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    from nanochat_hf.kernels.projections import QueriesKeysValues
+
+    sizes, D = (3, 1, 1), 64
+    x, weights, rope = projected(70, 64, sizes, D, torch.Generator().manual_seed(0))
+    tensors = [x, *(weight.to(KIND) for weight in weights)]
+    dx, *expected = summed(lambda *t: QueriesKeysValues.apply(*t, rope, *sizes[:2]), tensors, (1, 2, 3))
+    total = torch.ones(5 * D, 64, device=DEVICE)
+    ours, *_ = summed(lambda *t: QueriesKeysValues.apply(*t, rope, *sizes[:2], total), tensors, (1, 2, 3))
+    assert torch.equal(ours, dx) and relative(total - 1, torch.cat(expected).float()) < TOLERANCE
+
+
+@triton
+@pytest.mark.parametrize("ids", ["few", "one", "long"])
+def test_gated_rows_add_to_the_tables_sum(ids):
+    """Rows without a token stay as they were; rows of several programs are added to once."""
+    from nanochat_hf.kernels import value_embedding
+
+    (B, T, K, D), rows = (2, 170, 3, 32), 500
+    index = torch.randint(rows, (B, T), generator=torch.Generator().manual_seed(0))
+    if ids == "one":
+        index[:] = 7
+    elif ids == "long":
+        index[1, 10:], index[0, 40:60] = 3, 3
+    index = index.to(DEVICE)
+    table, gate = randoms((rows, K * D), (B, T, K))
+    order = value_embedding.order_of_ids(index, rows)
+    d_table, d_gate = summed(lambda *t: value_embedding.GatedRows.apply(*t, index, *order), (table.float(), gate), (0,))
+    total = torch.ones(rows, K * D, device=DEVICE)
+    _, ours = summed(lambda *t: value_embedding.GatedRows.apply(*t, index, *order, total), (table.float(), gate), (0,))
+    assert torch.equal(ours, d_gate) and relative(total - 1, d_table) < 1e-5
+    untouched = torch.ones(rows, dtype=torch.bool, device=DEVICE).index_fill_(0, index.flatten(), False)
+    assert untouched.any() and (total[untouched] == 1).all()
+
+
+@triton
+@pytest.mark.parametrize("turned", [False, True])
+def test_pieces_are_added(turned):
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    from nanochat_hf.kernels import weight_gradient as module
+
+    N, G, K = 640, 304, 520
+    g, x = randoms((N, G), (N, K))
+    tiles, steps = -(-G // module.ROWS) * -(-K // module.COLUMNS), -(-N // module.DEPTH)
+    total = torch.ones((K, G) if turned else (G, K), device=DEVICE)
+    module.by_pieces(g, x, total, turned, module.cut(tiles, steps, 4, 2), 4, add=True)
+    expected = g.float().mT @ x.float()
+    assert relative(total - 1, expected.mT if turned else expected) < 1e-5
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_operator_adds_the_product(turned):
+    g, x = randoms((256, 5120 if HALF else 80), (256, 1280 if HALF else 48))
+    expected = g.float().mT @ x.float()
+    total = torch.ones_like(expected.mT if turned else expected).contiguous()
+    sums.add_weight_gradient(total, g, x, turned)
+    assert relative(total - 1, expected.mT if turned else expected) < 1e-5
+
+
+def two_micro_batches(model, call, kept):
+    """Gradients after two passes, the second of other ids."""
+    inputs = [batch(DEVICE), batch(DEVICE)]
+    inputs[1]["input_ids"] = inputs[1]["input_ids"].flip(1)
+    with kernels.kept_sums(model, kept) as keeps, torch.autocast(DEVICE, torch.bfloat16, enabled=HALF):
+        for each in inputs:
+            call(**each).loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return keeps, found
+
+
+@triton
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_models_sums_are_autograds(compile):
+    model = tiny(DEVICE)
+    kernels.install(model)
+    call = compiled(model) if compile else model
+    keeps, plain = two_micro_batches(model, call, False)
+    assert not keeps
+    model.zero_grad()
+    for _ in range(2):  # the second time in new tensors
+        keeps, found = two_micro_batches(model, call, True)
+        assert keeps
+        assert all(relative(found[name], plain[name]) < TOLERANCE for name in plain)
+        assert all(p.grad is None for name, p in model.named_parameters() if "mlp" in name or "value_embeds" in name)
+        assert not any("weight_sum" in vars(module) for module in model.modules())
+        model.zero_grad()
+
+
+@triton
+def test_without_its_gradient_a_weight_is_summed_by_autograd():
+    """A loop that sets gradients to None, or takes them by torch.autograd.grad, does not lose them."""
+    model, inputs = tiny(DEVICE), batch(DEVICE)
+    kernels.install(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    (expected,) = torch.autograd.grad(model(**inputs).loss, weight)
+    with kernels.kept_sums(model):
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        assert relative(weight.grad, expected) < TOLERANCE
+
+
+@triton
+def test_frozen_half_and_replaced_weights_have_no_sums():
+    model = tiny(DEVICE)
+    kernels.install(model)
+    first, second, *_ = model.model.layers
+    first.mlp.up_proj.weight.requires_grad_(False)
+    first.mlp.down_proj.to(torch.bfloat16)
+    second.mlp.up_proj = torch.nn.Sequential(second.mlp.up_proj)
+    with kernels.kept_sums(model):
+        with_sums = [module for module in model.modules() if "weight_sum" in vars(module)]
+        assert second.mlp.down_proj in with_sums
+        assert not {first.mlp.up_proj, first.mlp.down_proj, second.mlp.up_proj, second.mlp.up_proj[0]} & set(with_sums)
+
+
+@triton
+@pytest.mark.parametrize(("processes", "kind", "steps", "wanted"), [(1, "cuda", 2, True), (2, "cuda", 2, False), (1, "cpu", 2, False), (1, "cuda", 1, False)])
+def test_one_process_with_several_micro_batches_keeps_sums(processes, kind, steps, wanted):
+    """Several processes reduce what autograd hands them; of one micro-batch there is no sum."""
+    model = tiny(DEVICE)
+    kernels.install(model)
+    trainer = Trainer.__new__(Trainer)
+    trainer.accelerator = SimpleNamespace(num_processes=processes, device=torch.device(kind))
+    trainer.raw_model, trainer.accumulation = model, steps
+    with trainer.kept_sums() as keeps:
+        assert keeps == wanted
+
+
+def test_a_model_without_kernels_keeps_none():
+    model = tiny(DEVICE)
+    with kernels.kept_sums(model) as keeps:
+        assert not keeps
+    with kernels.kept_sums(torch.nn.Linear(2, 2)) as keeps:
+        assert not keeps
