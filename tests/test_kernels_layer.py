@@ -29,24 +29,29 @@ def alike(ours, plain, tolerance=TOLERANCE):
 
 @triton
 @pytest.mark.parametrize("channels", [0, 32])
+@pytest.mark.parametrize("resid", [0.9, -0.3, 0.2, 0.0])  # on both sides of what decides whether x is kept
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_the_stream_and_its_norm(dtype, tolerance, channels):
+def test_the_stream_and_its_norm(dtype, tolerance, resid, channels):
     from nanochat_hf.kernels.stream import MixAndNorm
 
     generator = torch.Generator().manual_seed(0)
     # more rows than programs on an H100, so that each takes some; C no power of two
     tensors = [torch.randn(3, 700 if HALF else 5, 96, generator=generator).to(DEVICE, dtype) for _ in range(6)]
     slope = torch.randn(*tensors[0].shape[:-1], channels, generator=generator).to(DEVICE, dtype)
-    scalars = [torch.tensor(value, device=DEVICE) for value in (0.9, -0.3)]
+    scalars = [torch.tensor(value, device=DEVICE) for value in (resid, -0.3)]
     ours, plain = leaves(*tensors[:3], *scalars), leaves(*(t.float() for t in tensors[:3]), *scalars)
     stream, normed, first, x0 = MixAndNorm.apply(*ours, 1e-7, channels)
     torch.autograd.backward((stream, normed, first, x0), (*tensors[3:5], slope, tensors[5]))
-    expected = plain[3] * (plain[0] + plain[1]) + plain[4] * plain[2]
-    expected = expected, norm(expected, 1e-7)
+    x = plain[0] + plain[1]
+    mixed = plain[3] * x + plain[4] * plain[2]
+    mixed.retain_grad()
+    expected = mixed, norm(mixed, 1e-7)
     torch.autograd.backward((*expected, expected[1][..., :channels], plain[2]), [t.float() for t in (*tensors[3:5], slope, tensors[5])])
     assert torch.equal(x0, tensors[2]) and torch.equal(first, normed[..., :channels])
-    alike((stream, normed, *(t.grad for t in ours[:3])), (*expected, *(t.grad for t in plain[:3])), tolerance)
-    terms = plain[0].grad / plain[3] * (plain[0] + plain[1]), plain[0].grad / plain[3] * plain[2]  # whose sums the scalars' gradients are, and cancel
+    skip = 0 if resid else 2  # then those of stream and update are zeros
+    alike((stream, normed, *(t.grad for t in ours[skip:3])), (*expected, *(t.grad for t in plain[skip:3])), tolerance)
+    assert resid or not any(t.grad.any() for t in ours[:2])
+    terms = mixed.grad * x, mixed.grad * plain[2]  # whose sums the scalars' gradients are, and cancel
     assert all((a.grad - b.grad).abs() < tolerance * t.norm() for a, b, t in zip(ours[3:], plain[3:], terms, strict=True))
 
 
