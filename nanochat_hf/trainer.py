@@ -55,13 +55,13 @@ class Trainer:
         self.callbacks, self.max_grad_norm, self.stop, self.norms_every = list(callbacks), max_grad_norm, stop, norms_every
         self.state, self.stopped = TrainState(), False
         self.overflows = 0  # overflowed steps in a row until now
-        self.keeps_sums = False
+        self.kept = None  # what kernels keep over a step, see kept_sums
 
     def fit(self):
         """Train to `num_steps` or until a stop is agreed on; returns the TrainState."""
         batches = iter(self.batches)
         self.model.train()
-        with self.kept_sums() as self.keeps_sums:
+        with self.kept_sums() as self.kept:
             while self.state.step < self.num_steps and not self.stopped:
                 info = self.step(list(islice(batches, self.accumulation)))
                 self.stopped = self.stop is not None and self.stop.agreed()
@@ -70,9 +70,11 @@ class Trainer:
         return self.state
 
     def kept_sums(self):
-        """A context in which kernels, where the model has them, add up gradients over micro-batches themselves; of one micro-batch there is no sum."""
+        """A context in which kernels, where the model has them, add up gradients over micro-batches themselves and find weights in half precision; with
+        one micro-batch a step there is nothing to gain."""
         alone = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cuda"
-        return kernels.kept_sums(self.raw_model, alone and self.accumulation > 1)
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return kernels.kept_sums(self.raw_model, alone and self.accumulation > 1, half)
 
     def step(self, micro_batches):
         """One optimizer step over `micro_batches` (dicts of CPU tensors, see collate.py) → StepInfo."""
@@ -108,6 +110,8 @@ class Trainer:
         # backward() divides by the accumulation, DDP by the processes: undo both
         scale = as_input(self.accumulation * self.accelerator.num_processes / targets, device)
         targets = as_input(targets, device)
+        if self.kept:
+            self.kept.refresh()
         for batch in micro_batches:
             # while positions still lie on the host
             borders = self.raw_model.base_model.document_borders(batch.get("position_ids"), device)
@@ -126,7 +130,7 @@ class Trainer:
                     if self.max_grad_norm:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
                     self.optimizer.step()
-                    self.optimizer.zero_grad(set_to_none=not self.keeps_sums)
+                    self.optimizer.zero_grad(set_to_none=not self.kept)
                     mark_step(device)
         return total, norms
 

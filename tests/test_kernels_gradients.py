@@ -123,12 +123,12 @@ def test_gated_rows_are_the_same_every_time():
 def test_tables_in_parts_or_replaced_are_looked_up_as_ever():
     model = tiny(DEVICE)
     tables, ids = model.model.value_embeds, batch(DEVICE)["input_ids"]
-    assert kernels.ordered_tables(tables, ids).keys() == {int(name) for name in tables}
+    assert kernels.ordered_tables(tables, ids, KIND).keys() == {int(name) for name in tables}
     name, table = next(iter(tables.items()))
     table.weight.device_mesh = None  # as FSDP2's have one
-    assert kernels.ordered_tables(tables, ids) == {}
+    assert kernels.ordered_tables(tables, ids, KIND) == {}
     tables[name] = torch.nn.Sequential(table)
-    assert kernels.ordered_tables(tables, ids) == {}
+    assert kernels.ordered_tables(tables, ids, KIND) == {}
 
 
 def test_the_stream_and_a_product():

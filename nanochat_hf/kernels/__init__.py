@@ -71,10 +71,11 @@ def float8_share(model) -> str:
     return f"float8 products of {count} of the layers' {sum(map(len, groups))} matrices, the rest and the head as autocast has them"
 
 
-def kept_sums(model, wanted=True):
-    """A context in which the kernels of `model` add the gradients of its weights up themselves, where `wanted`: see sums.kept. For one process
-    alone: several reduce what autograd hands them."""
-    base, groups = getattr(model, "model", None), []
+def kept_sums(model, wanted=True, dtype=None):
+    """A context in which the kernels of `model` add the gradients of its weights up themselves, where `wanted`, and have them rounded to `dtype`: see
+    sums.kept. For one process alone: several reduce what autograd hands them. And for models that are trained whole: below the first weight that is
+    trained nothing has a gradient by which autograd would come to these kernels."""
+    base, groups, wanted = getattr(model, "model", None), [], wanted and all(parameter.requires_grad for parameter in model.parameters())
     for layer in getattr(base, "layers", ()) if wanted else ():
         attention, mlp = layer.self_attn, layer.mlp
         if attention.fused is queries_keys_values:
@@ -85,7 +86,7 @@ def kept_sums(model, wanted=True):
             groups += [(module,) for module in _mlp(mlp)]
     if wanted and getattr(base, "fused_tables", None) is ordered_tables:
         groups += [(table,) for table in base.value_embeds.values()]
-    return sums.kept([group for group in groups if all(type(module) in (nn.Linear, nn.Embedding) for module in group)])
+    return sums.kept([group for group in groups if all(type(module) in (nn.Linear, nn.Embedding) for module in group)], dtype)
 
 
 def _inputs(attention):
@@ -133,15 +134,17 @@ def stream_and_norm(x, eps):
     return StreamAndNorm.apply(x, _eps(eps))
 
 
-def ordered_tables(tables, ids):
-    """{layer: arguments of `gated_rows` but the gate} of the tables of value embeddings; {} where they are not lookups of whole tables."""
+def ordered_tables(tables, ids, dtype):
+    """{layer: arguments of `gated_rows` but the gate} of the tables of value embeddings, for values of `dtype`; {} where they are not lookups of whole
+    tables."""
     from .value_embedding import order_of_ids
 
     weights = {int(layer): table.weight for layer, table in tables.items() if type(table) is nn.Embedding}
     if not weights or len(weights) < len(tables) or any(hasattr(weight, "device_mesh") for weight in weights.values()):  # FSDP2's parts
         return {}
     order = order_of_ids(ids, next(iter(weights.values())).shape[0])
-    return {layer: (weight, ids, *order, sums.of(tables[str(layer)])) for layer, weight in weights.items()}
+    modules = {layer: tables[str(layer)] for layer in weights}
+    return {layer: (*sums.weights_of([table], dtype), ids, *order, sums.of(table)) for layer, table in modules.items()}
 
 
 def gated_rows(gate, weight, ids, *order_and_sum):
@@ -169,7 +172,7 @@ def rotated_attention(attention, x, value, rope, borders):
         return None
     from .projections import Attention
 
-    weights = (module.weight for module in _inputs(attention))
+    weights = sums.weights_of(_inputs(attention), sums.computing(x))
     options = *_heads(attention), attention.scaling, attention.sliding_window or 0
     return Attention.apply(x, *weights, value, rope, borders, *options, sums.of(attention.q_proj))
 
@@ -185,7 +188,7 @@ def queries_keys_values(attention, x, rope):
     if _one_product(attention, x):
         from .projections import QueriesKeysValues
 
-        weights = (module.weight for module in _inputs(attention))
+        weights = sums.weights_of(_inputs(attention), sums.computing(x))
         return QueriesKeysValues.apply(x, *weights, rope, *_heads(attention), sums.of(attention.q_proj))
     both = F.linear(x, torch.cat((attention.q_proj.weight, attention.k_proj.weight)))
     return *_rotated(attention, both, rope), attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
@@ -201,7 +204,8 @@ def squared_relu(mlp, x):
     """What NanochatMLP.squared_relu computes. A function, since torch.compile does not trace a bound `apply` (docs/log.md)."""
     if not plain(mlp.up_proj, mlp.down_proj):
         return mlp.squared_relu(x)
-    return SquaredReluMLP.apply(x, mlp.up_proj.weight, mlp.down_proj.weight, sums.of(mlp.up_proj), sums.of(mlp.down_proj))
+    (up,), (down,) = (sums.weights_of([module], sums.computing(x)) for module in _mlp(mlp))
+    return SquaredReluMLP.apply(x, up, down, sums.of(mlp.up_proj), sums.of(mlp.down_proj))
 
 
 def float8_queries_keys_values(attention, x, rope):
@@ -225,7 +229,8 @@ def float8_output(attention, y, stream):
 def output(attention, y, stream):
     """stream + o_proj(y), summed within the product where cuDNN can."""
     if plain(attention.o_proj) and y.is_cuda and y.dtype == stream.dtype in HALF and stream.shape[-1] % 8 == 0:
-        return cudnn_products.LinearPlus.apply(y, attention.o_proj.weight, stream, sums.of(attention.o_proj))
+        (weight,) = sums.weights_of([attention.o_proj], y.dtype)
+        return cudnn_products.LinearPlus.apply(y, weight, stream, sums.of(attention.o_proj))
     return stream + attention.o_proj(y)
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of soft-capped logits and its gradient, in one kernel that reads and writes the logits once.
+"""Cross-entropy of soft-capped logits and its gradient, in one kernel that reads and writes the logits once, or twice where a row is long.
 
 Letters: n tokens of a chunk, V vocabulary. The cap bounds the logits, so the sum of exponentials needs no maximum first.
 """
@@ -11,10 +11,40 @@ import triton.language as tl
 
 COLUMNS = 32768  # logits that a program holds at a time
 
+
 @triton.jit
 def _r(z, inner):
-    # tanh(z/cap) = 1 − 2r: two of the three functions that soft-cap and exponential cost
-    return 1.0 / (tl.exp2(z.to(tl.float32) * inner) + 1.0)
+    # tanh(z/cap) = 1 − 2r: two of the three functions that soft-cap and exponential cost; a root squared, since a quotient takes more than one
+    root = tl.rsqrt(tl.exp2(z.to(tl.float32) * inner) + 1.0)
+    return root * root
+
+
+@triton.jit
+def _row(logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, outer, vocab: tl.constexpr, BLOCK: tl.constexpr):
+    # as _kernel, for rows that a program holds whole: each function of a logit is taken once, and the slopes wait for the sum as rounded as the result
+    # will be, in half the registers, so that two programs share a multiprocessor and one computes while the other reads
+    column, EVEN = tl.arange(0, BLOCK), vocab == BLOCK
+    row = tl.program_id(0).to(tl.int64)
+    target, weight = tl.load(target_ptr + row), tl.load(weight_ptr + row)
+    weight = tl.where(target >= 0, weight, 0.0)
+    line = logits_ptr + row * stride
+    at_target = _r(tl.load(line + tl.maximum(target, 0)), inner)
+    r = _r(tl.load(line + column) if EVEN else tl.load(line + column, column < vocab, 0.0), inner)
+    power = tl.exp2(r * -outer)  # exp(cap·tanh(z/cap) − cap)
+    if not EVEN:
+        power = tl.where(column < vocab, power, 0.0)
+    slope = (power * (r - r * r)).to(logits_ptr.dtype.element_ty)  # 1 − tanh² = 4·(r − r²)
+    total = tl.sum(power, 0)
+    tl.store(loss_ptr + row, (tl.log(total) + 2.0 * cap * at_target) * weight)
+    weight *= 4.0
+    slope = (slope.to(tl.float32) * (weight / total)).to(logits_ptr.dtype.element_ty)
+    if EVEN:
+        tl.store(line + column, slope)
+    else:
+        tl.store(line + column, slope, column < vocab)
+    tl.debug_barrier()  # all of the row is written; now the target's own place
+    wrong = (tl.exp2(at_target * -outer) / total - 1.0) * (weight * (at_target - at_target * at_target))
+    tl.store(line + tl.maximum(target, 0), wrong.to(logits_ptr.dtype.element_ty), target >= 0)
 
 
 @triton.jit
@@ -58,7 +88,11 @@ def softcapped_nll_(logits: torch.Tensor, target: torch.Tensor, weight: torch.Te
     """
     loss = torch.empty_like(weight)
     inner, outer = 2 / math.log(2) / cap, 2 / math.log(2) * cap
-    _kernel[(logits.shape[0],)](logits, target, weight, loss, logits.stride(0), cap, inner, outer, vocab=logits.shape[1], COLUMNS=COLUMNS, num_warps=16)
+    (n, vocab), scalars = logits.shape, (logits.stride(0), cap, inner, outer)
+    if vocab <= COLUMNS and logits.dtype != torch.float16:  # in which slopes not yet divided by their sum would be zeros
+        _row[(n,)](logits, target, weight, loss, *scalars, vocab=vocab, BLOCK=triton.next_power_of_2(vocab), num_warps=16)
+    else:
+        _kernel[(n,)](logits, target, weight, loss, *scalars, vocab=vocab, COLUMNS=COLUMNS, num_warps=16)
     return loss
 
 

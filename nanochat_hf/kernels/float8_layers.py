@@ -7,11 +7,7 @@ cost no pass over memory. Bounds serve as well as maxima where float8's range ha
 import torch
 
 from .float8 import E4M3, E5M2, cast, largest, longest, product, scaled, slope, squared_relu, transposed, unit_of
-
-
-def _compute_dtype(x):
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+from .sums import computing
 
 
 def _normed(x):
@@ -41,7 +37,7 @@ class Projections(torch.autograd.Function):
     def forward(ctx, x, q, k, v):
         ctx.dtype, ctx.shape, ctx.sizes = x.dtype, x.shape, [weight.shape[0] for weight in (q, k, v)]
         ctx.weight_dtype = q.dtype
-        dtype, border = _compute_dtype(x), q.shape[0] + k.shape[0]
+        dtype, border = computing(x), q.shape[0] + k.shape[0]
         with torch.autocast(x.device.type, enabled=False):
             x8, x_t, x_unit = _normed(x)
             w8, w_t, w_unit = _weights(q, k, v)
@@ -69,7 +65,7 @@ class Linear(torch.autograd.Function):
             unit = unit_of(largest(flat), E4M3)
             x8, x_t = cast([flat], unit, E4M3, 1)
             w8, w_t, w_unit = _weights(weight)
-        y = product(x8, w8, (unit, w_unit), _compute_dtype(x))
+        y = product(x8, w8, (unit, w_unit), computing(x))
         ctx.save_for_backward(x_t, unit, w_t, w_unit)
         return y.view(*x.shape[:-1], -1)
 
@@ -90,7 +86,7 @@ class SquaredReluMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, up, down):
-        ctx.dtype, ctx.shape, ctx.weight_dtypes, dtype = x.dtype, x.shape, (up.dtype, down.dtype), _compute_dtype(x)
+        ctx.dtype, ctx.shape, ctx.weight_dtypes, dtype = x.dtype, x.shape, (up.dtype, down.dtype), computing(x)
         with torch.autocast(x.device.type, enabled=False):
             x8, x_t, x_unit = _normed(x)
             up8, up_t, up_unit = _weights(up)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .sums import add_weight_gradient
+from .sums import add_weight_gradient, computing
 
 try:
     from . import matmul, weight_gradient  # want Triton's tensor descriptors
@@ -18,10 +18,9 @@ class SquaredReluMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, up, down, up_sum=None, down_sum=None):
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = computing(x)
         ctx.dtypes = x.dtype, up.dtype, down.dtype
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             flat, up, down = x.reshape(-1, x.shape[-1]).to(dtype), up.to(dtype), down.to(dtype)
             if matmul and matmul.suits(flat, flat.shape[1], up.shape[0]):
                 squared = matmul.squared_relu_up(flat, up)

@@ -11,7 +11,7 @@ import triton.language as tl
 from .cudnn_attention import attention, write_gradients
 from .matmul import _halves, descriptors_and_programs
 from .rope import write_gradient
-from .sums import add_weight_gradient
+from .sums import add_weight_gradient, computing
 
 WIDEST = 128  # head_dim: half a tile holds whole heads
 GROUP = 4  # tiles of rows that share the weights' tiles, for the cache
@@ -130,10 +130,9 @@ def _(do, qkv, v, out, stats, borders, scale, rope, scaling, window):
 
 def _product(ctx, x, weights, rope, heads, key_heads):
     # the product of forward, in autocast's dtype, and what backward needs of it
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype, weights = computing(x), [weight for weight in weights if weight is not None]
     ctx.dtypes, ctx.heads, ctx.sizes = (x.dtype, weights[0].dtype), heads, [weight.shape[0] for weight in weights]
-    x, w = x.to(dtype), torch.cat(weights).to(dtype)
+    x, w = x.to(dtype), (torch.cat(weights) if len(weights) > 1 else weights[0]).to(dtype)
     return x, w, *rotated_projections(x, w, rope, heads + key_heads, w.shape[0] // (heads + 2 * key_heads))
 
 
@@ -149,7 +148,7 @@ def _through_product(ctx, gradient, x, w, total):
 
 
 class QueriesKeysValues(torch.autograd.Function):
-    """x (B, T, C), weights of q, k and v, angles → q (B, T, H, D), k and v (B, T, K, D), q and k rotated and normed. The weights' gradients go into
+    """x (B, T, C), weights of q, k and v, or all three in the first and None, angles → q (B, T, H, D), k and v (B, T, K, D), q and k rotated and normed. The weights' gradients go into
     their sum (W, C), where given."""
 
     @staticmethod

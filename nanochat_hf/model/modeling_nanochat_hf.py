@@ -317,7 +317,7 @@ class NanochatModel(NanochatPreTrainedModel):
         x = x0 = norm(x, self.config.rms_norm_eps)
         # gradient checkpointing would keep what the kernel gives beside the stream
         fused = None if self.gradient_checkpointing or output_hidden_states or not self.training else self.fused_mix
-        tables = self.fused_tables(self.value_embeds, input_ids) if self.fused_tables and self.training else {}
+        tables = self.fused_tables(self.value_embeds, input_ids, x.dtype) if self.fused_tables and self.training else {}
         hidden = []
         for i, layer in enumerate(self.layers):
             if output_hidden_states:

@@ -140,7 +140,7 @@ def profile(trainer, batches, depth):
     """Print the kernels of one step, the longest first."""
     micro = list(zip(range(trainer.accumulation), batches, strict=False))
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with trainer.kept_sums() as trainer.keeps_sums, torch.profiler.profile(activities=activities) as run:
+    with trainer.kept_sums() as trainer.kept, torch.profiler.profile(activities=activities) as run:
         trainer.step([batch for _, batch in micro])
         wait(trainer.accelerator.device)
     on_device = [e for e in run.key_averages() if e.self_device_time_total and e.device_type != torch.autograd.DeviceType.CPU]
