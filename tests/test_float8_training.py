@@ -1,6 +1,7 @@
 """Models trained by float8 products: gradients, what evaluation and files see of it, which layers take part, how it is chosen. See test_float8.py."""
 
 from copy import deepcopy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,6 +22,14 @@ IDS = 256
 def fresh_state():
     yield
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(autouse=True)
+def no_triton_on_the_cpu(request, monkeypatch):
+    """Where there is a GPU Triton compiles for it, and cannot read the CPU's tensors."""
+    device = request.node.callspec.params.get("device", "cpu") if hasattr(request.node, "callspec") else "cpu"
+    if torch.cuda.is_available() and device == "cpu":
+        monkeypatch.setattr(kernels, "find_spec", lambda name: None if name == "triton" else find_spec(name))
 
 
 def tiny(device="cpu", random=True, **settings):
