@@ -8,9 +8,9 @@ import torch
 from .model import NanochatConfig, NanochatForCausalLM
 
 # Bytes of activations that training keeps for each token and channel: in each layer (two normed inputs, q, k, v, the attention's output, the
-# residual stream, and four channels' worth of squared ReLU), with the fused kernels. Fitted to two peaks on an H100 (docs/log.md): d12 with 32
-# rows of 2048 20.5 GiB, d16 with 16 rows 22.7 GiB.
-LAYER_BYTES = 28.5
+# residual stream, and four channels' worth of squared ReLU), with the fused kernels. Fitted to two peaks on an H100 (docs/log.md): d12 with 64
+# rows of 2048 36.3 GiB, d20 with 32 rows 57.2 GiB.
+LAYER_BYTES = 27.7
 LOGIT_BYTES = 2 * 8192  # a token of vocabulary: a chunk's logits, which become their own gradient
 # Dense bf16 peaks in FLOP/s by a part of the device's name (vendors' data sheets); first match wins.
 PEAK_FLOPS = (
@@ -92,13 +92,13 @@ def memory_per_gpu(model, rows, positions, gpus=1):
     """Estimated peak in GiB of one GPU under DDP: {"weights", "gradients", "optimizer", "activations", "total"}.
 
     Weights and gradients are float32, and DDP keeps its buckets beside the gradients; AdamW holds two numbers a parameter and Muon one, divided
-    among the GPUs; matrices and head exist once more in bfloat16. The activations are calibrated, see LAYER_BYTES; without checkpointing.
+    among the GPUs; all but the embedding exists once more in bfloat16. The activations are calibrated, see LAYER_BYTES; without checkpointing.
     """
     config, counts = model.config, parameter_counts(model)
-    products = counts["matrix"] + counts["head"]
+    rounded = counts["matrix"] + counts["head"] + counts["value_embedding"]
     tokens, width = rows * positions, config.hidden_size
     parts = {
-        "weights": 4 * counts["total"] + 2 * products,
+        "weights": 4 * counts["total"] + 2 * rounded,
         "gradients": 4 * counts["total"] * (1 if gpus == 1 else 2),
         "optimizer": (8 * (counts["total"] - counts["matrix"]) + 4 * counts["matrix"]) / gpus,
         "activations": tokens * width * LAYER_BYTES * config.num_hidden_layers + LOGIT_BYTES * config.vocab_size,

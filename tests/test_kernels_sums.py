@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_kernels import DEVICE, batch, compiled, relative, tiny, triton
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from test_kernels import DEVICE, IDS, batch, compiled, relative, tiny, triton
 from test_kernels_gradients import HALF, KIND, TOLERANCE, randoms
 from test_kernels_layer import leaves, projected
 
 from nanochat_hf import kernels
 from nanochat_hf.kernels import cudnn_products, sums
 from nanochat_hf.kernels.mlp import SquaredReluMLP
+from nanochat_hf.optim import MuonAdamW, build_param_groups
 from nanochat_hf.trainer import Trainer
 
 
@@ -196,6 +199,44 @@ def test_one_process_with_several_micro_batches_keeps_sums(processes, kind, step
     trainer.raw_model, trainer.accumulation = model, steps
     with trainer.kept_sums() as kept:
         assert bool(kept) == wanted and (not wanted or kept.halves[0].dtype == torch.bfloat16)
+
+
+class Batches:
+    """Micro-batches without end."""
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(3)
+        while True:
+            yield {name: torch.randint(IDS, (2, 32), generator=generator) for name in ("input_ids", "shift_labels")}
+
+
+def trained(monkeypatch, wanted):
+    """Four steps of two micro-batches → (StepInfo of each, weights)."""
+    accelerator = Accelerator(cpu=DEVICE == "cpu", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False))
+    model, seen = tiny(DEVICE), []
+    kernels.install(model)
+    monkeypatch.setattr(Trainer, "kept_sums", lambda trainer: kernels.kept_sums(trainer.raw_model, wanted))
+
+    def watch(trainer, info):
+        assert bool(trainer.kept) == wanted
+        seen.append(info)
+
+    optimizer = MuonAdamW(build_param_groups(model), orthogonalize_dtype=torch.float32, compile=False)
+    Trainer(
+        accelerator, model, optimizer, Batches(), num_steps=4, schedule=lambda optimizer, step: 1.0, norms_every=1, callbacks=[watch]
+    ).fit()  # fmt: skip
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    return seen, [parameter.detach() for parameter in model.parameters()]
+
+
+@triton
+def test_training_by_sums_learns_the_same(monkeypatch):
+    """Zeroed after each step, with the weights of each step, and as the optimizer and the norms see them."""
+    (plain, weights), (ours, found) = (trained(monkeypatch, wanted) for wanted in (False, True))
+    for a, b in zip(ours, plain, strict=True):
+        assert a.loss.item() == pytest.approx(b.loss.item(), rel=1e-2 if HALF else 1e-4)
+        assert all(a.grad_norms[name].item() == pytest.approx(norm.item(), rel=5e-2 if HALF else 1e-3) for name, norm in b.grad_norms.items())
+    assert all(relative(a, b) < (5e-2 if HALF else 1e-3) for a, b in zip(found, weights, strict=True))
 
 
 def test_a_model_without_kernels_keeps_none():

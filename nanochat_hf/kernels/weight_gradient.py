@@ -40,8 +40,8 @@ def _sum(
     pieces_ptr, first_ptr, list_ptr, out_ptr, G, K, across, row_stride, column_stride, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PART: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    tile, part = tl.program_id(0), tl.program_id(1) * PART + tl.arange(0, PART)
-    column, total = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH), tl.zeros((PART, WIDTH), tl.float32)
+    tile, part = tl.program_id(2), tl.program_id(1) * PART + tl.arange(0, PART)
+    column, total = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.zeros((PART, WIDTH), tl.float32)
     for i in tl.range(tl.load(first_ptr + tile), tl.load(first_ptr + tile + 1)):
         piece = tl.load(list_ptr + i).to(tl.int64)
         total += tl.load(pieces_ptr + (piece * ROWS + part)[:, None] * COLUMNS + column[None, :])
@@ -109,7 +109,7 @@ def by_pieces(g, x, out, turned, pieces, programs, add=False):
         *descriptors, table, len(table), PROGRAMS=programs, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=3
     )  # fmt: skip
     strides = out.stride()[::-1] if turned else out.stride()
-    grid, tiles = (len(first) - 1, ROWS // SUM_ROWS, COLUMNS // SUM_COLUMNS), dict(ROWS=ROWS, COLUMNS=COLUMNS, PART=SUM_ROWS, WIDTH=SUM_COLUMNS)
+    grid, tiles = (COLUMNS // SUM_COLUMNS, ROWS // SUM_ROWS, len(first) - 1), dict(ROWS=ROWS, COLUMNS=COLUMNS, PART=SUM_ROWS, WIDTH=SUM_COLUMNS)
     _sum[grid](parts, first, lists, out, G, K, across, *strides, ADD=add, **tiles, num_warps=4)
 
 
