@@ -127,7 +127,9 @@ def two_micro_batches(model, call, wanted, dtype=None):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_models_sums_are_autograds(compile, dtype):
+    """In half precision a compiled graph rounds elsewhere with the sums than without: most in the scalars, small differences of large sums."""
     model = tiny(DEVICE)
+    half = HALF or dtype is not None
     kernels.install(model)
     call = compiled(model) if compile else model
     kept, plain = two_micro_batches(model, call, False, dtype)
@@ -136,7 +138,8 @@ def test_a_models_sums_are_autograds(compile, dtype):
     for _ in range(2):  # the second time in new tensors
         kept, found = two_micro_batches(model, call, True, dtype)
         assert kept.groups and len(kept.halves) == (0 if dtype is None else sum(map(len, kept.groups)))
-        assert all(relative(found[name], plain[name]) < (TOLERANCE if dtype is None else 1e-2) for name in plain)
+        for name, expected in plain.items():
+            assert relative(found[name], expected) < (TOLERANCE if not half else 5e-2 if expected.dim() == 1 else 2e-2), name
         assert all(p.grad is None for name, p in model.named_parameters() if "mlp" in name or "value_embeds" in name)
         assert not any(name in vars(module) for module in model.modules() for name in ("weight_sum", "weight_half"))
         model.zero_grad()
@@ -189,7 +192,9 @@ def test_rounded_weights_are_those_of_the_last_refresh():
 
 
 @triton
-@pytest.mark.parametrize(("processes", "kind", "steps", "wanted"), [(1, "cuda", 2, True), (2, "cuda", 2, False), (1, "cpu", 2, False), (1, "cuda", 1, False)])
+@pytest.mark.parametrize(
+    ("processes", "kind", "steps", "wanted"), [(1, "cuda", 2, True), (2, "cuda", 2, False), (1, "cpu", 2, False), (1, "cuda", 1, False)]
+)
 def test_one_process_with_several_micro_batches_keeps_sums(processes, kind, steps, wanted):
     """Several processes reduce what autograd hands them; of one micro-batch there is no sum."""
     model = tiny(DEVICE)
@@ -212,7 +217,9 @@ class Batches:
 
 def trained(monkeypatch, wanted):
     """Four steps of two micro-batches → (StepInfo of each, weights)."""
-    accelerator = Accelerator(cpu=DEVICE == "cpu", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False))
+    accelerator = Accelerator(
+        cpu=DEVICE == "cpu", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
+    )
     model, seen = tiny(DEVICE), []
     kernels.install(model)
     monkeypatch.setattr(Trainer, "kept_sums", lambda trainer: kernels.kept_sums(trainer.raw_model, wanted))
@@ -235,7 +242,9 @@ def test_training_by_sums_learns_the_same(monkeypatch):
     (plain, weights), (ours, found) = (trained(monkeypatch, wanted) for wanted in (False, True))
     for a, b in zip(ours, plain, strict=True):
         assert a.loss.item() == pytest.approx(b.loss.item(), rel=1e-2 if HALF else 1e-4)
-        assert all(a.grad_norms[name].item() == pytest.approx(norm.item(), rel=5e-2 if HALF else 1e-3) for name, norm in b.grad_norms.items())
+        assert all(
+            a.grad_norms[name].item() == pytest.approx(norm.item(), rel=5e-2 if HALF else 1e-3) for name, norm in b.grad_norms.items()
+        )
     assert all(relative(a, b) < (5e-2 if HALF else 1e-3) for a, b in zip(found, weights, strict=True))
 
 
