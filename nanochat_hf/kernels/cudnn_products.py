@@ -108,5 +108,5 @@ class LinearPlus(torch.autograd.Function):
         flat, w, total = ctx.saved_tensors
         with torch.autocast(d.device.type, enabled=False):
             d_flat = d.reshape(-1, d.shape[-1])
-            dw = (d_flat.mT @ flat).to(ctx.dtype) if total is None else add_weight_gradient(total, d_flat, flat, False)
+            dw = (d_flat.mT @ flat).to(ctx.dtype) if total is None else add_weight_gradient(total, d_flat, flat)
             return (d_flat @ w).view(*d.shape[:-1], -1), dw, d, None

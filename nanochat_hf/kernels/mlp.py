@@ -40,15 +40,12 @@ class SquaredReluMLP(torch.autograd.Function):
             else:
                 slope = (dy_flat @ down) * (2 * squared.sqrt())
             dx = (slope @ up).to(ctx.dtypes[0]).view(*dy.shape[:-1], -1)
-            d_up, d_down = _gradient(slope, flat, ctx.dtypes[1], up_sum), _gradient(squared, dy_flat, ctx.dtypes[2], down_sum, turned=True)
+            d_up, d_down = _gradient(slope, flat, ctx.dtypes[1], up_sum), _gradient(dy_flat, squared, ctx.dtypes[2], down_sum)
         return dx, d_up, d_down, None, None
 
 
-def _gradient(wide, narrow, dtype, total, turned=False):
-    # wideᵀ·narrow (W, C), or that turned (C, W), None where it was added to the total: the wide factor first, for the order in which the kernel's
-    # tiles share rows
+def _gradient(g, x, dtype, total):
+    # gᵀ·x, or None where it was added to the total
     if total is not None:
-        return add_weight_gradient(total, wide, narrow, turned)
-    if weight_gradient and wide.is_cuda:
-        return weight_gradient.weight_gradient(wide, narrow, dtype, turned)
-    return (narrow.mT @ wide if turned else wide.mT @ narrow).to(dtype)
+        return add_weight_gradient(total, g, x)
+    return weight_gradient.weight_gradient(g, x, dtype) if weight_gradient and g.is_cuda else (g.mT @ x).to(dtype)

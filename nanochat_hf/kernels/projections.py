@@ -33,35 +33,59 @@ def _turned(
     # of the rotated vector: the tables' rounded entries do not keep lengths exactly
     scale = tl.rsqrt((tl.sum(y1 * y1, 2) + tl.sum(y2 * y2, 2)) / D + eps)
     tl.store(scale_ptr + token[:, None] * rotated + head[None, :], scale, turned[None, :] & live[:, None])
-    scale = tl.where(turned[None, :], scale, 1.0)[:, :, None]
+    if MIXED:
+        scale = tl.where(turned[None, :], scale, 1.0)
+    scale = scale[:, :, None]
     return tl.join(y1 * scale, y2 * scale).permute(0, 1, 3, 2).reshape(ROWS, COLUMNS)
 
 
 @triton.jit
+def _corner(tile, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    # first row and column of a tile: GROUP rows of tiles are done column after column
+    first = tile // (GROUP * across) * GROUP
+    size = min(down - first, GROUP)
+    return (first + tile % (GROUP * across) % size) * ROWS, tile % (GROUP * across) // size * COLUMNS
+
+
+@triton.jit
+def _product_of(x_desc, w_desc, row, column, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, C, DEPTH):
+        product = tl.dot(x_desc.load([row, start]), w_desc.load([column, start]).T, product)
+    return _halves(product, ROWS, COLUMNS)
+
+
+@triton.jit
 def _project(
-    x_desc, w_desc, out_desc, rope_ptr, scale_ptr, N, W, C, period, plane, rotated, eps, D: tl.constexpr, MIXED: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x_desc, w_desc, out_desc, rope_ptr, scale_ptr, N, W, C, period, plane, rotated, eps, D: tl.constexpr, MIXED: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    down, across = tl.cdiv(N, ROWS), tl.cdiv(W, COLUMNS)
-    for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True):
-        first = tile // (GROUP * across) * GROUP
-        size = min(down - first, GROUP)
-        row = (first + tile % (GROUP * across) % size) * ROWS
-        column = tile % (GROUP * across) // size * COLUMNS
-        product = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(0, C, DEPTH):
-            product = tl.dot(x_desc.load([row, start]), w_desc.load([column, start]).T, product)
+    down, turning = tl.cdiv(N, ROWS), tl.cdiv(rotated * D, COLUMNS)
+    for tile in tl.range(tl.program_id(0), down * turning, PROGRAMS, flatten=True):
+        row, column = _corner(tile, down, turning, ROWS, COLUMNS, GROUP)
+        left, right = _product_of(x_desc, w_desc, row, column, C, ROWS, COLUMNS, DEPTH)
         half, head = COLUMNS // 2, column // D
-        token = (row + tl.arange(0, ROWS)).to(tl.int64)
+        token = row + tl.arange(0, ROWS)
         live = token < N
-        angle = rope_ptr + (token % period)[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
-        wanted = live[:, None] & (head < rotated)  # not for a tile of values alone
-        cos, sin = tl.load(angle, wanted, 1.0), tl.load(angle + plane, wanted, 0.0)
-        left, right = _halves(product, ROWS, COLUMNS)
+        if WHOLE:  # the tile lies within one row of tokens
+            position = row % period + tl.arange(0, ROWS)
+        else:
+            position = token % period
+        angle = rope_ptr + position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
+        cos, sin = tl.load(angle, live[:, None], 1.0), tl.load(angle + plane, live[:, None], 0.0)
+        token = token.to(tl.int64)
         left = _turned(left, token, live, head, cos, sin, scale_ptr, rotated, eps, ROWS, COLUMNS // 2, D, MIXED)
         out_desc.store([row, column], left.to(out_desc.dtype))
         right = _turned(right, token, live, head + half // D, cos, sin, scale_ptr, rotated, eps, ROWS, COLUMNS // 2, D, MIXED)
         out_desc.store([row, column + half], right.to(out_desc.dtype))
+    # values alone, first in the programs that had a tile less before
+    plain, program = tl.cdiv(W, COLUMNS) - turning, (tl.program_id(0) + PROGRAMS - down * turning % PROGRAMS) % PROGRAMS
+    for tile in tl.range(program, down * plain, PROGRAMS, flatten=True):
+        row, column = _corner(tile, down, plain, ROWS, COLUMNS, GROUP)
+        column += turning * COLUMNS
+        left, right = _product_of(x_desc, w_desc, row, column, C, ROWS, COLUMNS, DEPTH)
+        out_desc.store([row, column], left.to(out_desc.dtype))
+        out_desc.store([row, column + COLUMNS // 2], right.to(out_desc.dtype))
 
 
 @torch.library.custom_op("nanochat_hf::rotated_projections", mutates_args=())
@@ -73,10 +97,11 @@ def rotated_projections(x: torch.Tensor, w: torch.Tensor, rope: torch.Tensor, ro
     flat = x.reshape(-1, C)
     descriptors, tiles = descriptors_and_programs(flat, w.contiguous(), out.view(-1, w.shape[0]))
     eps = torch.finfo(torch.float32).eps  # F.rms_norm's own: that of the dtype it computes in
-    mixed = rotated % (tiles["COLUMNS"] // head_dim) != 0
+    period = rope.shape[1] * T
+    kinds = dict(MIXED=rotated % (tiles["COLUMNS"] // head_dim) != 0, WHOLE=period % tiles["ROWS"] == 0)
     _project[(tiles["PROGRAMS"],)](
-        *descriptors, rope, scale, B * T, w.shape[0], C, rope.shape[1] * T, rope[0].numel(), rotated, eps, D=head_dim, MIXED=mixed, GROUP=GROUP,
-        **tiles, num_warps=8, num_stages=3,
+        *descriptors, rope, scale, B * T, w.shape[0], C, period, rope[0].numel(), rotated, eps, D=head_dim, **kinds, GROUP=GROUP, **tiles,
+        num_warps=8, num_stages=3,
     )  # fmt: skip
     return out, scale
 
@@ -143,7 +168,7 @@ def _through_product(ctx, gradient, x, w, total):
         dx = (gradient @ w).to(ctx.dtypes[0])
         if total is None:
             return dx, *(factors[0].mT @ factors[1]).to(ctx.dtypes[1]).split(ctx.sizes)
-        add_weight_gradient(total, *factors, False)
+        add_weight_gradient(total, *factors)
         return dx, None, None, None
 
 

@@ -7,18 +7,19 @@ import torch
 import triton
 import triton.language as tl
 
-TOKENS = 32  # of a program: with D = 128 it moves 8 KiB each way
+TOKENS = 32  # of a program, which takes one head: with D = 128 it moves 8 KiB each way. Programs of a token's heads run side by side, as memory has them
 
 
 @triton.jit
 def _forward(
     x_ptr, rope_ptr, q_ptr, k_ptr, scale_ptr, tokens, period, plane, q_heads, k_heads, eps, D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    head, live = tl.program_id(1), token < tokens
-    keep, half = live[:, None], tl.arange(0, D // 2)[None, :]
+    program, heads = tl.program_id(0), q_heads + k_heads
+    token, head = program // heads * TOKENS + tl.arange(0, TOKENS), program % heads
+    live, position = token < tokens, token % period
+    keep, half, token = live[:, None], tl.arange(0, D // 2)[None, :], token.to(tl.int64)
     source = x_ptr + (token * (q_heads + k_heads) + head)[:, None] * D + half
-    angle = rope_ptr + (token % period)[:, None] * (D // 2) + half
+    angle = rope_ptr + position[:, None] * (D // 2) + half
     x1 = tl.load(source, keep, 0.0).to(tl.float32)
     x2 = tl.load(source + D // 2, keep, 0.0).to(tl.float32)
     cos = tl.load(angle, keep, 0.0).to(tl.float32)
@@ -37,13 +38,15 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, rope_ptr, scale_ptr, dx_ptr, tokens, positions, period, plane, q_heads, k_heads, q_token, k_token, dx_token,
-    dq_row, dq_token, dq_head, dk_row, dk_token, dk_head, dv_row, dv_token, dv_head, D: tl.constexpr, TOKENS: tl.constexpr,
+    dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, rope_ptr, scale_ptr, dx_ptr, tokens, positions, period, plane, q_heads, k_heads, v_heads, q_token, k_token,
+    dx_token, dq_row, dq_token, dq_head, dk_row, dk_token, dk_head, dv_row, dv_token, dv_head, D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    head, live = tl.program_id(1), token < tokens
-    keep, half = live[:, None], tl.arange(0, D // 2)[None, :]
-    row, position = token // positions, token % positions
+    program, heads = tl.program_id(0), q_heads + k_heads + v_heads
+    token, head = program // heads * TOKENS + tl.arange(0, TOKENS), program % heads
+    live, half = token < tokens, tl.arange(0, D // 2)[None, :]
+    keep = live[:, None]
+    row, position, place = (token // positions).to(tl.int64), (token % positions).to(tl.int64), (token % period)[:, None]
+    token = token.to(tl.int64)
     target = dx_ptr + (token * dx_token + head * D)[:, None] + half
     if head >= q_heads + k_heads:  # a value's gradient goes as it is beside the others
         gradient = dv_ptr + (row * dv_row + position * dv_token + (head - q_heads - k_heads) * dv_head)[:, None] + half
@@ -56,7 +59,7 @@ def _backward(
     else:
         gradient = dk_ptr + (row * dk_row + position * dk_token + (head - q_heads) * dk_head)[:, None] + half
         output = k_ptr + (token * k_token + (head - q_heads) * D)[:, None] + half
-    angle = rope_ptr + (token % period)[:, None] * (D // 2) + half
+    angle = rope_ptr + place * (D // 2) + half
     g1 = tl.load(gradient, keep, 0.0).to(tl.float32)
     g2 = tl.load(gradient + D // 2, keep, 0.0).to(tl.float32)
     y1 = tl.load(output, keep, 0.0).to(tl.float32)
@@ -79,7 +82,7 @@ def rope_norm_forward(x: torch.Tensor, rope: torch.Tensor, q_heads: int, k_heads
     x = x.contiguous()
     q, k = x.new_empty(B, T, q_heads, D), x.new_empty(B, T, k_heads, D)
     scale = x.new_empty(B, T, q_heads + k_heads, dtype=torch.float32)
-    grid = (triton.cdiv(B * T, TOKENS), q_heads + k_heads)
+    grid = (triton.cdiv(B * T, TOKENS) * (q_heads + k_heads),)
     eps = torch.finfo(torch.float32).eps  # F.rms_norm's own: that of the dtype it computes in
     _forward[grid](
         x, rope, q, k, scale, B * T, rope.shape[1] * T, rope[0].numel(), q_heads, k_heads, eps, D=D, TOKENS=TOKENS, num_warps=4
@@ -113,9 +116,9 @@ def write_gradient(dx, dq, dk, dv, q, k, scale, rope):
     k_heads, values = k.shape[2], 0 if dv is None else dv.shape[2]
     dq, dk, dv = (g if g is None or g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
     dv = dq if dv is None else dv  # then without heads, and not read
-    grid = (triton.cdiv(B * T, TOKENS), q_heads + k_heads + values)
+    grid = (triton.cdiv(B * T, TOKENS) * (q_heads + k_heads + values),)
     _backward[grid](
-        dq, dk, dv, q, k, rope, scale, dx, B * T, T, rope.shape[1] * T, rope[0].numel(), q_heads, k_heads, q.stride(1), k.stride(1), dx.stride(1),
+        dq, dk, dv, q, k, rope, scale, dx, B * T, T, rope.shape[1] * T, rope[0].numel(), q_heads, k_heads, values, q.stride(1), k.stride(1), dx.stride(1),
         *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], D=D, TOKENS=TOKENS, num_warps=4,
     )  # fmt: skip
 

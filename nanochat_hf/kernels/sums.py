@@ -84,22 +84,22 @@ def kept(groups, dtype=None):
 
 
 @torch.library.custom_op("nanochat_hf::add_weight_gradient", mutates_args=("total",))
-def add_weight_gradient(total: torch.Tensor, g: torch.Tensor, x: torch.Tensor, turned: bool) -> None:
-    """total (G, K) float32 += gᵀ·x of g (N, G) and x (N, K); total (K, G) where `turned`."""
+def add_weight_gradient(total: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> None:
+    """total (G, K) float32 += gᵀ·x of g (N, G) and x (N, K)."""
     if g.is_cuda:
         try:
             from .weight_gradient import add_by_pieces
         except ImportError:  # a Triton without tensor descriptors
             add_by_pieces = None
-        if add_by_pieces and add_by_pieces(total, g, x, turned):
+        if add_by_pieces and add_by_pieces(total, g, x):
             return
         if g.dtype in (torch.bfloat16, torch.float16):
             from .cross_entropy import add_product_
 
-            return add_product_(total, *((x.mT, g) if turned else (g.mT, x)))
-    total += (x.mT @ g if turned else g.mT @ x).float()
+            return add_product_(total, g.mT, x)
+    total += (g.mT @ x).float()
 
 
 @add_weight_gradient.register_fake
-def _(total, g, x, turned):
+def _(total, g, x):
     return None

@@ -15,14 +15,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .matmul import COLUMNS, DEPTH, ROWS, _halves, suits
 
 CUTS = 4  # of a tile, at most
-OVERHEAD = 15  # steps that a piece's way through memory costs, in float32 there and back
-GAIN = 0.79  # of the steps without cuts, at most, or cuBLAS serves
+OVERHEAD = 15  # steps that a piece's way into the sum costs, at most
+EXCESS = 1.09  # of the steps that equal shares would take, at most, or cuBLAS serves, which takes 1.05 to 1.35
 SUM_ROWS, SUM_COLUMNS = 32, 64  # of a tile that one program sums: memory has them one after another in either direction
 
 
 @triton.jit
 def _pieces(
-    g_desc, x_desc, piece_desc, table_ptr, pieces, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    g_desc, x_desc, out_desc, table_ptr, pieces, APART: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
     for piece in tl.range(tl.program_id(0), pieces, PROGRAMS, flatten=True):
         entry = table_ptr + piece * 4
@@ -31,26 +32,26 @@ def _pieces(
         for start in range(begin, end, DEPTH):
             product = tl.dot(g_desc.load([start, row]).T, x_desc.load([start, column]), product)
         left, right = _halves(product, ROWS, COLUMNS)
-        piece_desc.store([piece * ROWS, 0], left)
-        piece_desc.store([piece * ROWS, COLUMNS // 2], right)
+        if APART:  # for _sum
+            out_desc.store([piece * ROWS, 0], left)
+            out_desc.store([piece * ROWS, COLUMNS // 2], right)
+        else:
+            out_desc.atomic_add([row, column], left)
+            out_desc.atomic_add([row, column + COLUMNS // 2], right)
 
 
 @triton.jit
 def _sum(
-    pieces_ptr, first_ptr, list_ptr, out_ptr, G, K, across, row_stride, column_stride, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PART: tl.constexpr, WIDTH: tl.constexpr,
+    pieces_ptr, corner_ptr, first_ptr, list_ptr, out_ptr, G, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     tile, part = tl.program_id(2), tl.program_id(1) * PART + tl.arange(0, PART)
     column, total = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.zeros((PART, WIDTH), tl.float32)
     for i in tl.range(tl.load(first_ptr + tile), tl.load(first_ptr + tile + 1)):
         piece = tl.load(list_ptr + i).to(tl.int64)
         total += tl.load(pieces_ptr + (piece * ROWS + part)[:, None] * COLUMNS + column[None, :])
-    row, column = tile // across * ROWS + part, tile % across * COLUMNS + column
-    out = out_ptr + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    inside = (row < G)[:, None] & (column < K)[None, :]
-    if ADD:
-        total += tl.load(out, inside, 0.0).to(tl.float32)
-    tl.store(out, total.to(out_ptr.dtype.element_ty), inside)
+    row, column = tl.load(corner_ptr + 2 * tile) + part, tl.load(corner_ptr + 2 * tile + 1) + column
+    out, inside = out_ptr + row.to(tl.int64)[:, None] * K + column[None, :], (row < G)[:, None] & (column < K)[None, :]
+    tl.store(out, tl.load(out, inside, 0.0) + total, inside)
 
 
 def cut(tiles, steps, programs, cuts):
@@ -75,42 +76,49 @@ def length(pieces, programs):
 def plan(N, G, K, programs):
     """Pieces of the product, or None where cutting does not gain enough."""
     tiles, steps = -(-G // ROWS) * -(-K // COLUMNS), -(-N // DEPTH)
-    if tiles <= programs:  # cuBLAS has smaller tiles and cuts of its own for these
-        return None
     best = min((cut(tiles, steps, programs, cuts) for cuts in range(1, CUTS + 1)), key=lambda pieces: length(pieces, programs))
-    return best if length(best, programs) < GAIN * -(-tiles // programs) * steps else None
+    return best if length(best, programs) < EXCESS * tiles * steps / programs else None
+
+
+def _corners(G, K):
+    # (row, column) of the tiles, those of the shorter side side by side: what programs do at one time reads few rows and columns
+    rows, columns = range(0, G, ROWS), range(0, K, COLUMNS)
+    return [(row, column) for row in rows for column in columns] if G >= K else [(row, column) for column in columns for row in rows]
 
 
 @functools.cache
-def _tables(pieces, across, device):
-    # of the pieces: row, column, first token, end; of the tiles: where their list of pieces begins, the lists
-    entries = [(tile // across * ROWS, tile % across * COLUMNS, begin * DEPTH, end * DEPTH) for tile, begin, end in pieces]
-    lists = [[] for _ in range(1 + max(tile for tile, *_ in pieces))]
+def _tables(pieces, G, K, device):
+    # of the pieces: row, column, first token, end; of the tiles: row and column, where their list of pieces begins, the lists
+    corners = _corners(G, K)
+    entries = [(*corners[tile], begin * DEPTH, end * DEPTH) for tile, begin, end in pieces]
+    lists = [[] for _ in corners]
     for number, (tile, *_) in enumerate(pieces):
         lists[tile].append(number)
     first = torch.tensor([0, *map(len, lists)]).cumsum(0)
-    return [torch.tensor(table, dtype=torch.int32).to(device) for table in (entries, first.tolist(), list(chain(*lists)))]
+    return [torch.tensor(table, dtype=torch.int32).to(device) for table in (entries, corners, first.tolist(), list(chain(*lists)))]
 
 
 def _programs(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def by_pieces(g, x, out, turned, pieces, programs, add=False):
-    """Write gᵀ·x of contiguous g (N, G) and x (N, K) to out (G, K), or (K, G) where `turned`, or `add` it, by `programs` that take `pieces`; summed in
-    float32."""
-    G, K = g.shape[1], x.shape[1]
-    across = -(-K // COLUMNS)
-    table, first, lists = _tables(pieces, across, g.device)
-    parts = torch.empty(len(table) * ROWS, COLUMNS, dtype=torch.float32, device=g.device)
+def by_pieces(g, x, total, pieces, programs):
+    """Add gᵀ·x of contiguous g (N, G) and x (N, K) to contiguous total (G, K) float32, by `programs` that take `pieces`.
+
+    Pieces go straight into the sum, in the order in which they are done; where torch.use_deterministic_algorithms asks for one order, and where there is
+    no TMA to add them, each is written by itself first.
+    """
+    (_, G), K, apart = g.shape, x.shape[1], not g.is_cuda or torch.are_deterministic_algorithms_enabled()
+    table, *tiles = _tables(pieces, G, K, g.device)
+    out = torch.empty(len(table) * ROWS, COLUMNS, dtype=torch.float32, device=g.device) if apart else total
     descriptors = [TensorDescriptor.from_tensor(g, [DEPTH, ROWS]), TensorDescriptor.from_tensor(x, [DEPTH, COLUMNS])]
-    descriptors.append(TensorDescriptor.from_tensor(parts, [ROWS, COLUMNS // 2]))
+    descriptors.append(TensorDescriptor.from_tensor(out, [ROWS, COLUMNS // 2]))
     _pieces[(programs,)](
-        *descriptors, table, len(table), PROGRAMS=programs, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=3
+        *descriptors, table, len(table), APART=apart, PROGRAMS=programs, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=3
     )  # fmt: skip
-    strides = out.stride()[::-1] if turned else out.stride()
-    grid, tiles = (COLUMNS // SUM_COLUMNS, ROWS // SUM_ROWS, len(first) - 1), dict(ROWS=ROWS, COLUMNS=COLUMNS, PART=SUM_ROWS, WIDTH=SUM_COLUMNS)
-    _sum[grid](parts, first, lists, out, G, K, across, *strides, ADD=add, **tiles, num_warps=4)
+    if apart:
+        grid, sizes = (COLUMNS // SUM_COLUMNS, ROWS // SUM_ROWS, len(tiles[0])), dict(ROWS=ROWS, COLUMNS=COLUMNS, PART=SUM_ROWS, WIDTH=SUM_COLUMNS)
+        _sum[grid](out, *tiles, total, G, K, **sizes, num_warps=4)
 
 
 def _pieces_of(g, K):
@@ -118,27 +126,25 @@ def _pieces_of(g, K):
     return plan(len(g), g.shape[1], K, programs) if suits(g, g.shape[1], K) else None, programs
 
 
-def add_by_pieces(total, g, x, turned):
-    """total += gᵀ·x, or its transpose where `turned`, if that is better done by pieces; whether it was."""
+def add_by_pieces(total, g, x):
+    """total += gᵀ·x, if that is better done by pieces; whether it was."""
     pieces, programs = _pieces_of(g, x.shape[1])
     if pieces is not None:
-        by_pieces(g.contiguous(), x.contiguous(), total, turned, pieces, programs, add=True)
+        by_pieces(g.contiguous(), x.contiguous(), total, pieces, programs)
     return pieces is not None
 
 
 @torch.library.custom_op("nanochat_hf::weight_gradient", mutates_args=())
-def weight_gradient(g: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, turned: bool) -> torch.Tensor:
-    """gᵀ·x of g (N, G) and x (N, K) → (G, K), or (K, G) where `turned`, of `dtype`; by cuBLAS where that is as fast."""
-    G, K = g.shape[1], x.shape[1]
-    pieces, programs = _pieces_of(g, K)
+def weight_gradient(g: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """gᵀ·x of g (N, G) and x (N, K) → (G, K) of `dtype`; by cuBLAS where that is as fast."""
+    pieces, programs = _pieces_of(g, x.shape[1])
     if pieces is None:
-        return (x.mT @ g if turned else g.mT @ x).to(dtype)
-    out = torch.empty((K, G) if turned else (G, K), dtype=dtype, device=g.device)
-    by_pieces(g.contiguous(), x.contiguous(), out, turned, pieces, programs)
-    return out
+        return (g.mT @ x).to(dtype)
+    total = torch.zeros(g.shape[1], x.shape[1], dtype=torch.float32, device=g.device)
+    by_pieces(g.contiguous(), x.contiguous(), total, pieces, programs)
+    return total.to(dtype)
 
 
 @weight_gradient.register_fake
-def _(g, x, dtype, turned):
-    G, K = g.shape[1], x.shape[1]
-    return g.new_empty((K, G) if turned else (G, K), dtype=dtype)
+def _(g, x, dtype):
+    return g.new_empty(g.shape[1], x.shape[1], dtype=dtype)
