@@ -108,7 +108,7 @@ def test_gated_rows(ids):
     for fused in (True, False):
         weight, strength = table.clone().requires_grad_(), gate.clone().float().requires_grad_()
         if fused:
-            result = value_embedding.GatedRows.apply(weight, strength.to(KIND), index, *value_embedding.order_of_ids(index, rows))
+            result = value_embedding.GatedRows.apply(strength.to(KIND), weight, index, *value_embedding.order_of_ids(index, rows))
         else:
             result = strength.unsqueeze(-1) * F.embedding(index, weight).unflatten(-1, (K, D))
         result.backward(d.to(result.dtype))

@@ -116,8 +116,8 @@ def plain_attention(q, k, v, borders, window):
 
 @triton
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("with_value", [True, False])
-def test_attention_upon_one_product(monkeypatch, with_value, packed):
+@pytest.mark.parametrize("added", ["nothing", "value", "rows", "rows into a sum"])
+def test_attention_upon_one_product(monkeypatch, added, packed):
     """Without a GPU cuDNN's graphs are those of cudnn_stand_in.py, which read and write by address and stride."""
     pytest.importorskip("triton.tools.tensor_descriptor")
     if HALF:
@@ -125,22 +125,32 @@ def test_attention_upon_one_product(monkeypatch, with_value, packed):
     else:
         cudnn_graph.graph_of.cache_clear(), cudnn_graph.handle_of.cache_clear()
         monkeypatch.setitem(__import__("sys").modules, "cudnn", cudnn_stand_in.module())
-    from nanochat_hf.kernels.projections import Attention
+    from nanochat_hf.kernels import projections, value_embedding
 
-    generator, sizes, D, window = torch.Generator().manual_seed(0), (4, 2, 2), 64, 24
+    rows = added.startswith("rows")
+    generator, D, window, sizes = torch.Generator().manual_seed(0), 64, 24, (6 if rows else 4, 2, 2)
+    assert projections.adds(sum(sizes[:2]), D) == rows
     x, weights, rope = projected(128, 64, sizes, D, generator)
-    value, slope = (torch.randn(2, 128, heads, D, generator=generator).to(DEVICE, KIND) for heads in (2, 4))
+    value, slope = (torch.randn(2, 128, heads, D, generator=generator).to(DEVICE, KIND) for heads in (2, sizes[0]))
     borders = torch.tensor([0, 40, 128, 200, 256], dtype=torch.int32, device=DEVICE) if packed else None
-    ours, plain = leaves(x, *weights, value), leaves(x.float(), *weights, value.float())
+    ids = torch.randint(90, (2, 128), generator=generator).to(DEVICE)
+    gate, table = torch.rand(2, 128, 2, generator=generator).to(DEVICE, KIND), torch.randn(90, 2 * D, generator=generator).to(DEVICE, KIND)
+    more = {"nothing": [], "value": [value]}.get(added, [gate, table])
+    ours, plain = leaves(x, *weights, *more), leaves(x.float(), *weights, *(t.float() for t in more))
+    total = torch.ones_like(table, dtype=torch.float32) if added == "rows into a sum" else None
+    lookup = (*ours[4:], ids, *value_embedding.order_of_ids(ids, 90), total) if rows else ()
     with torch.autocast(DEVICE, KIND, enabled=HALF):
-        out = Attention.apply(*ours[:4], ours[4] if with_value else None, rope, borders, *sizes[:2], D**-0.5, window)
+        options = rope, borders, *sizes[:2], D**-0.5, window, None
+        out = projections.Attention.apply(*ours[:4], ours[4] if added == "value" else None, *options, *lookup)
     out.backward(slope)
     q, k, v = formula(*plain[:4], rope, D)
-    expected = plain_attention(q, k, v + plain[4] if with_value else v, borders, window)
+    v = v + plain[4].unsqueeze(-1) * F.embedding(ids, plain[5]).unflatten(-1, (2, D)) if rows else v + sum(plain[4:])
+    expected = plain_attention(q, k, v, borders, window)
     expected.backward(slope.float())
-    used = 4 + with_value
-    alike((out, *(t.grad for t in ours[:used])), (expected, *(t.grad for t in plain[:used])), 2 * TOLERANCE)
-    assert with_value or ours[4].grad is None
+    if total is not None:
+        assert ours[5].grad is None
+        ours[5].grad = (total - 1).to(KIND)
+    alike((out, *(t.grad for t in ours)), (expected, *(t.grad for t in plain)), 2 * TOLERANCE)
 
 
 @triton

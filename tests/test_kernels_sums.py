@@ -78,9 +78,9 @@ def test_gated_rows_add_to_the_tables_sum(ids):
     index = index.to(DEVICE)
     table, gate = randoms((rows, K * D), (B, T, K))
     order = value_embedding.order_of_ids(index, rows)
-    d_table, d_gate = summed(lambda *t: value_embedding.GatedRows.apply(*t, index, *order), (table.float(), gate), (0,))
+    d_gate, d_table = summed(lambda *t: value_embedding.GatedRows.apply(*t, index, *order), (gate, table.float()), (1,))
     total = torch.ones(rows, K * D, device=DEVICE)
-    _, ours = summed(lambda *t: value_embedding.GatedRows.apply(*t, index, *order, total), (table.float(), gate), (0,))
+    ours, _ = summed(lambda *t: value_embedding.GatedRows.apply(*t, index, *order, total), (gate, table.float()), (1,))
     assert torch.equal(ours, d_gate) and relative(total - 1, d_table) < 1e-5
     untouched = torch.ones(rows, dtype=torch.bool, device=DEVICE).index_fill_(0, index.flatten(), False)
     assert untouched.any() and (total[untouched] == 1).all()

@@ -151,7 +151,7 @@ def gated_rows(gate, weight, ids, *order_and_sum):
     """gate (B, T, K) · rows (B, T, K, D) of a table, whose gradient is summed id after id."""
     from .value_embedding import GatedRows
 
-    return GatedRows.apply(weight, gate, ids, *order_and_sum)
+    return GatedRows.apply(gate, weight, ids, *order_and_sum)
 
 
 def _eps(eps):
@@ -166,15 +166,20 @@ def _one_product(attention, x):
     return fits and matmul.suits(x, *(size for module in inputs for size in module.weight.shape))
 
 
-def rotated_attention(attention, x, value, rope, borders):
-    """Normed x (B, T, C) → heads' results (B, T, H, D), where one product makes all that cuDNN's attention reads; else None."""
+def rotated_attention(attention, x, gate, value_embedding, rope, borders):
+    """Normed x (B, T, C), gate and value embedding or None → heads' results (B, T, H, D), where one product makes all that cuDNN's attention reads; else
+    None."""
     if attention.config._attn_implementation != CUDNN or not _one_product(attention, x) or x.shape[1] < 2:
         return None
-    from .projections import Attention
+    from .projections import Attention, adds
 
+    # rows of a table that is rounded already are added within the product
+    rounded = isinstance(value_embedding, tuple) and value_embedding[0].dtype == gate.dtype
+    lookup = (gate, *value_embedding) if rounded and adds(sum(_heads(attention)), attention.head_dim) else ()
+    value = None if lookup else attention.gated(gate, value_embedding)
     weights = sums.weights_of(_inputs(attention), sums.computing(x))
     options = *_heads(attention), attention.scaling, attention.sliding_window or 0
-    return Attention.apply(x, *weights, value, rope, borders, *options, sums.of(attention.q_proj))
+    return Attention.apply(x, *weights, value, rope, borders, *options, sums.of(attention.q_proj), *lookup)
 
 
 def _heads(attention):

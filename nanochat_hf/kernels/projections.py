@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from .cudnn_attention import attention, write_gradients
-from .matmul import _halves, descriptors_and_programs
+from .matmul import COLUMNS, _halves, descriptors_and_programs
 from .rope import write_gradient
 from .sums import add_weight_gradient, computing
+from .value_embedding import gradients
 
 WIDEST = 128  # head_dim: half a tile holds whole heads
 GROUP = 4  # tiles of rows that share the weights' tiles, for the cache
@@ -40,6 +41,16 @@ def _turned(
 
 
 @triton.jit
+def _gated(part, token, live, row, column, gate_ptr, table_ptr, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
+    # part (ROWS, COLUMNS) of the values from `column` on, and to it the token's row of the table, by a gate for each head
+    HEADS: tl.constexpr = COLUMNS // D
+    at, head, heads = column + tl.arange(0, COLUMNS), column // D + tl.arange(0, HEADS), width // D
+    rows = tl.load(table_ptr + row[:, None] * width + at[None, :], live[:, None] & (at < width)[None, :], 0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + token[:, None] * heads + head[None, :], live[:, None] & (head < heads)[None, :], 0.0).to(tl.float32)
+    return (part.reshape(ROWS, HEADS, D) + gate[:, :, None] * rows.reshape(ROWS, HEADS, D)).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
 def _corner(tile, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     # first row and column of a tile: GROUP rows of tiles are done column after column
     first = tile // (GROUP * across) * GROUP
@@ -57,8 +68,9 @@ def _product_of(x_desc, w_desc, row, column, C, ROWS: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def _project(
-    x_desc, w_desc, out_desc, rope_ptr, scale_ptr, N, W, C, period, plane, rotated, eps, D: tl.constexpr, MIXED: tl.constexpr, WHOLE: tl.constexpr,
-    GROUP: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x_desc, w_desc, out_desc, rope_ptr, scale_ptr, gate_ptr, table_ptr, id_ptr, N, W, C, period, plane, rotated, eps, D: tl.constexpr,
+    MIXED: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
     down, turning = tl.cdiv(N, ROWS), tl.cdiv(rotated * D, COLUMNS)
     for tile in tl.range(tl.program_id(0), down * turning, PROGRAMS, flatten=True):
@@ -82,32 +94,47 @@ def _project(
     plain, program = tl.cdiv(W, COLUMNS) - turning, (tl.program_id(0) + PROGRAMS - down * turning % PROGRAMS) % PROGRAMS
     for tile in tl.range(program, down * plain, PROGRAMS, flatten=True):
         row, column = _corner(tile, down, plain, ROWS, COLUMNS, GROUP)
-        column += turning * COLUMNS
+        value, column = column, column + turning * COLUMNS
         left, right = _product_of(x_desc, w_desc, row, column, C, ROWS, COLUMNS, DEPTH)
+        if GATED:  # then the values begin with a tile
+            token, width = row + tl.arange(0, ROWS), W - rotated * D
+            number, live = tl.load(id_ptr + token, token < N, 0).to(tl.int64), token < N
+            left = _gated(left, token, live, number, value, gate_ptr, table_ptr, width, ROWS, COLUMNS // 2, D)
+            right = _gated(right, token, live, number, value + COLUMNS // 2, gate_ptr, table_ptr, width, ROWS, COLUMNS // 2, D)
         out_desc.store([row, column], left.to(out_desc.dtype))
         out_desc.store([row, column + COLUMNS // 2], right.to(out_desc.dtype))
 
 
+def adds(rotated, head_dim):
+    """Whether `rotated_projections` can add to the values: no tile holds some beside keys."""
+    return rotated * head_dim % COLUMNS == 0
+
+
 @torch.library.custom_op("nanochat_hf::rotated_projections", mutates_args=())
-def rotated_projections(x: torch.Tensor, w: torch.Tensor, rope: torch.Tensor, rotated: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rotated_projections(
+    x: torch.Tensor, w: torch.Tensor, rope: torch.Tensor, rotated: int, head_dim: int, gate: torch.Tensor | None = None,
+    table: torch.Tensor | None = None, ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x (B, T, C), w (W, C), angles (2, B or 1, T, 1, D/2) → x·wᵀ (B, T, W), its first `rotated` heads rotated and normed, and their 1/rms
-    (B, T, rotated) float32."""
+    (B, T, rotated) float32. With gate (B, T, K), table (V, K·D) and ids (B, T), gate·table[ids] is added to the last K heads: where `adds`."""
     B, T, C = x.shape
     out, scale = x.new_empty(B, T, w.shape[0]), x.new_empty(B, T, rotated, dtype=torch.float32)
     flat = x.reshape(-1, C)
     descriptors, tiles = descriptors_and_programs(flat, w.contiguous(), out.view(-1, w.shape[0]))
     eps = torch.finfo(torch.float32).eps  # F.rms_norm's own: that of the dtype it computes in
     period = rope.shape[1] * T
-    kinds = dict(MIXED=rotated % (tiles["COLUMNS"] // head_dim) != 0, WHOLE=period % tiles["ROWS"] == 0)
+    kinds = dict(MIXED=not adds(rotated, head_dim), WHOLE=period % tiles["ROWS"] == 0, GATED=gate is not None)
+    # not read where there is no gate; and float32's rows would not fit beside the tiles in shared memory
+    lookup = (rope, rope, rope) if gate is None else (gate.contiguous(), table.to(gate.dtype).contiguous(), ids.contiguous())
     _project[(tiles["PROGRAMS"],)](
-        *descriptors, rope, scale, B * T, w.shape[0], C, period, rope[0].numel(), rotated, eps, D=head_dim, **kinds, GROUP=GROUP, **tiles,
+        *descriptors, rope, scale, *lookup, B * T, w.shape[0], C, period, rope[0].numel(), rotated, eps, D=head_dim, **kinds, GROUP=GROUP, **tiles,
         num_warps=8, num_stages=3,
     )  # fmt: skip
     return out, scale
 
 
 @rotated_projections.register_fake
-def _(x, w, rope, rotated, head_dim):
+def _(x, w, rope, rotated, head_dim, gate=None, table=None, ids=None):
     B, T, _ = x.shape
     return x.new_empty(B, T, w.shape[0]), x.new_empty(B, T, rotated, dtype=torch.float32)
 
@@ -153,12 +180,12 @@ def _(do, qkv, v, out, stats, borders, scale, rope, scaling, window):
     return qkv.new_empty(qkv.shape)
 
 
-def _product(ctx, x, weights, rope, heads, key_heads):
+def _product(ctx, x, weights, rope, heads, key_heads, *lookup):
     # the product of forward, in autocast's dtype, and what backward needs of it
     dtype, weights = computing(x), [weight for weight in weights if weight is not None]
     ctx.dtypes, ctx.heads, ctx.sizes = (x.dtype, weights[0].dtype), heads, [weight.shape[0] for weight in weights]
     x, w = x.to(dtype), (torch.cat(weights) if len(weights) > 1 else weights[0]).to(dtype)
-    return x, w, *rotated_projections(x, w, rope, heads + key_heads, w.shape[0] // (heads + 2 * key_heads))
+    return x, w, *rotated_projections(x, w, rope, heads + key_heads, w.shape[0] // (heads + 2 * key_heads), *lookup)
 
 
 def _through_product(ctx, gradient, x, w, total):
@@ -189,21 +216,24 @@ class QueriesKeysValues(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """As QueriesKeysValues, then `value` (B, T, K, D) or None added to v, and cuDNN's attention → (B, T, H, D)."""
+    """As QueriesKeysValues, then cuDNN's attention → (B, T, H, D). To v goes `value` (B, T, K, D), where given, or, where `adds`, what GatedRows would give
+    for `lookup`: gate, table, ids, their order, and the sum of the table's gradients."""
 
     @staticmethod
-    def forward(ctx, x, q, k, v, value, rope, borders, heads, key_heads, scaling, window, total=None):
-        x, w, qkv, scale = _product(ctx, x, (q, k, v), rope, heads, key_heads)
+    def forward(ctx, x, q, k, v, value, rope, borders, heads, key_heads, scaling, window, total=None, *lookup):
+        x, w, qkv, scale = _product(ctx, x, (q, k, v), rope, heads, key_heads, *lookup[:3])
         queries, keys, values = parts(qkv, heads, key_heads)
         values = values if value is None else values + value.to(values.dtype)
         out, stats = attention(queries, keys, values, borders, scaling, window)
-        ctx.save_for_backward(x, w, qkv, values, out, stats, borders, scale, rope, total)
+        ctx.save_for_backward(x, w, qkv, values, out, stats, borders, scale, rope, total, *lookup[:2], *lookup[3:])
         ctx.options, ctx.value = (scaling, window), None if value is None else value.dtype
         return out
 
     @staticmethod
     def backward(ctx, do):
-        x, w, qkv, values, out, stats, borders, scale, rope, total = ctx.saved_tensors
+        x, w, qkv, values, out, stats, borders, scale, rope, total, *lookup = ctx.saved_tensors
         gradient = rotated_attention_backward(do, qkv, values, out, stats, borders, scale, rope, *ctx.options)
-        value = None if ctx.value is None else parts(gradient, ctx.heads, values.shape[2])[2].to(ctx.value)
-        return *_through_product(ctx, gradient, x, w, total), value, *[None] * 7
+        d_values = parts(gradient, ctx.heads, values.shape[2])[2]
+        value = None if ctx.value is None else d_values.to(ctx.value)
+        rows = (*gradients(d_values, *lookup), *[None] * 5) if lookup else ()
+        return *_through_product(ctx, gradient, x, w, total), value, *[None] * 7, *rows

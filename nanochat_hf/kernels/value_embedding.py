@@ -118,23 +118,24 @@ def _(total, d, table, gate, order, ids, starts):
     return gate.new_empty(gate.shape, dtype=torch.float32)
 
 
+def gradients(d, gate, table, order, ids, starts, total):
+    """Of gate and table from d (B, T, K, D), that of gate·table[ids]; the table's is None where it was added to the total."""
+    if total is not None:
+        return add_gated_rows_backward(total, d, table, gate, order, ids, starts).to(gate.dtype), None
+    d_table, d_gate = gated_rows_backward(d, table, gate, order, ids, starts)
+    return d_gate.to(gate.dtype), d_table.to(table.dtype)
+
+
 class GatedRows(torch.autograd.Function):
-    """table (V, K·D), gate (B, T, K), ids (B, T) and their order → gate·table[ids] (B, T, K, D) of gate's dtype. The table's gradient goes into its
+    """gate (B, T, K), table (V, K·D), ids (B, T) and their order → gate·table[ids] (B, T, K, D) of gate's dtype. The table's gradient goes into its
     sum, where given."""
 
     @staticmethod
-    def forward(ctx, table, gate, ids, order, sorted_ids, starts, total=None):
-        ctx.save_for_backward(table, gate, order, sorted_ids, starts, total)
+    def forward(ctx, gate, table, ids, order, sorted_ids, starts, total=None):
+        ctx.save_for_backward(gate, table, order, sorted_ids, starts, total)
         rows = F.embedding(ids, table).unflatten(-1, (gate.shape[-1], -1))
         return gate.unsqueeze(-1) * rows.to(gate.dtype)
 
     @staticmethod
     def backward(ctx, d):
-        *saved, total = ctx.saved_tensors
-        table, gate, *_ = saved
-        if total is None:
-            d_table, d_gate = gated_rows_backward(d, *saved)
-            d_table = d_table.to(table.dtype)
-        else:
-            d_table, d_gate = None, add_gated_rows_backward(total, d, *saved)
-        return d_table, d_gate.to(gate.dtype), *[None] * 5
+        return *gradients(d, *ctx.saved_tensors), *[None] * 5

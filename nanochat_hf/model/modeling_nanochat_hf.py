@@ -96,14 +96,15 @@ class NanochatAttention(nn.Module):
         eps = self.config.rms_norm_eps
         return norm(rotate(q, cos, sin), eps), norm(rotate(k, cos, sin), eps)
 
-    def gated(self, first, value_embedding):
-        """What the value embedding (B, T, K·D), or the arguments of `fused_gate`, adds to v, by x's `first` channels: (B, T, K, D), None without one."""
-        if self.ve_gate is None:
-            return None
-        gate = (2 * torch.sigmoid(self.ve_gate(first))).to(first.dtype)  # (B, T, K)
-        if isinstance(value_embedding, tuple):
-            return self.fused_gate(gate, *value_embedding)
-        return gate.unsqueeze(-1) * value_embedding.view(*gate.shape, -1).to(first.dtype)
+    def gate(self, first):
+        """What x's `first` channels let through of the value embedding: (B, T, K), None in layers without one."""
+        return None if self.ve_gate is None else (2 * torch.sigmoid(self.ve_gate(first))).to(first.dtype)
+
+    def gated(self, gate, value_embedding):
+        """What the value embedding (B, T, K·D), or the arguments of `fused_gate`, adds to v: (B, T, K, D), None without one."""
+        if gate is None or isinstance(value_embedding, tuple):
+            return None if gate is None else self.fused_gate(gate, *value_embedding)
+        return gate.unsqueeze(-1) * value_embedding.view(*gate.shape, -1).to(gate.dtype)
 
     def attend(self, x, value, rope, attention_mask, past_key_values, **kwargs):
         """Normed x (B, T, C) → heads' results (B, T, H, D), attention weights where the implementation has them."""
@@ -118,11 +119,11 @@ class NanochatAttention(nn.Module):
 
     def forward(self, stream, x, first, value_embedding, rope, attention_mask, past_key_values, **kwargs):
         """The stream (B, T, C) with what attention adds, by its norm x and that norm's `first` channels; attention weights or None."""
-        value, y, weights = self.gated(first, value_embedding), None, None
+        gate, y, weights = self.gate(first), None, None
         if self.fused_whole and self.training and attention_mask is None and past_key_values is None:
-            y = self.fused_whole(self, x, value, rope, kwargs.get("cu_seq_lens_q"))
+            y = self.fused_whole(self, x, gate, value_embedding, rope, kwargs.get("cu_seq_lens_q"))
         if y is None:
-            y, weights = self.attend(x, value, rope, attention_mask, past_key_values, **kwargs)
+            y, weights = self.attend(x, self.gated(gate, value_embedding), rope, attention_mask, past_key_values, **kwargs)
         y = y.flatten(2)
         return self.fused_output(self, y, stream) if self.fused_output and self.training else stream + self.o_proj(y), weights
 
