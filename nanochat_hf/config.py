@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from .once import say_error
+from nanochat_hf.errors import say_error
 
 SMALLER = (
     "it does not fit; lower --device-batch-size (with --total-batch-size the step stays the same), give --gradient-checkpointing true, lower "

@@ -7,17 +7,17 @@ from os.path import commonprefix
 
 import numpy as np
 
-from .formats import PARTS, ConversationError, convert_row, row_format
-
-__all__ = [
-    "CHAT_TEMPLATE", "SPECIAL_TOKENS", "ConversationError", "PlainEncoder", "convert_row", "encode_plain", "render", "render_prompt",
-    "row_format", "validate",
-]  # fmt: skip
-
 SPECIAL_TOKENS = [
     "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
     "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
 ]  # fmt: skip
+
+# The kinds of an assistant's parts, and the special tokens around each
+PARTS = {
+    "text": None,
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
 
 # What the assistant says is collected in ns.run and marked in one piece, which ends in a special token wherever it can: transformers marks by
 # characters, and of a last character that takes several tokens it marks only the first. ns.text holds adjacent text parts, which are one text.
@@ -59,6 +59,10 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{%- if ns.next != 'more' -%}{{ '<|assistant_start|>' }}{%- endif -%}"
     "{%- elif ns.next in ['tool', 'more'] -%}{% generation %}{{ '<|assistant_end|>' }}{% endgeneration %}{%- endif -%}"
 )
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be rendered; the message says where and why."""
 
 
 def validate(conversation, where="conversation"):

@@ -61,7 +61,7 @@ def test_ctrl_c_before_training_is_no_traceback(capsys):
     ],
 )  # fmt: skip
 def test_a_recipes_values_are_read_as_a_flags_are(text, expected, tmp_path, capsys):
-    from scripts.training import TrainConfig
+    from nanochat_hf.training.config import TrainConfig
 
     (tmp_path / "r.yaml").write_text(text)
     argv, name = ["--config", str(tmp_path / "r.yaml"), "--output-dir", "x"], text.split(":")[0]
@@ -85,7 +85,7 @@ def test_a_recipes_values_are_read_as_a_flags_are(text, expected, tmp_path, caps
     ],
 )  # fmt: skip
 def test_an_unknown_name_is_told_with_the_one_it_resembles(recipe, argv, said, tmp_path, capsys):
-    from scripts.training import TrainConfig
+    from nanochat_hf.training.config import TrainConfig
 
     (tmp_path / "r.yaml").write_text(recipe)
     with pytest.raises(SystemExit) as caught:
@@ -104,9 +104,9 @@ def test_every_flag_of_the_original_has_its_line_and_every_flag_named_there_exis
     from dataclasses import fields
     from pathlib import Path
 
-    from nanochat_hf.hub import HubConfig
-    from scripts.chat_sft import SFTConfig
-    from scripts.training import TrainConfig
+    from nanochat_hf.cli.chat_sft import SFTConfig
+    from nanochat_hf.hub.push import HubConfig
+    from nanochat_hf.training.config import TrainConfig
 
     rows = [line.split(" | ") for line in (Path(__file__).parents[1] / "docs" / "flags.md").read_text().splitlines() if line.startswith("| ")][1:]
     theirs = {flag for row in rows for flag in re.findall(r"`--([a-z-]+)", row[0])}

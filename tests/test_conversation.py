@@ -4,16 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_hf.conversation import (
-    SPECIAL_TOKENS,
-    ConversationError,
-    PlainEncoder,
-    convert_row,
-    render,
-    render_prompt,
-    row_format,
-    validate,
-)
+from nanochat_hf.conversation import SPECIAL_TOKENS, ConversationError, PlainEncoder, render, render_prompt, validate
+from nanochat_hf.data.formats import convert_row, row_format
 from nanochat_hf.tokenizer import train_tokenizer
 
 BOS, USER, USER_END, ASSISTANT, ASSISTANT_END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(256, 265)

@@ -11,18 +11,22 @@ from accelerate.utils import GradientAccumulationPlugin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_hf import NanochatConfig, NanochatForCausalLM, checkpoint
-from nanochat_hf.calculator import calculate
-from nanochat_hf.collate import PackingCollator
+from nanochat_hf import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.conversation import SPECIAL_TOKENS, ConversationError, render, render_prompt
-from nanochat_hf.data import SFTBatches, SourceConfig, TextBatches
+from nanochat_hf.data.collate import PackingCollator
+from nanochat_hf.data.packing import plan_rows
+from nanochat_hf.data.planned import SFTBatches
+from nanochat_hf.data.sources import SourceConfig
+from nanochat_hf.data.streamed import TextBatches
 from nanochat_hf.evals.bpb import evaluate_bpb
 from nanochat_hf.generation import Engine, _Row
+from nanochat_hf.interop.folder import export
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
-from nanochat_hf.packing import plan_rows
 from nanochat_hf.tasks import get_task
 from nanochat_hf.tokenizer import token_bytes, train_tokenizer
-from nanochat_hf.trainer import Trainer
+from nanochat_hf.tools.calculator import calculate
+from nanochat_hf.training import checkpoint
+from nanochat_hf.training.trainer import Trainer
 
 TEXT = ["The cat sat on the mat and counted 12 letters.", "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich.", "naïve café 🙂"]
 
@@ -135,7 +139,7 @@ def test_first_loss_is_ln_v_and_cached_equals_uncached():
 
 def test_export_loads_where_the_package_cannot_be_imported(tmp_path, tokenizer):
     model = shaken()
-    checkpoint.export(model, tokenizer, tmp_path / "final")
+    export(model, tokenizer, tmp_path / "final")
     ids = torch.arange(20)[None]
     code = f"""
 import sys; sys.modules['nanochat_hf'] = None

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from nanochat_hf.cli import tok_eval, tok_train
 from nanochat_hf.conversation import CHAT_TEMPLATE, SPECIAL_TOKENS
+from nanochat_hf.data.texts import documents
 from nanochat_hf.interop.encoding import BYTES
-from nanochat_hf.texts import documents
 from nanochat_hf.tokenizer import load_tokenizer, token_bytes, train_tokenizer
-from scripts import tok_eval, tok_train
 
 BASELINES = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
 

@@ -1,6 +1,7 @@
 """The engine: prompts in, completions out, in batches and as a stream."""
 
-from ..calculator import calculate
+from nanochat_hf.tools.calculator import calculate
+
 from .decoding import Eager
 from .sampling import Sampler, check_sampling, draw_uniforms
 from .static import STEPS, Static

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig
 
-from .. import checkpoint
+from nanochat_hf.interop.folder import export
+
 from ..model import NanochatConfig, NanochatForCausalLM
 from ..tokenizer import load_tokenizer
 from .encoding import read_encoding, tokenizer_from_encoding, write_encoding
@@ -135,7 +136,7 @@ def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
         if step is not None:
             raise ValueError(f"--step {step}: {folder} is a folder of transformers, which has no steps; leave it out")
         model, tokenizer = model_from_transformers(folder, tokenizer_dir)
-        checkpoint.export(_told_its_ends(model, tokenizer), tokenizer, output)
+        export(_told_its_ends(model, tokenizer), tokenizer, output)
         return model.eval(), tokenizer
     step = _newest(folder) if step is None else step
     meta = _read_json(folder / f"meta_{step:06d}.json")
@@ -148,7 +149,7 @@ def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; give the one it was trained with")
     model = _empty(config)
     model.load_state_dict(weights, assign=True)
-    checkpoint.export(_told_its_ends(model, tokenizer), tokenizer, output)
+    export(_told_its_ends(model, tokenizer), tokenizer, output)
     dtypes = {n: str(v.dtype).removeprefix("torch.") for n, v in stored.items() if v.dtype != torch.float32}
     absent = [n for n in OLD_LAMBDAS if n not in stored]
     record = {"step": step, "meta": meta, "dtypes": dtypes, "absent": absent, "tokenizer_name": encoding["name"]}

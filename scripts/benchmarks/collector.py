@@ -13,11 +13,11 @@ import datasets  # noqa: F401  a real run has its objects in memory, and the col
 import torch
 
 from nanochat_hf import NanochatForCausalLM
-from nanochat_hf.callbacks import CollectGarbage
+from nanochat_hf.machine.accelerator import build_accelerator
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
-from nanochat_hf.runtime import build_accelerator
 from nanochat_hf.scaling import model_config
-from nanochat_hf.trainer import Trainer
+from nanochat_hf.training.callbacks.garbage import CollectGarbage
+from nanochat_hf.training.trainer import Trainer
 from scripts.benchmarks.measure import report, wait
 from scripts.benchmarks.train import RandomTokens
 

@@ -9,12 +9,16 @@ import numpy as np
 import torch
 
 from nanochat_hf import NanochatForCausalLM
-from nanochat_hf.attention import choose_attention
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.conversation import PlainEncoder, layout
-from nanochat_hf.data import SFTBatches, SourceConfig, TextBatches, conversations
-from nanochat_hf.packing import plan_rows
-from nanochat_hf.runtime import build_accelerator, on_cuda
+from nanochat_hf.data.documents import conversations
+from nanochat_hf.data.packing import plan_rows
+from nanochat_hf.data.planned import SFTBatches
+from nanochat_hf.data.sources import SourceConfig
+from nanochat_hf.data.streamed import TextBatches
+from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.machine.accelerator import build_accelerator, on_cuda
+from nanochat_hf.machine.attention import choose_attention
 from nanochat_hf.scaling import model_config
 from nanochat_hf.tokenizer import load_tokenizer
 from scripts.benchmarks.measure import median_ms, report
@@ -127,7 +131,7 @@ def model_ms(config, vocab_size):
     device = accelerator.device
     with device:
         model = NanochatForCausalLM(model_config(config.depth, vocab_size, config.max_seq_len))
-    model.set_attn_implementation(choose_attention(device)[0])
+    model.set_attn_implementation(choose_attention(device, cudnn=cudnn_attention)[0])
     model = accelerator.prepare(model.train())
     ids = torch.randint(vocab_size, (config.device_batch_size, config.max_seq_len), device=device)
     places = torch.arange(config.max_seq_len, device=device).expand_as(ids) % 512  # documents of 512 tokens

@@ -9,12 +9,14 @@ from itertools import cycle
 import torch
 
 from nanochat_hf import NanochatForCausalLM, kernels
-from nanochat_hf.attention import choose_attention, set_attention
+from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.machine.accelerator import build_accelerator
+from nanochat_hf.machine.attention import choose_attention, set_attention
+from nanochat_hf.machine.peaks import peak_flops
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
-from nanochat_hf.runtime import build_accelerator, peak_flops
 from nanochat_hf.scaling import accumulation_steps, flops_per_token, model_config
-from nanochat_hf.schedules import muon_momentum
-from nanochat_hf.trainer import Trainer
+from nanochat_hf.training.schedules import muon_momentum
+from nanochat_hf.training.trainer import Trainer
 from scripts.benchmarks.measure import peak_memory, report, wait
 
 
@@ -87,7 +89,7 @@ def measure(depth, rows, args):
     device = accelerator.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    attention, _ = choose_attention(device, args.attn)
+    attention, _ = choose_attention(device, args.attn, cudnn=cudnn_attention)
     config = model_config(depth, args.vocab_size, args.positions)
     with device:
         model = NanochatForCausalLM(config)

@@ -13,17 +13,20 @@ from itertools import cycle, islice
 
 import numpy as np
 
-from nanochat_hf import NanochatForCausalLM, runtime
-from nanochat_hf.attention import choose_attention, set_attention
-from nanochat_hf.callbacks import CollectGarbage, Log
-from nanochat_hf.collate import PackingCollator
-from nanochat_hf.loading import ahead
+from nanochat_hf import NanochatForCausalLM
+from nanochat_hf.data.collate import PackingCollator
+from nanochat_hf.data.packing import plan_rows
+from nanochat_hf.data.workers import ahead
+from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.machine.accelerator import build_accelerator, on_cuda
+from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
-from nanochat_hf.packing import plan_rows
 from nanochat_hf.scaling import accumulation_steps, flops_per_token, model_config
-from nanochat_hf.schedules import muon_momentum
-from nanochat_hf.stopping import StopSignal
-from nanochat_hf.trainer import Trainer
+from nanochat_hf.training.callbacks.garbage import CollectGarbage
+from nanochat_hf.training.callbacks.log import Log
+from nanochat_hf.training.schedules import muon_momentum
+from nanochat_hf.training.stopping import StopSignal
+from nanochat_hf.training.trainer import Trainer
 from scripts.benchmarks.measure import report, wait
 
 
@@ -69,9 +72,9 @@ class Counted:
 
 
 def build(args, accelerator):
-    """A Trainer as scripts/training.py wires it, but for evaluation and saving, which are work of their own."""
+    """A Trainer as training/run.py wires it, but for evaluation and saving, which are work of their own."""
     device = accelerator.device
-    attention, _ = choose_attention(device, args.attn)
+    attention, _ = choose_attention(device, args.attn, cudnn=cudnn_attention)
     with device:
         model = NanochatForCausalLM(model_config(args.depth, args.vocab_size, args.positions))
     set_attention(model, attention)
@@ -103,7 +106,7 @@ def bare(trainer, batches, steps):
 def measure(args):
     """Rounds of both, in turns → rows of the table."""
     accumulation = accumulation_steps(args.total_batch_size, args.rows, args.positions, 1)
-    accelerator = runtime.build_accelerator(accumulation, dtype=args.dtype, compile=args.compile)
+    accelerator = build_accelerator(accumulation, dtype=args.dtype, compile=args.compile)
     device, trainer = accelerator.device, build(args, accelerator)
     some = list(islice(trainer.batches.collated(), Documents.distinct))
     borders = trainer.raw_model.base_model.document_borders
@@ -165,7 +168,7 @@ def main(argv=None):
     if args.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "1"
     if args.compile is None:
-        args.compile = runtime.on_cuda()
+        args.compile = on_cuda()
     rows, spread = measure(args)
     report(rows, args.json)
     print(f"the rest, round by round: {spread}")

@@ -20,8 +20,8 @@ import torch
 
 from nanochat_hf import scaling
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.runtime import peak_flops
-from nanochat_hf.tracking import read_metrics
+from nanochat_hf.machine.peaks import peak_flops
+from nanochat_hf.training.tracking import read_metrics
 
 
 @dataclass(frozen=True)

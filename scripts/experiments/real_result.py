@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from nanochat_hf.config import parse, read_recipe, user_errors
-from nanochat_hf.tracking import read_metrics
+from nanochat_hf.training.tracking import read_metrics
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ARMS = {"masked": (), "reference": ("--train-on-all-tokens", "true", "--isolate", "false")}

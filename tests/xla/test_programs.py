@@ -8,18 +8,21 @@ import torch
 import torch_xla
 import torch_xla.debug.metrics as metrics
 from accelerate import Accelerator
-from conftest import flags, run
 from torch.utils.data import DataLoader
 
-from nanochat_hf import NanochatConfig, NanochatForCausalLM, checkpoint, runtime
-from nanochat_hf.attention import choose_attention
-from nanochat_hf.collate import PackingCollator
+from nanochat_hf import NanochatConfig, NanochatForCausalLM
+from nanochat_hf.data.collate import PackingCollator
+from nanochat_hf.machine import xla
+from nanochat_hf.machine.accelerator import build_accelerator
+from nanochat_hf.machine.attention import choose_attention
+from nanochat_hf.machine.xla import packed_masks
 from nanochat_hf.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat_hf.optim.muon import orthogonalize
-from nanochat_hf.runtime import build_accelerator, packed_masks
-from nanochat_hf.stopping import StopSignal
 from nanochat_hf.tokenizer import load_tokenizer
-from nanochat_hf.trainer import Trainer
+from nanochat_hf.training import checkpoint
+from nanochat_hf.training.stopping import StopSignal
+from nanochat_hf.training.trainer import Trainer
+from tests.xla.conftest import flags, run
 
 CONFIG = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32, pad_token_id=0)
 
@@ -54,7 +57,7 @@ def batches(rows_each=2):
 
 def test_nothing_compiles_after_the_warm_up(data, sft_flags, monkeypatch, tmp_path):
     """30 steps of the script with accumulation, evaluation and logging every 5: from step 10 on every program is an old one."""
-    from scripts import chat_sft
+    from nanochat_hf.cli import chat_sft
 
     before, after, step = {}, {}, Trainer.step
 
@@ -175,8 +178,8 @@ def test_the_flash_kernel_gets_documents_as_segments(monkeypatch):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=sm_scale)
 
     monkeypatch.setattr(custom_kernel, "flash_attention", stand_in)
-    monkeypatch.setattr(runtime, "is_torch_xla_available", lambda check_is_tpu=False: True)
-    monkeypatch.setattr(runtime, "find_spec", lambda name: True)
+    monkeypatch.setattr(xla, "is_torch_xla_available", lambda check_is_tpu=False: True)
+    monkeypatch.setattr(xla, "find_spec", lambda name: True)
     model = NanochatForCausalLM(NanochatConfig(**CONFIG | dict(max_position_embeddings=128, num_key_value_heads=1))).eval()
     generator = torch.Generator().manual_seed(1)
     packed = [[{"ids": torch.randint(1, 128, (n,), generator=generator).tolist()} for n in (50, 30, 40)] for _ in range(2)]
@@ -216,7 +219,9 @@ import os, sys
 os.environ["XLA_FLAGS"] += f" --xla_cpu_enable_concurrency_optimized_scheduler=false --xla_dump_to={sys.argv[2]} --xla_dump_hlo_as_text"
 import torch
 from nanochat_hf import NanochatConfig, NanochatForCausalLM
-from nanochat_hf.runtime import build_accelerator, enable_checkpointing, mark_step
+from nanochat_hf.machine.accelerator import build_accelerator
+from nanochat_hf.machine import xla
+from nanochat_hf.machine.xla import enable_checkpointing, mark_step
 torch.manual_seed(0)
 accelerator = build_accelerator(1, dtype="float32")
 model = NanochatForCausalLM(NanochatConfig(vocab_size=64, hidden_size=64, num_hidden_layers=6, num_attention_heads=2, max_position_embeddings=128))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCH, ROOT, STEPS, flags, run
 from safetensors.torch import load_file
 
-from nanochat_hf.tracking import read_metrics
+from nanochat_hf.training.tracking import read_metrics
+from tests.xla.conftest import LAUNCH, ROOT, STEPS, flags, run
 
 PLAIN = Path(os.environ.get("PLAIN_PYTHON", ROOT / ".venv/bin/python")).absolute()
 GREET = """
