@@ -17,6 +17,7 @@ $(XLA)/.installed: constraints-xla.txt setup.cfg
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check nanochat_hf scripts tests
+	$(VENV)/bin/ruff format --check nanochat_hf scripts tests
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest

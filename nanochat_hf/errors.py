@@ -6,7 +6,10 @@ import sys
 import time
 from datetime import timedelta
 
-PATIENCE, LINGER = 10.0, 3.0  # seconds that a process waits for the main one's word, and the main one for the others to have it
+PATIENCE, LINGER = (
+    10.0,
+    3.0,
+)  # seconds that a process waits for the main one's word, and the main one for the others to have it
 
 
 def say_error(text):
@@ -14,7 +17,10 @@ def say_error(text):
 
     A process that would leave first without a word could take it from the main one, for launchers end all when one has ended.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by every launcher of several processes
+    rank, world = (
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )  # set by every launcher of several processes
     if rank == 0:
         print(text, file=sys.stderr, flush=True)
         if world > 1:
@@ -33,9 +39,13 @@ def _store(is_master, seconds):
 
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
     store = TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=is_master and not agent, wait_for_workers=False,
-        timeout=timedelta(seconds=seconds), multi_tenant=True,
-    )  # fmt: skip
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=is_master and not agent,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=seconds),
+        multi_tenant=True,
+    )
     return store, f"nanochat_hf/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 

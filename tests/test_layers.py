@@ -9,7 +9,21 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nanochat_hf"
 # From top to bottom: an import goes down this list or stays in its folder, never up.
 LAYERS = (
-    *("cli", "hub", "training", "evals", "generation", "interop", "packing", "data", "optim", "kernels", "tasks", "machine", "scaling"),
+    *(
+        "cli",
+        "hub",
+        "training",
+        "evals",
+        "generation",
+        "interop",
+        "packing",
+        "data",
+        "optim",
+        "kernels",
+        "tasks",
+        "machine",
+        "scaling",
+    ),
     *("tools", "model", "tokenizer", "conversation", "config", "errors", "__about__"),
 )
 CIRCLES_ALLOWED = "kernels"  # four of its files import one another
@@ -55,12 +69,16 @@ def test_every_folder_and_module_has_its_layer():
     assert {layer(path) for path in FILES} - {"__init__"} == set(LAYERS)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if layer(path) != "__init__"], ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if layer(path) != "__init__"], ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_imports_go_down_or_stay_in_their_folder(path):
     for line, file in own_files(path):
         if layer(file) == "__init__":  # `from nanochat_hf import kernels`: the module itself follows
             continue
-        assert LAYERS.index(layer(path)) <= LAYERS.index(layer(file)), f"line {line} imports {file.relative_to(PACKAGE)}, which is above"
+        assert LAYERS.index(layer(path)) <= LAYERS.index(layer(file)), (
+            f"line {line} imports {file.relative_to(PACKAGE)}, which is above"
+        )
     assert not [name for _, name in imported(path) if name.split(".")[0] in ("scripts", "tests")]
 
 
@@ -113,7 +131,9 @@ def test_packages_that_stay_at_home(package, homes):
 def test_torch_xla_is_imported_inside_functions():
     """Where it is not installed, every module must still be importable."""
     tree = TREES[PACKAGE / "machine" / "xla.py"]
-    inner = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
+    inner = {
+        id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)
+    }
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
         if isinstance(node, ast.Import | ast.ImportFrom) and any(name.split(".")[0] == "torch_xla" for name in names):
@@ -124,5 +144,7 @@ def test_no_test_imports_another_test():
     for path in (ROOT / "tests").rglob("test_*.py"):
         if path.parent.name == "kernels":  # until they become one parametrised test
             continue
-        names = [node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = [
+            node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+        ]
         assert not [name for name in names if name.split(".")[-1].startswith("test_")], path

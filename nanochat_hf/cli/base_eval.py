@@ -31,14 +31,27 @@ class BaseEvalConfig:
     eval: str = field(default="core,bpb,sample", metadata={"help": "what to do, with commas: core, bpb, sample"})
     core_data: str | None = field(default=None, metadata={"help": f"for core: {BUNDLE_HELP}"})
     max_per_task: int | None = field(default=None, metadata={"help": "items of each CORE task (default: all)"})
-    data: str | None = field(default=None, metadata={"help": "for bpb: a Hub name, a file, or a pattern of files with text"})
+    data: str | None = field(
+        default=None, metadata={"help": "for bpb: a Hub name, a file, or a pattern of files with text"}
+    )
     split: str = field(default="train", metadata={"help": "split, for a Hub name"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-    max_texts: int | None = field(default=None, metadata={"help": "texts for bpb, from the beginning of the data (default: all)"})
-    batch_tokens: int = field(default=8192, metadata={"help": "positions in a forward pass; lower it when memory runs out"})
+    max_texts: int | None = field(
+        default=None, metadata={"help": "texts for bpb, from the beginning of the data (default: all)"}
+    )
+    batch_tokens: int = field(
+        default=8192, metadata={"help": "positions in a forward pass; lower it when memory runs out"}
+    )
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's)"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that comes with a model of another architecture"})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the results, a CSV beside it (default: base_eval.json beside the model's folder)"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run the code that comes with a model of another architecture"}
+    )
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file for the results, a CSV beside it (default: base_eval.json beside the model's folder)"
+        },
+    )
 
     def __post_init__(self):
         unknown = [name for name in self.eval.split(",") if name not in EVALS]
@@ -81,7 +94,9 @@ def bits_per_byte(config, accelerator, model, tokenizer, texts):
     counted = sum_over_ranks(accelerator)(torch.as_tensor(float(counted))).item()
     actual = sum(len(text.encode()) for text in texts)
     if abs(counted - actual) > 0.005 * actual:
-        accelerator.print(f"warning: the tokens hold {counted:,.0f} bytes, the texts {actual:,}: the tokenizer changes the text")
+        accelerator.print(
+            f"warning: the tokens hold {counted:,.0f} bytes, the texts {actual:,}: the tokenizer changes the text"
+        )
     return bpb
 
 
@@ -116,10 +131,14 @@ def main(argv=None):
     texts = load_texts(config) if "bpb" in wanted else []
     accelerator = build_accelerator(1, dtype=config.dtype)
     model, tokenizer = load_model(config, accelerator.device)
-    ranks = dict(rank=accelerator.process_index, world_size=accelerator.num_processes, reduce=sum_over_ranks(accelerator))
+    ranks = dict(
+        rank=accelerator.process_index, world_size=accelerator.num_processes, reduce=sum_over_ranks(accelerator)
+    )
     with accelerator.autocast():
         if "core" in wanted:
-            settings = dict(limit=config.max_per_task, batch_tokens=config.batch_tokens, progress=accelerator.is_main_process)
+            settings = dict(
+                limit=config.max_per_task, batch_tokens=config.batch_tokens, progress=accelerator.is_main_process
+            )
             core = evaluate_core(model, tokenizer, tasks, missing, **settings, **ranks)
             results["core"] = {"name": core.name, "core": core.core, "tasks": core.rows, "missing": core.missing}
         if "bpb" in wanted:
@@ -128,7 +147,9 @@ def main(argv=None):
             start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
             ids = [start + tokenizer.encode(text, add_special_tokens=False) for text in PROMPTS]
             answers = Engine(model, tokenizer).generate(ids, max_new_tokens=16)
-            results["samples"] = [{"prompt": text, "answer": answer.text} for text, (answer,) in zip(PROMPTS, answers, strict=True)]
+            results["samples"] = [
+                {"prompt": text, "answer": answer.text} for text, (answer,) in zip(PROMPTS, answers, strict=True)
+            ]
     if accelerator.is_main_process:
         if "core" in wanted:
             show_core(core)
@@ -137,7 +158,11 @@ def main(argv=None):
         for sample in results.get("samples", ()):
             print(f"{sample['prompt']}|{sample['answer']}")
         folder = Path(config.model)
-        default = folder.resolve().parent / "base_eval.json" if folder.is_dir() else Path(f"base_eval_{config.model.replace('/', '--')}.json")
+        default = (
+            folder.resolve().parent / "base_eval.json"
+            if folder.is_dir()
+            else Path(f"base_eval_{config.model.replace('/', '--')}.json")
+        )
         write(Path(config.output) if config.output else default, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()

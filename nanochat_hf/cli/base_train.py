@@ -16,9 +16,14 @@ from nanochat_hf.training.config import TrainConfig, smoke
 from nanochat_hf.training.run import accelerate, data_workers, run
 
 PROMPTS = (
-    "The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be", "The opposite of hot is",
-    "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is",
-)  # fmt: skip
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
 HELD_OUT = 1000  # documents, where no validation data is named
 
 
@@ -28,23 +33,44 @@ class BaseConfig:
 
     tokenizer: str = field(metadata={"help": "folder or Hub name of the tokenizer"})
     data: str = field(
-        default="karpathy/fineweb-edu-100b-shuffle", metadata={"help": "a Hub name, a folder, a file, or a pattern of files with text"}
+        default="karpathy/fineweb-edu-100b-shuffle",
+        metadata={"help": "a Hub name, a folder, a file, or a pattern of files with text"},
     )
-    validation: str | None = field(default=None, metadata={"help": "validation text, as --data (default: the first documents, a twentieth or 1000, are held out)"})
+    validation: str | None = field(
+        default=None,
+        metadata={
+            "help": "validation text, as --data (default: the first documents, a twentieth or 1000, are held out)"
+        },
+    )
     split: str = field(default="train", metadata={"help": "split, for a Hub name"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-    packing: str = field(default="crop", metadata={"help": "crop: cut documents that do not fit; keep: put their rest into a later row"})
-    streaming: bool | None = field(default=None, metadata={"help": "read as a stream, without downloading first (default: the Hub's data, yes)"})
-    num_workers: int | None = field(default=None, metadata={"help": "processes that tokenise and pack; 0: a thread (default: 4 on CUDA, else 0)"})
+    packing: str = field(
+        default="crop", metadata={"help": "crop: cut documents that do not fit; keep: put their rest into a later row"}
+    )
+    streaming: bool | None = field(
+        default=None, metadata={"help": "read as a stream, without downloading first (default: the Hub's data, yes)"}
+    )
+    num_workers: int | None = field(
+        default=None, metadata={"help": "processes that tokenise and pack; 0: a thread (default: 4 on CUDA, else 0)"}
+    )
     depth: int = field(default=12, metadata={"help": "layers; everything else follows from it"})
     aspect_ratio: int = field(default=64, metadata={"help": "width per layer"})
     head_dim: int = field(default=128, metadata={"help": "width of an attention head"})
-    window_pattern: str = field(default="SSSL", metadata={"help": "attention windows, tiled over the layers: S half, L whole"})
-    scale_lr_to_batch: bool = field(
-        default=True, metadata={"help": "lrs × √(tokens of a step / 2^19), near which the rule was found; false: as they are, for toy batches"}
+    window_pattern: str = field(
+        default="SSSL", metadata={"help": "attention windows, tiled over the layers: S half, L whole"}
     )
-    target_flops: float | None = field(default=None, metadata={"help": "horizon in FLOPs, where --num-steps is not given"})
-    target_param_data_ratio: float = field(default=10.5, metadata={"help": "horizon in tokens per matrix and head parameter, else"})
+    scale_lr_to_batch: bool = field(
+        default=True,
+        metadata={
+            "help": "lrs × √(tokens of a step / 2^19), near which the rule was found; false: as they are, for toy batches"
+        },
+    )
+    target_flops: float | None = field(
+        default=None, metadata={"help": "horizon in FLOPs, where --num-steps is not given"}
+    )
+    target_param_data_ratio: float = field(
+        default=10.5, metadata={"help": "horizon in tokens per matrix and head parameter, else"}
+    )
 
 
 @dataclass(frozen=True)
@@ -52,11 +78,16 @@ class BaseTrainConfig(TrainConfig):
     """How to pretrain: what differs from fine-tuning's defaults."""
 
     weight_decay: float = field(
-        default=0.2, metadata={"help": "cautious weight decay of the matrices at depth 12: × (12/depth)² (Muon), falls linearly to 0"}
+        default=0.2,
+        metadata={
+            "help": "cautious weight decay of the matrices at depth 12: × (12/depth)² (Muon), falls linearly to 0"
+        },
     )
     warmdown_ratio: float = field(default=0.5, metadata={"help": "last share of the run in which lr falls to 0"})
     eval_every: int = field(default=250, metadata={"help": "steps between evaluations of bpb; 0: only at the end"})
-    sample_every: int = field(default=2000, metadata={"help": "steps between the seven prompts, also answered at the end; 0: none"})
+    sample_every: int = field(
+        default=2000, metadata={"help": "steps between the seven prompts, also answered at the end; 0: none"}
+    )
 
 
 @user_errors
@@ -67,37 +98,80 @@ def main(argv=None):
     tokenizer = load_tokenizer(base.tokenizer)
     more = [] if config.smoke_test else core.callbacks(tokenizer, None if config.dry_run else config.output_dir)
     model_config = scaling.model_config(
-        base.depth, len(tokenizer), config.max_seq_len, aspect_ratio=base.aspect_ratio, head_dim=base.head_dim, window_pattern=base.window_pattern,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        base.depth,
+        len(tokenizer),
+        config.max_seq_len,
+        aspect_ratio=base.aspect_ratio,
+        head_dim=base.head_dim,
+        window_pattern=base.window_pattern,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     processes = build_accelerator(1, dtype=config.dtype).num_processes
-    accumulation = scaling.accumulation_steps(config.total_batch_size, config.device_batch_size, config.max_seq_len, processes)
+    accumulation = scaling.accumulation_steps(
+        config.total_batch_size, config.device_batch_size, config.max_seq_len, processes
+    )
     accelerator = accelerate(config, accumulation)
     tokens = accumulation * processes * config.device_batch_size * config.max_seq_len
     num_steps = horizon(base, config, model_config, tokens)
     shape = dict(
-        rows=config.device_batch_size, positions=config.max_seq_len, rank=accelerator.process_index, world_size=processes,
+        rows=config.device_batch_size,
+        positions=config.max_seq_len,
+        rank=accelerator.process_index,
+        world_size=processes,
         text_column=base.text_column,
-    )  # fmt: skip
+    )
     base, source, held_out = sources(base, processes)
-    batches = TextBatches(source, tokenizer, **shape, seed=config.seed, mode=base.packing, streaming=base.streaming, num_workers=base.num_workers)
+    batches = TextBatches(
+        source,
+        tokenizer,
+        **shape,
+        seed=config.seed,
+        mode=base.packing,
+        streaming=base.streaming,
+        num_workers=base.num_workers,
+    )
     cropped = batches.outlook(tokens)
-    lost = f"{cropped:.0%} of a step's tokens cropped away (--packing keep loses none)" if base.packing == "crop" else "no token lost"
+    lost = (
+        f"{cropped:.0%} of a step's tokens cropped away (--packing keep loses none)"
+        if base.packing == "crop"
+        else "no token lost"
+    )
     plan = {"data": f"{base.data}, packing {base.packing}: {lost}"}
     # held-out rows are taken by the same split as training leaves them out, so with as many workers
     validation = TextBatches(
-        held_out, tokenizer, **shape, seed=config.seed + 1, streaming=base.streaming and not base.validation, prefetch=0,
+        held_out,
+        tokenizer,
+        **shape,
+        seed=config.seed + 1,
+        streaming=base.streaming and not base.validation,
+        prefetch=0,
         num_workers=0 if base.validation else base.num_workers,
-    ).take(config.eval_batches)  # fmt: skip
+    ).take(config.eval_batches)
     model = NanochatForCausalLM(model_config)
     if config.matrix_optimizer == "muon":  # the rule is Muon's; another optimizer takes the weight decay as it is given
         config = replace(config, weight_decay=scaling.base_weight_decay(base.depth, config.weight_decay))
     folder, _, _ = run(
-        config, accelerator, model, tokenizer, batches, validation, num_steps, description=f"base d{base.depth}", decay=True, pusher=pusher, fetch=fetch_checkpoint, plan=plan,
-        lr_scale=scaling.batch_lr_scale(tokens) if base.scale_lr_to_batch else 1.0, settings=asdict(base) | asdict(core),
+        config,
+        accelerator,
+        model,
+        tokenizer,
+        batches,
+        validation,
+        num_steps,
+        description=f"base d{base.depth}",
+        decay=True,
+        pusher=pusher,
+        fetch=fetch_checkpoint,
+        plan=plan,
+        lr_scale=scaling.batch_lr_scale(tokens) if base.scale_lr_to_batch else 1.0,
+        settings=asdict(base) | asdict(core),
         callbacks=more,
-        prompts=[(text, [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS],
-    )  # fmt: skip
+        prompts=[
+            (text, [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS
+        ],
+    )
     sys.exit(143 if folder is None else 0)
 
 
@@ -114,7 +188,9 @@ def sources(base, processes):
         rows = len(load_source(source, check=False))
     count = max(processes * max(1, base.num_workers), min(HELD_OUT, rows // 20))
     if count >= rows:
-        raise ValueError(f"{base.data}: of {rows} documents none can be held out for {processes} processes; give --validation")
+        raise ValueError(
+            f"{base.data}: of {rows} documents none can be held out for {processes} processes; give --validation"
+        )
     return base, replace(source, start=count), replace(source, rows=count)
 
 
@@ -123,9 +199,13 @@ def horizon(base, config, model_config, tokens):
     model = scaling.skeleton(model_config)
     counts = scaling.parameter_counts(model)
     return scaling.training_horizon(
-        counts["matrix"] + counts["head"], scaling.flops_per_token(model, config.max_seq_len), tokens,
-        num_steps=config.num_steps, target_flops=base.target_flops, ratio=base.target_param_data_ratio,
-    )  # fmt: skip
+        counts["matrix"] + counts["head"],
+        scaling.flops_per_token(model, config.max_seq_len),
+        tokens,
+        num_steps=config.num_steps,
+        target_flops=base.target_flops,
+        ratio=base.target_param_data_ratio,
+    )
 
 
 if __name__ == "__main__":

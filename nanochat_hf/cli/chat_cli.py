@@ -33,19 +33,29 @@ def add_model_arguments(parser):
     parser.add_argument("--system", help="system message")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, 1 the model's own probabilities")
     parser.add_argument("--top-k", type=int, default=50, help="sample among so many tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens that have this probability together")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample among the likeliest tokens that have this probability together"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
     parser.add_argument("--seed", type=int, default=0, help="the same seed and questions give the same answers")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "auto"), help="of the weights (default: bfloat16 on CUDA, else as saved)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "auto"),
+        help="of the weights (default: bfloat16 on CUDA, else as saved)",
+    )
 
 
 def load_chat(args):
     """A Chat from the flags; ValueError before anything is loaded for settings that cannot be, and for what is no model."""
-    settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    settings = dict(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
+    )
     check_sampling(**settings)
     folder = Path(args.model)
     if not folder.is_dir() and (folder.is_absolute() or args.model.count("/") != 1):
-        raise ValueError(f"--model {args.model}: no such folder; give the final/ folder of a run, or a Hub name such as you/model")
+        raise ValueError(
+            f"--model {args.model}: no such folder; give the final/ folder of a run, or a Hub name such as you/model"
+        )
     if folder.is_dir() and not (folder / "config.json").is_file():
         inner = folder / "final"
         remedy = f"did you mean {inner}?" if (inner / "config.json").is_file() else "give the final/ folder of a run"
@@ -129,7 +139,9 @@ def converse(chat, colour):
 
 @user_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_arguments(parser)
     parser.add_argument("-p", "--prompt", help="answer this and exit")
     args = parser.parse_args(argv)

@@ -22,13 +22,16 @@ class EvalConfig:
 
     model: str = field(metadata={"help": "folder or Hub name: ours, or any causal language model with a chat template"})
     tasks: str | None = field(
-        default=None, metadata={"help": "task names, with commas (default: those of the recipe, or the six of ChatCORE)"}
+        default=None,
+        metadata={"help": "task names, with commas (default: those of the recipe, or the six of ChatCORE)"},
     )
     limit: int | None = field(default=None, metadata={"help": "held-out questions a task (default: all)"})
     batch_size: int = field(default=64, metadata={"help": "questions that a process answers at once"})
     max_new_tokens: int = field(default=512, metadata={"help": "longest answer in tokens"})
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's)"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that comes with a model of another architecture"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run the code that comes with a model of another architecture"}
+    )
     output: str | None = field(default=None, metadata={"help": "JSON file for the results and every answer"})
     markdown: bool = field(default=False, metadata={"help": "write the table beside OUTPUT too, as .md"})
 
@@ -51,13 +54,19 @@ def main(argv=None):
     with accelerator.main_process_first():  # the others find what it downloaded and prepared
         model, tokenizer = load(config.model, DTYPES[accelerator.mixed_precision], config.trust_remote_code)
         rows = [evaluation_rows(task, path, config.limit) for task, path in chosen]
-    model.to("cpu" if accelerator.device.type == "xla" else accelerator.device)  # each new length would be a new program of XLA
+    model.to(
+        "cpu" if accelerator.device.type == "xla" else accelerator.device
+    )  # each new length would be a new program of XLA
     results = []
     for (task, _), task_rows in zip(chosen, rows, strict=True):
         if task.notice and accelerator.is_main_process:
             print(task.notice(), flush=True)
-        settings = dict(batch_size=config.batch_size, max_new_tokens=config.max_new_tokens, progress=accelerator.is_main_process)
-        results.append((evaluate_task(model, tokenizer, task, task_rows, accelerator=accelerator, **settings), task.baseline))
+        settings = dict(
+            batch_size=config.batch_size, max_new_tokens=config.max_new_tokens, progress=accelerator.is_main_process
+        )
+        results.append(
+            (evaluate_task(model, tokenizer, task, task_rows, accelerator=accelerator, **settings), task.baseline)
+        )
     if accelerator.is_main_process:
         summary = [(result, baseline) for result, baseline in results if result.name in CHAT_CORE]
         print(table(results) + ("\n" + core_line(summary, config.limit) if summary else ""), flush=True)
@@ -70,7 +79,9 @@ def chosen_tasks(config, entries):
     """[(Task, path or None)] of --tasks with the recipe's paths, else all of the recipe's `entries`; ValueError for unknown ones."""
     for entry in entries:
         if not isinstance(entry, dict) or "task" not in entry or set(entry) - {"task", "path"}:
-            raise ValueError(f"eval_data: {entry!r} must be a mapping such as {{task: gsm8k, path: test.jsonl.gz}}; path may be left out")
+            raise ValueError(
+                f"eval_data: {entry!r} must be a mapping such as {{task: gsm8k, path: test.jsonl.gz}}; path may be left out"
+            )
     paths = {entry["task"]: entry.get("path") for entry in entries}
     names = config.tasks.split(",") if config.tasks else list(paths) or CHAT_CORE
     return [(get_task(name.strip()), paths.get(name.strip())) for name in names]
@@ -83,15 +94,21 @@ def load(name, dtype, trust_remote_code=False):
         return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
-            raise ValueError(f"--model {name}: comes with code of its own; read it, and give --trust-remote-code to run it") from None
+            raise ValueError(
+                f"--model {name}: comes with code of its own; read it, and give --trust-remote-code to run it"
+            ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--model {name}: cannot be loaded ({reason}); give the folder or the Hub name of a model") from None
+        raise ValueError(
+            f"--model {name}: cannot be loaded ({reason}); give the folder or the Hub name of a model"
+        ) from None
 
 
 def table(results):
     """Markdown: a line a task."""
     lines = ["| task | accuracy | ± stderr | correct | questions |", "|---|---|---|---|---|"]
-    return "\n".join(lines + [f"| {r.name} | {r.accuracy:.1%} | {r.stderr:.1%} | {r.correct} | {r.total} |" for r, _ in results])
+    return "\n".join(
+        lines + [f"| {r.name} | {r.accuracy:.1%} | {r.stderr:.1%} | {r.correct} | {r.total} |" for r, _ in results]
+    )
 
 
 def core_line(summary, limit=None):
@@ -109,19 +126,35 @@ def missing_tasks(summary):
 
 def write(config, results, summary, processes):
     """Results and all answers as JSON, and the table as Markdown where asked; each file appears whole."""
-    found, missing = {"model": config.model, "settings": asdict(config) | {"processes": processes}}, missing_tasks(summary)
+    found, missing = (
+        {"model": config.model, "settings": asdict(config) | {"processes": processes}},
+        missing_tasks(summary),
+    )
     if summary and not missing:
         found["chatcore"] = chat_core(summary)
     if summary:  # in a mapping of its own, which model cards do not quote
-        found["chatcore_of_these_tasks"] = {"value": chat_core(summary), "stderr": chat_core_stderr(summary), "missing": missing}
+        found["chatcore_of_these_tasks"] = {
+            "value": chat_core(summary),
+            "stderr": chat_core_stderr(summary),
+            "missing": missing,
+        }
     found["tasks"] = [
-        {"name": r.name, "accuracy": r.accuracy, "stderr": r.stderr, "baseline": baseline, "correct": r.correct, "total": r.total,
-        "answers": r.answers}
+        {
+            "name": r.name,
+            "accuracy": r.accuracy,
+            "stderr": r.stderr,
+            "baseline": baseline,
+            "correct": r.correct,
+            "total": r.total,
+            "answers": r.answers,
+        }
         for r, baseline in results
-    ]  # fmt: skip
+    ]
     texts = {Path(config.output): json.dumps(found, indent=1, ensure_ascii=False)}
     if config.markdown:
-        texts[Path(config.output).with_suffix(".md")] = table(results) + ("\n\n" + core_line(summary, config.limit) if summary else "")
+        texts[Path(config.output).with_suffix(".md")] = table(results) + (
+            "\n\n" + core_line(summary, config.limit) if summary else ""
+        )
     for path, text in texts.items():
         partial = path.with_name(path.name + ".partial")
         partial.write_text(text + "\n", encoding="utf-8")

@@ -29,16 +29,36 @@ PROMPTS = ("Why is the sky blue?", "Spell the word: elephant", "How many r are i
 class SFTConfig:
     """Which model, on which conversations. A recipe (--config) may list several data sets as train_data and validation_data."""
 
-    model: str = field(metadata={"help": "folder or Hub name (org/name[@revision]) of the model to start from; newest: the base run under runs/ that ended last"})
+    model: str = field(
+        metadata={
+            "help": "folder or Hub name (org/name[@revision]) of the model to start from; newest: the base run under runs/ that ended last"
+        }
+    )
     data: str | None = field(default=None, metadata={"help": "conversations: a Hub name or a file (jsonl, parquet, …)"})
-    validation: str | None = field(default=None, metadata={"help": "held-out conversations (default: the training data)"})
-    train_on_all_tokens: bool = field(default=False, metadata={"help": "learn the user's tokens too, as the reference does"})
+    validation: str | None = field(
+        default=None, metadata={"help": "held-out conversations (default: the training data)"}
+    )
+    train_on_all_tokens: bool = field(
+        default=False, metadata={"help": "learn the user's tokens too, as the reference does"}
+    )
     isolate: bool = field(default=True, metadata={"help": "packed conversations cannot attend to each other"})
     epochs: float = field(default=1.0, metadata={"help": "passes over the data, where --num-steps is not given"})
-    overlong: str = field(default="truncate", metadata={"help": f"conversations longer than a row: {', '.join(OVERLONG)}"})
-    bad_rows: str = field(default="error", metadata={"help": "rows that are no conversation: error, or skip, which leaves out and counts up to half of them"})
-    streaming: bool = field(default=False, metadata={"help": "read the training data as streams, unplanned; needs --num-steps"})
-    num_workers: int | None = field(default=None, metadata={"help": "processes that make batches; 0: a thread (default: 4 for --streaming on CUDA, else 0)"})
+    overlong: str = field(
+        default="truncate", metadata={"help": f"conversations longer than a row: {', '.join(OVERLONG)}"}
+    )
+    bad_rows: str = field(
+        default="error",
+        metadata={
+            "help": "rows that are no conversation: error, or skip, which leaves out and counts up to half of them"
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read the training data as streams, unplanned; needs --num-steps"}
+    )
+    num_workers: int | None = field(
+        default=None,
+        metadata={"help": "processes that make batches; 0: a thread (default: 4 for --streaming on CUDA, else 0)"},
+    )
     num_proc: int | None = field(default=None, metadata={"help": "processes that tokenise (default: one)"})
 
     def __post_init__(self):
@@ -49,7 +69,9 @@ class SFTConfig:
 
 @user_errors
 def main(argv=None):
-    sft, config, hub, lists = parse([SFTConfig, TrainConfig, HubConfig], argv, lists=("train_data", "validation_data"), description=__doc__)
+    sft, config, hub, lists = parse(
+        [SFTConfig, TrainConfig, HubConfig], argv, lists=("train_data", "validation_data"), description=__doc__
+    )
     config = smoke(config)
     disable_progress_bar()  # the run has its own
     if sft.model == "newest":
@@ -62,7 +84,9 @@ def main(argv=None):
     if sft.streaming and not config.num_steps:
         raise ValueError("--streaming has no epoch's end to count steps by; give --num-steps")
     held_out = (
-        [SourceConfig(path=sft.validation)] if sft.validation else [SourceConfig.from_recipe(e) for e in lists.get("validation_data", [])]
+        [SourceConfig(path=sft.validation)]
+        if sft.validation
+        else [SourceConfig.from_recipe(e) for e in lists.get("validation_data", [])]
     )
     start, pusher = fetch_model(sft.model), HubPusher.from_config(hub, idle=config.dry_run or config.plan_only)
     tokenizer = load_tokenizer(start)
@@ -71,16 +95,25 @@ def main(argv=None):
     except OSError as error:
         raise ValueError(f"--model {sft.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
     processes = build_accelerator(1, dtype=config.dtype).num_processes
-    accumulation = scaling.accumulation_steps(config.total_batch_size, config.device_batch_size, config.max_seq_len, processes)
+    accumulation = scaling.accumulation_steps(
+        config.total_batch_size, config.device_batch_size, config.max_seq_len, processes
+    )
     accelerator = accelerate(config, accumulation)
     shape = dict(
-        rows=config.device_batch_size, positions=config.max_seq_len, rank=accelerator.process_index, world_size=processes,
-        isolate=sft.isolate, train_on_all_tokens=sft.train_on_all_tokens, overlong=sft.overlong,
+        rows=config.device_batch_size,
+        positions=config.max_seq_len,
+        rank=accelerator.process_index,
+        world_size=processes,
+        isolate=sft.isolate,
+        train_on_all_tokens=sft.train_on_all_tokens,
+        overlong=sft.overlong,
         bad_rows=sft.bad_rows,
-    )  # fmt: skip
+    )
     told = dict(progress=accelerator.is_main_process, num_proc=sft.num_proc)
     if sft.streaming:
-        batches = StreamedConversations(train, tokenizer, **shape, seed=config.seed, num_workers=data_workers(sft.num_workers))
+        batches = StreamedConversations(
+            train, tokenizer, **shape, seed=config.seed, num_workers=data_workers(sft.num_workers)
+        )
         data = f"{len(train)} streams, packed window by window"
     else:
         batches = SFTBatches(train, tokenizer, **shape, **told, seed=config.seed, num_workers=sft.num_workers or 0)
@@ -90,23 +123,47 @@ def main(argv=None):
         )
     if batches.bad[0]:
         data += f", {batches.bad[0]:,} bad rows left out (the first: {batches.bad[1]})"
-    on = ", ".join(source.label for source in held_out) or "the training data itself; --validation names held-out conversations"
+    on = (
+        ", ".join(source.label for source in held_out)
+        or "the training data itself; --validation names held-out conversations"
+    )
     plan = {"data": data, "validation": on, "start": sft.model}
     # whatever is trained on, validation counts the assistant's tokens of conversations that stand alone, so that runs compare
     measured = shape | {"train_on_all_tokens": False, "isolate": True, "rank": 0, "world_size": 1}
     if sft.streaming and not held_out:  # the training data must not be read whole for it
-        validation = StreamedConversations(train, tokenizer, **measured, seed=config.seed + 1, prefetch=0).take(config.eval_batches)
+        validation = StreamedConversations(train, tokenizer, **measured, seed=config.seed + 1, prefetch=0).take(
+            config.eval_batches
+        )
     else:
-        validation = SFTBatches(held_out or train, tokenizer, **measured, **told, seed=config.seed + 1, prefetch=0).once(config.eval_batches)
+        validation = SFTBatches(
+            held_out or train, tokenizer, **measured, **told, seed=config.seed + 1, prefetch=0
+        ).once(config.eval_batches)
     validation = divided(validation, accelerator.process_index, processes)
     warn_beyond_base(config, accelerator, model, start)
     num_steps = config.num_steps or max(1, round(sft.epochs * batches.steps_per_epoch(accumulation)))
-    settings = asdict(sft) | {"train_data": [asdict(s) for s in train], "validation_data": [asdict(s) for s in held_out]}
+    settings = asdict(sft) | {
+        "train_data": [asdict(s) for s in train],
+        "validation_data": [asdict(s) for s in held_out],
+    }
     prompts = [(text, render_prompt(tokenizer, pair(text, ""))) for text in PROMPTS]
     folder, _, _ = run(
-        config, accelerator, model, tokenizer, batches, validation, num_steps, description="sft", settings=settings, prompts=prompts, plan=plan,
-        pusher=pusher, fetch=fetch_checkpoint, figures=lambda: {"bad rows left out": batches.bad[0], "the first of them": batches.bad[1]} if batches.bad[0] else {},
-    )  # fmt: skip
+        config,
+        accelerator,
+        model,
+        tokenizer,
+        batches,
+        validation,
+        num_steps,
+        description="sft",
+        settings=settings,
+        prompts=prompts,
+        plan=plan,
+        pusher=pusher,
+        fetch=fetch_checkpoint,
+        figures=lambda: (
+            {"bad rows left out": batches.bad[0], "the first of them": batches.bad[1]} if batches.bad[0] else {}
+        ),
+    )
     sys.exit(143 if folder is None else 0)
 
 
@@ -114,7 +171,9 @@ def warn_beyond_base(config, accelerator, model, start):
     """Say where the shape of the batches goes beyond what the base model in folder `start` was made with."""
     base_rows = trained_rows(start)
     if base_rows and config.device_batch_size > base_rows:
-        accelerator.print(f"warning: --device-batch-size {config.device_batch_size} exceeds the base run's {base_rows}; watch the memory")
+        accelerator.print(
+            f"warning: --device-batch-size {config.device_batch_size} exceeds the base run's {base_rows}; watch the memory"
+        )
     if config.max_seq_len > model.config.max_position_embeddings:
         accelerator.print(
             f"warning: --max-seq-len {config.max_seq_len} exceeds the {model.config.max_position_embeddings} positions the model was made for; "

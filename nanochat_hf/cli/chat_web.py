@@ -60,7 +60,10 @@ class Page:
         """Yield the answer so far, again and again. ValueError for what cannot be asked."""
         settings = self.base.settings | {"temperature": float(temperature), "top_k": int(top_k)}
         # another seed for every question, so that a retry is a new try
-        chat, turns = Chat(self.base.engine, system=self.system, seed=self.base.seed + self.asked, **settings), tuple(map(text_of, history))
+        chat, turns = (
+            Chat(self.base.engine, system=self.system, seed=self.base.seed + self.asked, **settings),
+            tuple(map(text_of, history)),
+        )
         self.asked += 1
         self.answers.restore(turns, chat)
         pieces, shown = chat.ask(message), ""
@@ -75,13 +78,19 @@ class Page:
 
 def build_page(argv=None):
     """(gradio's ChatInterface, settings of its launch, Page); ValueError where gradio is missing or a flag is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default is this machine alone")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at")
-    parser.add_argument("--share", action="store_true", help="ask gradio for a public address: anyone who has it can use the model")
+    parser.add_argument(
+        "--share", action="store_true", help="ask gradio for a public address: anyone who has it can use the model"
+    )
     args = parser.parse_args(argv)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported; also its question for a newer version
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = (
+        "False"  # read when gradio is imported; also its question for a newer version
+    )
     try:
         import gradio
     except ImportError:
@@ -98,15 +107,24 @@ def build_page(argv=None):
     # without the button that publishes the chat
     window = gradio.Chatbot(buttons=["copy", "copy_all"], show_label=False, height=200, scale=1)
     interface = gradio.ChatInterface(
-        respond, chatbot=window, title=f"nanochat_hf: {args.model}", api_name="chat", concurrency_limit=1, analytics_enabled=False,
+        respond,
+        chatbot=window,
+        title=f"nanochat_hf: {args.model}",
+        api_name="chat",
+        concurrency_limit=1,
+        analytics_enabled=False,
         additional_inputs=[
             gradio.Slider(0, 2, args.temperature, label="temperature (0: greedy)"),
             gradio.Slider(0, 200, args.top_k, step=1, label="top-k (0: all tokens)"),
         ],
-    )  # fmt: skip
+    )
     # the default theme would fetch its fonts from elsewhere
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return interface, dict(server_name=args.host, server_port=args.port, share=args.share, theme=theme, footer_links=[]), page
+    return (
+        interface,
+        dict(server_name=args.host, server_port=args.port, share=args.share, theme=theme, footer_links=[]),
+        page,
+    )
 
 
 @user_errors

@@ -12,8 +12,12 @@ class ExportConfig:
 
     model: str = field(metadata={"help": "model folder"})
     output: str = field(metadata={"help": "folder for model_NNNNNN.pt and meta_NNNNNN.json"})
-    step: int | None = field(default=None, metadata={"help": "step to name the files by (default: that of the import, else 0)"})
-    tokenizer_output: str | None = field(default=None, metadata={"help": "folder for tokenizer.pkl and token_bytes.pt (default: --output)"})
+    step: int | None = field(
+        default=None, metadata={"help": "step to name the files by (default: that of the import, else 0)"}
+    )
+    tokenizer_output: str | None = field(
+        default=None, metadata={"help": "folder for tokenizer.pkl and token_bytes.pt (default: --output)"}
+    )
 
     def __post_init__(self):
         if self.step is not None and self.step < 0:

@@ -22,7 +22,9 @@ class ImportConfig:
 def main(argv=None):
     config, _ = parse([ImportConfig], argv, description=__doc__)
     model, tokenizer = import_checkpoint(config.checkpoint_dir, config.output, config.step, config.tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters and {len(tokenizer)} tokens saved in {config.output}")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters and {len(tokenizer)} tokens saved in {config.output}"
+    )
 
 
 if __name__ == "__main__":

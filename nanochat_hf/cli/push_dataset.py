@@ -21,12 +21,18 @@ class PublishConfig:
     hub_dataset_id: str = field(metadata={"help": "repository: org/name, or name in your own namespace"})
     data: str | None = field(default=None, metadata={"help": "a Hub name or a file"})
     validation: str | None = field(default=None, metadata={"help": "held-out data, as --data"})
-    tokenizer: str | None = field(default=None, metadata={"help": "folder or Hub name; adds input_ids (and assistant_masks)"})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "folder or Hub name; adds input_ids (and assistant_masks)"}
+    )
     kind: str = field(default="chat", metadata={"help": "chat: conversations; text: documents"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     private: bool = field(default=False, metadata={"help": "make the repository private where it is new"})
-    license: str | None = field(default=None, metadata={"help": "licence for the card (default: the present card's, else other)"})
-    language: str | None = field(default=None, metadata={"help": "language code for the card (default: the present card's, else en)"})
+    license: str | None = field(
+        default=None, metadata={"help": "licence for the card (default: the present card's, else other)"}
+    )
+    language: str | None = field(
+        default=None, metadata={"help": "language code for the card (default: the present card's, else en)"}
+    )
 
     def __post_init__(self):
         if self.kind not in ("chat", "text"):
@@ -36,7 +42,10 @@ class PublishConfig:
 
 def sources(config, lists):
     """{"train": [SourceConfig, …], "validation": […]}, without empty splits; ValueError where there is nothing to train on."""
-    found = {split: [SourceConfig.from_recipe(e) for e in lists.get(f"{split}_data", [])] for split in ("train", "validation")}
+    found = {
+        split: [SourceConfig.from_recipe(e) for e in lists.get(f"{split}_data", [])]
+        for split in ("train", "validation")
+    }
     for split, path in (("train", config.data), ("validation", config.validation)):
         found[split] = [SourceConfig(path=path)] if path else found[split]
     if not found["train"]:
@@ -47,7 +56,9 @@ def sources(config, lists):
 def existing_card(api, repo_id):
     """The card that is on the Hub, or None."""
     try:
-        return Path(api.hf_hub_download(repo_id, "README.md", repo_type="dataset", force_download=True)).read_text(encoding="utf-8")
+        return Path(api.hf_hub_download(repo_id, "README.md", repo_type="dataset", force_download=True)).read_text(
+            encoding="utf-8"
+        )
     except RemoteEntryNotFoundError:
         return None
 
@@ -60,18 +71,33 @@ def main(argv=None):
     api, repo_id = connect(config.hub_dataset_id, private=config.private, repo_type="dataset")
     with tempfile.TemporaryDirectory(prefix="hub-dataset-") as folder:
         rows = {
-            split: (r for s in listed for r in tokenised_rows(s, tokenizer, kind=config.kind, text_column=config.text_column))
+            split: (
+                r
+                for s in listed
+                for r in tokenised_rows(s, tokenizer, kind=config.kind, text_column=config.text_column)
+            )
             for split, listed in found.items()
         }
         counts = write_dataset(rows, folder)
         names = [s.task or s.path for listed in found.values() for s in listed]
         try:
             card = dataset_card(
-                repo_id, counts, kind=config.kind, tokenizer_name=config.tokenizer, sources=names, license=config.license,
-                language=config.language, existing=retried(lambda: existing_card(api, repo_id)),
-            )  # fmt: skip
+                repo_id,
+                counts,
+                kind=config.kind,
+                tokenizer_name=config.tokenizer,
+                sources=names,
+                license=config.license,
+                language=config.language,
+                existing=retried(lambda: existing_card(api, repo_id)),
+            )
             (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-            upload = {"repo_id": repo_id, "repo_type": "dataset", "commit_message": "Publish data set", "delete_patterns": "data/*"}
+            upload = {
+                "repo_id": repo_id,
+                "repo_type": "dataset",
+                "commit_message": "Publish data set",
+                "delete_patterns": "data/*",
+            }
             commit = retried(lambda: api.upload_folder(folder_path=folder, **upload))
         except Exception as error:
             print(f"error: push to {repo_id}: {reason(error)}; run the same command again", file=sys.stderr)

@@ -16,15 +16,32 @@ from nanochat_hf.training.checkpoint import checkpoints
 class PushConfig:
     """What to push, and where to."""
 
-    folder: str = field(metadata={"help": "a run's output folder, or a model folder; may stand first, without its flag"})
+    folder: str = field(
+        metadata={"help": "a run's output folder, or a model folder; may stand first, without its flag"}
+    )
     hub_model_id: str = field(metadata={"help": "repository: org/name, or name in your own namespace"})
     hub_private: bool = field(default=False, metadata={"help": "make the repository private where it is new"})
-    hub_revision: str | None = field(default=None, metadata={"help": "branch to push to (default: main); made where it is new"})
-    with_checkpoint: bool = field(default=False, metadata={"help": "also push the newest checkpoint, to resume from elsewhere"})
-    results: str | None = field(default=None, metadata={"help": "JSON files of chat_eval or base_eval for the card, with commas"})
-    license: str | None = field(default=None, metadata={"help": "licence for the card (default: the present card's, else apache-2.0)"})
-    language: str | None = field(default=None, metadata={"help": "language code for the card (default: the present card's, else en)"})
-    dry_run: bool = field(default=False, metadata={"help": "list what would be pushed, and where to, without the network; the card's kept text is not there"})
+    hub_revision: str | None = field(
+        default=None, metadata={"help": "branch to push to (default: main); made where it is new"}
+    )
+    with_checkpoint: bool = field(
+        default=False, metadata={"help": "also push the newest checkpoint, to resume from elsewhere"}
+    )
+    results: str | None = field(
+        default=None, metadata={"help": "JSON files of chat_eval or base_eval for the card, with commas"}
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "licence for the card (default: the present card's, else apache-2.0)"}
+    )
+    language: str | None = field(
+        default=None, metadata={"help": "language code for the card (default: the present card's, else en)"}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "list what would be pushed, and where to, without the network; the card's kept text is not there"
+        },
+    )
 
 
 def locate(folder):
@@ -43,8 +60,10 @@ def show(config, model, run, checkpoint, card):
         write_card(stage, config.hub_model_id, settings=run_settings(run), revision=config.hub_revision, **card)
         files = sorted(path for path in stage.rglob("*") if path.is_file())
         sizes = [path.stat().st_size for path in files]
-        print(f"dry run, nothing is sent; repository {config.hub_model_id}, branch {config.hub_revision or 'main'}, "
-              f"{'private' if config.hub_private else 'public'} where it is new, {len(files)} files of {sum(sizes):,} bytes:")  # fmt: skip
+        print(
+            f"dry run, nothing is sent; repository {config.hub_model_id}, branch {config.hub_revision or 'main'}, "
+            f"{'private' if config.hub_private else 'public'} where it is new, {len(files)} files of {sum(sizes):,} bytes:"
+        )
         for path, size in zip(files, sizes, strict=True):
             print(f"{size:>16,}  {path.relative_to(stage)}")
         print(f"\nREADME.md:\n\n{(stage / 'README.md').read_text(encoding='utf-8')}")
@@ -59,7 +78,9 @@ def main(argv=None):
     check_repo_id(config.hub_model_id)
     model, run = locate(config.folder)
     if not (model / "config.json").is_file():
-        raise ValueError(f"{config.folder}: neither a run with final/ in it nor a model folder; give one that training wrote")
+        raise ValueError(
+            f"{config.folder}: neither a run with final/ in it nor a model folder; give one that training wrote"
+        )
     results = {k: v for path in (config.results or "").split(",") if path for k, v in read_results(path).items()}
     found = checkpoints(run)[-1:] if config.with_checkpoint else []
     if config.with_checkpoint and not found:

@@ -15,9 +15,14 @@ from nanochat_hf.tokenizer import load_tokenizer
 
 COLOURS = {"user": "36", "assistant": "32", "python": "33", "output": "35", "padding": "90", "start": "1;34"}
 ROLES = {
-    "<|bos|>": "start", "<|user_start|>": "user", "<|assistant_start|>": "assistant", "<|python_start|>": "python", "<|output_start|>": "output",
-    "<|python_end|>": "assistant", "<|output_end|>": "assistant",
-}  # fmt: skip
+    "<|bos|>": "start",
+    "<|user_start|>": "user",
+    "<|assistant_start|>": "assistant",
+    "<|python_start|>": "python",
+    "<|output_start|>": "output",
+    "<|python_end|>": "assistant",
+    "<|output_end|>": "assistant",
+}
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,17 @@ class ShowConfig:
     data: str | None = field(default=None, metadata={"help": "conversations instead: a Hub name or a file"})
     rows: int = field(default=2, metadata={"help": "packed rows to print"})
     first: int = field(default=0, metadata={"help": "number of the first of them"})
-    max_seq_len: int | None = field(default=None, metadata={"help": "positions of a row (default: the recipe's, else 2048)"})
-    overlong: str | None = field(default=None, metadata={"help": f"{', '.join(OVERLONG)} (default: the recipe's, else truncate)"})
+    max_seq_len: int | None = field(
+        default=None, metadata={"help": "positions of a row (default: the recipe's, else 2048)"}
+    )
+    overlong: str | None = field(
+        default=None, metadata={"help": f"{', '.join(OVERLONG)} (default: the recipe's, else truncate)"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of the order"})
     num_proc: int | None = field(default=None, metadata={"help": "processes that tokenise"})
-    color: bool = field(default=True, metadata={"help": "colours, where the output is a terminal or --force-color is given"})
+    color: bool = field(
+        default=True, metadata={"help": "colours, where the output is a terminal or --force-color is given"}
+    )
     force_color: bool = field(default=False, metadata={"help": "colours also in a file or a pipe"})
     output: str | None = field(default=None, metadata={"help": "folder for lengths.png and mixture.png"})
 
@@ -42,13 +53,26 @@ def main(argv=None):
     show, sources, recipe = settings(sys.argv[1:] if argv is None else argv)
     tokenizer = load_tokenizer(show.tokenizer)
     batches = SFTBatches(
-        sources, tokenizer, rows=1, positions=show.max_seq_len or recipe.get("max_seq_len", 2048), seed=show.seed, progress=True, prefetch=0,
-        overlong=show.overlong or recipe.get("overlong", "truncate"), num_proc=show.num_proc,
-        train_on_all_tokens=recipe.get("train_on_all_tokens", False), isolate=recipe.get("isolate", True), bad_rows=recipe.get("bad_rows", "error"),
-    )  # fmt: skip
+        sources,
+        tokenizer,
+        rows=1,
+        positions=show.max_seq_len or recipe.get("max_seq_len", 2048),
+        seed=show.seed,
+        progress=True,
+        prefetch=0,
+        overlong=show.overlong or recipe.get("overlong", "truncate"),
+        num_proc=show.num_proc,
+        train_on_all_tokens=recipe.get("train_on_all_tokens", False),
+        isolate=recipe.get("isolate", True),
+        bad_rows=recipe.get("bad_rows", "error"),
+    )
     batches.next_row = show.first
     coloured = show.color and (sys.stdout.isatty() or show.force_color)
-    print("\n" + " ".join(paint(name, name, coloured) for name in COLOURS) + "; trained tokens are underlined, or between ⟦ and ⟧ without colours")
+    print(
+        "\n"
+        + " ".join(paint(name, name, coloured) for name in COLOURS)
+        + "; trained tokens are underlined, or between ⟦ and ⟧ without colours"
+    )
     for number, batch in enumerate(islice(iter(batches), show.rows), show.first):
         print(f"\nrow {number} of {batches.num_rows:,}: {described(batch)}")
         print(drawn(batch, tokenizer, coloured))
@@ -93,12 +117,23 @@ def spans(batch, tokenizer):
     end = len(ids)
     while end > 0 and ids[end - 1] == tokenizer.pad_token_id and labels[end - 1] == -100:
         end -= 1
-    if end < len(ids) and end and tokenizer.convert_ids_to_tokens(ids[end]) == "<|output_end|>" and labels[end - 1] != -100:
+    if (
+        end < len(ids)
+        and end
+        and tokenizer.convert_ids_to_tokens(ids[end]) == "<|output_end|>"
+        and labels[end - 1] != -100
+    ):
         end += 1
     found, role = [], "start"
     for i, token in enumerate(ids):
         name = tokenizer.convert_ids_to_tokens(token)
-        own = "padding" if i >= end else ROLES.get(name, role) if name not in ("<|python_end|>", "<|output_end|>") else role
+        own = (
+            "padding"
+            if i >= end
+            else ROLES.get(name, role)
+            if name not in ("<|python_end|>", "<|output_end|>")
+            else role
+        )
         trained, begins = i > 0 and labels[i - 1] != -100, name == "<|bos|>"
         if found and found[-1][1:3] == [own, trained] and not begins:
             found[-1][0].append(token)
@@ -157,9 +192,13 @@ def bins(lengths):
 def histogram(lengths, width=60):
     """Lengths of documents in tokens, as bars of text."""
     counts, borders = np.histogram(lengths, bins(lengths) if lengths.min() < lengths.max() else 1)
-    lines = [f"tokens of a document: {lengths.min():,} to {lengths.max():,}, mean {lengths.mean():,.1f}, median {np.median(lengths):,.0f}"]
+    lines = [
+        f"tokens of a document: {lengths.min():,} to {lengths.max():,}, mean {lengths.mean():,.1f}, median {np.median(lengths):,.0f}"
+    ]
     for count, low, high in zip(counts, borders, borders[1:], strict=False):
-        lines.append(f"{int(low):>7,} to {max(int(low), int(high) - 1):>7,} {'█' * round(width * count / counts.max())} {count:,}")
+        lines.append(
+            f"{int(low):>7,} to {max(int(low), int(high) - 1):>7,} {'█' * round(width * count / counts.max())} {count:,}"
+        )
     return "\n".join(lines)
 
 

@@ -17,9 +17,7 @@ from .tok_eval_texts import TEXTS
 
 LOCAL = ("../shared/data/tokenizers/gpt2", "../shared/data/tokenizers/openai/cl100k_base.tiktoken.gz")
 # how GPT-4's encoding splits text; a .tiktoken file holds ranks alone
-CL100K = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-)  # fmt: skip
+CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 
 
 @dataclass(frozen=True)
@@ -29,10 +27,14 @@ class EvalConfig:
     tokenizer: str = field(metadata={"help": "folder or Hub name of the tokenizer"})
     versus: list[str] | None = field(
         default=None,
-        metadata={"help": "others: a folder with encoder.json and vocab.bpe (GPT-2's files, also .gz), cl100k_base.tiktoken[.gz], a folder or Hub "
-                          "name of transformers' (default: gpt2 and cl100k of ../shared/data/tokenizers, where they are)"},
-    )  # fmt: skip
-    data: list[str] = field(default_factory=list, metadata={"help": "text to measure on too: Hub names, files or patterns of files"})
+        metadata={
+            "help": "others: a folder with encoder.json and vocab.bpe (GPT-2's files, also .gz), cl100k_base.tiktoken[.gz], a folder or Hub "
+            "name of transformers' (default: gpt2 and cl100k of ../shared/data/tokenizers, where they are)"
+        },
+    )
+    data: list[str] = field(
+        default_factory=list, metadata={"help": "text to measure on too: Hub names, files or patterns of files"}
+    )
     split: str = field(default="train", metadata={"help": "split, for Hub names"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     max_chars: int = field(default=2_000_000, metadata={"help": "characters to read of each --data"})
@@ -44,7 +46,10 @@ def main(argv=None):
     versus = [path for path in LOCAL if Path(path).exists()] if config.versus is None else config.versus
     encoders = dict(load(path) for path in [config.tokenizer, *versus])
     texts = {kind: [text] for kind, text in TEXTS.items()} | {path: read(path, config) for path in config.data}
-    table([measure(kind, parts, encoders) for kind, parts in texts.items()], {name: size for name, (_, size) in encoders.items()})
+    table(
+        [measure(kind, parts, encoders) for kind, parts in texts.items()],
+        {name: size for name, (_, size) in encoders.items()},
+    )
 
 
 def read(path, config):
@@ -66,7 +71,10 @@ def load(path):
     place = Path(path)
     if ".tiktoken" in place.suffixes:
         return place.name.split(".")[0], tiktoken_file(place)
-    files = [next((f for f in (place / name, place / f"{name}.gz") if f.is_file()), None) for name in ("encoder.json", "vocab.bpe")]
+    files = [
+        next((f for f in (place / name, place / f"{name}.gz") if f.is_file()), None)
+        for name in ("encoder.json", "vocab.bpe")
+    ]
     if all(files):
         return place.name, counting(gpt2(*files))
     try:
@@ -74,18 +82,24 @@ def load(path):
 
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {path}: cannot be loaded ({str(error).splitlines()[0]}); give a folder or a Hub name") from None
+        raise ValueError(
+            f"tokenizer {path}: cannot be loaded ({str(error).splitlines()[0]}); give a folder or a Hub name"
+        ) from None
     return place.name or path, counting(tokenizer.backend_tokenizer)
 
 
 def counting(backend):
     """A tokenizers.Tokenizer → (function from texts to numbers of tokens, vocabulary)."""
-    return lambda texts: [len(e.ids) for e in backend.encode_batch_fast(texts, add_special_tokens=False)], backend.get_vocab_size()
+    return lambda texts: [
+        len(e.ids) for e in backend.encode_batch_fast(texts, add_special_tokens=False)
+    ], backend.get_vocab_size()
 
 
 def gpt2(vocab, merges):
     """GPT-2's two files → Tokenizer."""
-    pairs = [tuple(line.split()) for line in opened(merges).decode().splitlines() if line and not line.startswith("#version")]
+    pairs = [
+        tuple(line.split()) for line in opened(merges).decode().splitlines() if line and not line.startswith("#version")
+    ]
     backend = Tokenizer(models.BPE(json.loads(opened(vocab)), pairs))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return backend
@@ -94,12 +108,19 @@ def gpt2(vocab, merges):
 def tiktoken_file(path):
     """cl100k_base.tiktoken: a token in base64 and its rank a line. ValueError where tiktoken is not installed."""
     if not path.name.startswith("cl100k_base"):
-        raise ValueError(f"{path}: only cl100k_base.tiktoken is known, since the file does not hold its split pattern; give that one")
+        raise ValueError(
+            f"{path}: only cl100k_base.tiktoken is known, since the file does not hold its split pattern; give that one"
+        )
     try:
         import tiktoken
     except ImportError:
-        raise ValueError(f"{path}: reading it needs tiktoken; pip install tiktoken, or leave it out of --versus") from None
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in opened(path).splitlines() if line)}
+        raise ValueError(
+            f"{path}: reading it needs tiktoken; pip install tiktoken, or leave it out of --versus"
+        ) from None
+    ranks = {
+        base64.b64decode(token): int(rank)
+        for token, rank in (line.split() for line in opened(path).splitlines() if line)
+    }
     encoding = tiktoken.Encoding("cl100k_base", pat_str=CL100K, mergeable_ranks=ranks, special_tokens={})
     return lambda texts: [len(ids) for ids in encoding.encode_ordinary_batch(texts)], encoding.n_vocab
 

@@ -15,15 +15,23 @@ from nanochat_hf.tokenizer import train_tokenizer
 class TokenizerConfig:
     """What to train on, and how large."""
 
-    data: str = field(metadata={"help": "a Hub name, a folder, a file, or a pattern of files (json, jsonl, parquet, csv)"})
+    data: str = field(
+        metadata={"help": "a Hub name, a folder, a file, or a pattern of files (json, jsonl, parquet, csv)"}
+    )
     output: str = field(metadata={"help": "folder to write the tokenizer to"})
     vocab_size: int = field(default=32768, metadata={"help": "tokens, the 9 special ones among them"})
     split: str = field(default="train", metadata={"help": "split, for a Hub name"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-    streaming: bool | None = field(default=None, metadata={"help": "read as a stream, without downloading first (default: the Hub's data, yes)"})
-    max_chars: int | None = field(default=None, metadata={"help": "stop after so many characters (default: all; of a stream 2 billion)"})
+    streaming: bool | None = field(
+        default=None, metadata={"help": "read as a stream, without downloading first (default: the Hub's data, yes)"}
+    )
+    max_chars: int | None = field(
+        default=None, metadata={"help": "stop after so many characters (default: all; of a stream 2 billion)"}
+    )
     document_chars: int = field(default=10_000, metadata={"help": "read at most so many characters of a document"})
-    model_max_length: int = field(default=2048, metadata={"help": "tokens beyond which users of the tokenizer are warned"})
+    model_max_length: int = field(
+        default=2048, metadata={"help": "tokens beyond which users of the tokenizer are warned"}
+    )
 
     def __post_init__(self):
         for name in ("max_chars", "document_chars", "model_max_length"):

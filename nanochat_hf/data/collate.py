@@ -28,7 +28,9 @@ class PackingCollator:
             lengths = [len(document["ids"]) for document in row]
             total = sum(lengths)
             if total > width:
-                raise ValueError(f"row {r} holds {total} tokens, more than positions + 1 = {width}; plan rows with that capacity")
+                raise ValueError(
+                    f"row {r} holds {total} tokens, more than positions + 1 = {width}; plan rows with that capacity"
+                )
             if total:
                 ids[r, :total] = np.concatenate([document["ids"] for document in row])
                 labels[r, :total] = np.where(_mask(row, lengths), ids[r, :total], -100)
@@ -49,4 +51,9 @@ def _mask(row, lengths):
     masks = [document.get("mask") for document in row]
     if all(mask is None for mask in masks):
         return np.True_
-    return np.concatenate([np.ones(n, dtype=bool) if m is None else np.asarray(m, dtype=bool) for m, n in zip(masks, lengths, strict=True)])
+    return np.concatenate(
+        [
+            np.ones(n, dtype=bool) if m is None else np.asarray(m, dtype=bool)
+            for m, n in zip(masks, lengths, strict=True)
+        ]
+    )

@@ -44,7 +44,12 @@ class SourceReport:
         return f"{self.label}: read as {FORM_NAMES.get(self.form, self.form)}, {', '.join([f'{self.conversations:,} documents', *treated])}"
 
 
-TREATED = {"truncated": "truncated", "split": "split", "dropped": "dropped as too long", "untrained": "without a target left out"}
+TREATED = {
+    "truncated": "truncated",
+    "split": "split",
+    "dropped": "dropped as too long",
+    "untrained": "without a target left out",
+}
 
 
 def to_conversation(row, where, source):
@@ -90,14 +95,26 @@ class Render:
         rows = np.zeros(len(reasons), dtype=np.int64)
         rows[[not reason for reason in reasons]] = lengths
         offsets = pa.array(np.concatenate(([0], np.cumsum(rows))).astype(np.int32))
-        return pa.table({"ids": pa.ListArray.from_arrays(offsets, ids), "mask": pa.ListArray.from_arrays(offsets, mask), "bad": pa.array(reasons)})
+        return pa.table(
+            {
+                "ids": pa.ListArray.from_arrays(offsets, ids),
+                "mask": pa.ListArray.from_arrays(offsets, mask),
+                "bad": pa.array(reasons),
+            }
+        )
 
     def _rows(self, batch, indices):
         if set(batch) == {"line", "where"}:
-            return [(partial(parse_line, line, where), where) for line, where in zip(batch["line"], batch["where"], strict=True)]
+            return [
+                (partial(parse_line, line, where), where)
+                for line, where in zip(batch["line"], batch["where"], strict=True)
+            ]
         names, start = list(batch), self.source.start + 1
         values = zip(*batch.values(), strict=True)
-        return [(dict(zip(names, row, strict=True)), f"{self.source.label} row {start + i}") for row, i in zip(values, indices, strict=True)]
+        return [
+            (dict(zip(names, row, strict=True)), f"{self.source.label} row {start + i}")
+            for row, i in zip(values, indices, strict=True)
+        ]
 
 
 def raw_rows(source, skip=False):
@@ -111,7 +128,10 @@ def raw_rows(source, skip=False):
         lines, places = rows.lines, [rows.where(i) for i in range(len(rows))]
     elif isinstance(rows, list):
         form = "task"
-        lines, places = [json.dumps(r).encode() for r in rows], [f"{source.label} row {source.start + i + 1}" for i in range(len(rows))]
+        lines, places = (
+            [json.dumps(r).encode() for r in rows],
+            [f"{source.label} row {source.start + i + 1}" for i in range(len(rows))],
+        )
     else:
         form = "task" if source.task else source.converter or row_format(rows[0], source.label)
         return rows, rows._fingerprint, form
@@ -132,7 +152,11 @@ def _form(rows, source, skip):
 
 
 def _renamed(row, source):
-    return row | {new: row.get(old) for new, old in source.columns.items()} if source.columns and isinstance(row, dict) else row
+    return (
+        row | {new: row.get(old) for new, old in source.columns.items()}
+        if source.columns and isinstance(row, dict)
+        else row
+    )
 
 
 def tokenise(source, encoder, *, num_proc=None, progress=False, bad_rows="error"):
@@ -145,16 +169,32 @@ def tokenise(source, encoder, *, num_proc=None, progress=False, bad_rows="error"
 
     with _bars(progress):
         rows, content, form = raw_rows(source, bad_rows == "skip")
-    how = [encoder.fingerprint, content, source.task, source.start, source.columns, source.converter, "ids+mask+bad", bad_rows]
+    how = [
+        encoder.fingerprint,
+        content,
+        source.task,
+        source.start,
+        source.columns,
+        source.converter,
+        "ids+mask+bad",
+        bad_rows,
+    ]
     fingerprint = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "nanochat_hf"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{fingerprint}.lock"), _bars(progress):
         done = rows.map(
-            Render(encoder, source, bad_rows == "skip"), with_indices=True, batched=True, batch_size=500, remove_columns=rows.column_names,
-            num_proc=num_proc if num_proc and num_proc > 1 else None, cache_file_name=str(folder / f"{fingerprint}.arrow"),
-            new_fingerprint=fingerprint, desc=f"tokenising {source.label}", load_from_cache_file=True,
-        )  # fmt: skip
+            Render(encoder, source, bad_rows == "skip"),
+            with_indices=True,
+            batched=True,
+            batch_size=500,
+            remove_columns=rows.column_names,
+            num_proc=num_proc if num_proc and num_proc > 1 else None,
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            new_fingerprint=fingerprint,
+            desc=f"tokenising {source.label}",
+            load_from_cache_file=True,
+        )
     return done, form
 
 
@@ -162,7 +202,10 @@ def tokenise(source, encoder, *, num_proc=None, progress=False, bad_rows="error"
 def _bars(shown):
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    shown, before = shown and sys.stderr.isatty(), are_progress_bars_disabled()  # in a log file a bar is a page of noise
+    shown, before = (
+        shown and sys.stderr.isatty(),
+        are_progress_bars_disabled(),
+    )  # in a log file a bar is a page of noise
     (enable_progress_bars if shown else disable_progress_bars)()
     try:
         yield
@@ -242,7 +285,9 @@ class Documents(Sequence):
         """Take a tokenised source in; returns its SourceReport."""
         columns, report = TokenColumns(dataset), SourceReport(source.label, form, source.copies)
         number = len(self.columns)
-        counted = BadRows(len(columns.lengths), int((columns.lengths == 0).sum()))  # a conversation has its <|bos|> at least
+        counted = BadRows(
+            len(columns.lengths), int((columns.lengths == 0).sum())
+        )  # a conversation has its <|bos|> at least
         if counted.bad:
             counted.reason = report.first_bad = next(filter(None, dataset["bad"]))
             counted.check(source.label)

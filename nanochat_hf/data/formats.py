@@ -5,14 +5,21 @@ import json
 from nanochat_hf.conversation import ConversationError
 
 SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant",
-    "system": "system", "function_call": "call", "tool": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "function_call": "call",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
 # Tools whose argument is itself Python; any other call is written as the Python call it describes.
 CODE_TOOLS = {"python", "python_interpreter", "code_interpreter", "execute_python", "run_python", "calculator"}
 CODE_ARGUMENTS = ("code", "expression", "source", "input")
-
-
 
 
 def row_format(row, where="row"):
@@ -47,7 +54,9 @@ def convert_row(row, where="row", form=None):
 
 def _sharegpt(row, where):
     turns = row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("from"), str) and "value" in t for t in turns):
+    if not isinstance(turns, list) or not all(
+        isinstance(t, dict) and isinstance(t.get("from"), str) and "value" in t for t in turns
+    ):
         raise ConversationError(f"{where}: conversations must be a list of {{'from', 'value'}}")
     messages = []
     for turn in turns:
@@ -64,14 +73,21 @@ def _sharegpt(row, where):
 def _prompt_completion(row, where):
     messages = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
     # lists of messages, as TRL has them
-    return messages + (row["completion"] if isinstance(row["completion"], list) else [{"role": "assistant", "content": row["completion"]}])
+    return messages + (
+        row["completion"]
+        if isinstance(row["completion"], list)
+        else [{"role": "assistant", "content": row["completion"]}]
+    )
 
 
 def _alpaca(row, where):
     asked = [row["instruction"], row.get("input") or ""]
     if not all(isinstance(text, str) for text in asked):
         raise ConversationError(f"{where}: instruction and input must be text")
-    return [{"role": "user", "content": "\n\n".join(filter(None, asked))}, {"role": "assistant", "content": row["output"]}]
+    return [
+        {"role": "user", "content": "\n\n".join(filter(None, asked))},
+        {"role": "assistant", "content": row["output"]},
+    ]
 
 
 # form → (row → messages, the columns it needs); the first that fits is taken
@@ -105,7 +121,10 @@ def merge_tools(messages, where="row"):
         role, content = message.get("role"), message.get("content")
         if role in ("tool", "function"):
             name, code = _answered(calls, message, where)
-            merged[-1]["content"] += [{"type": "python", "text": code}, {"type": "python_output", "text": _text(content, where)}]
+            merged[-1]["content"] += [
+                {"type": "python", "text": code},
+                {"type": "python_output", "text": _text(content, where)},
+            ]
             after_tool = True
             continue
         if calls:
@@ -125,7 +144,12 @@ def merge_tools(messages, where="row"):
         merged[-1]["content"] += [{"type": "python", "text": code} for _, code in calls]
     for message in merged:
         content = message["content"]
-        if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict) and content[0].get("type") == "text":
+        if (
+            isinstance(content, list)
+            and len(content) == 1
+            and isinstance(content[0], dict)
+            and content[0].get("type") == "text"
+        ):
             message["content"] = content[0]["text"]
     return merged
 
@@ -133,7 +157,9 @@ def merge_tools(messages, where="row"):
 def _answered(calls, message, where):
     """Take the call that a tool's message answers out of the open ones: by its id, else the oldest."""
     if not calls:
-        raise ConversationError(f"{where}: a {message['role']} message answers no call; put it behind an assistant's tool_calls")
+        raise ConversationError(
+            f"{where}: a {message['role']} message answers no call; put it behind an assistant's tool_calls"
+        )
     wanted = message.get("tool_call_id")
     index = next((i for i, (number, _) in enumerate(calls) if number == wanted), None)
     if index is None and wanted is not None and any(number is not None for number, _ in calls):
@@ -146,7 +172,9 @@ def _call(call, where):
     function = call.get("function") if isinstance(call, dict) else None
     function = function if isinstance(function, dict) else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ConversationError(f"{where}: a tool call without a function's name; give {{'function': {{'name', 'arguments'}}}}")
+        raise ConversationError(
+            f"{where}: a tool call without a function's name; give {{'function': {{'name', 'arguments'}}}}"
+        )
     name, arguments = function["name"], function.get("arguments")
     if isinstance(arguments, str):
         try:
@@ -159,9 +187,17 @@ def _call(call, where):
             arguments = next((arguments[k] for k in CODE_ARGUMENTS if isinstance(arguments.get(k), str)), None)
         if isinstance(arguments, str | int | float):
             return number, str(arguments)
-        raise ConversationError(f"{where}: the call of {name} has no code; give arguments with one of {', '.join(CODE_ARGUMENTS)}")
-    if not isinstance(arguments, dict) or not name.replace(".", "_").isidentifier() or not all(k.isidentifier() for k in arguments):
-        raise ConversationError(f"{where}: the call of {name!r} cannot be written as Python; its arguments must be a JSON object of names")
+        raise ConversationError(
+            f"{where}: the call of {name} has no code; give arguments with one of {', '.join(CODE_ARGUMENTS)}"
+        )
+    if (
+        not isinstance(arguments, dict)
+        or not name.replace(".", "_").isidentifier()
+        or not all(k.isidentifier() for k in arguments)
+    ):
+        raise ConversationError(
+            f"{where}: the call of {name!r} cannot be written as Python; its arguments must be a JSON object of names"
+        )
     return number, f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
 
 

@@ -12,7 +12,9 @@ def plan_rows(lengths, capacity):
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         if not 0 < length <= capacity:
-            raise ValueError(f"lengths[{index}]={length} must be between 1 and the row's capacity {capacity}; cut or drop it first")
+            raise ValueError(
+                f"lengths[{index}]={length} must be between 1 and the row's capacity {capacity}; cut or drop it first"
+            )
         fitting = existing >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1

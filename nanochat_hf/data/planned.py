@@ -38,19 +38,40 @@ class SFTBatches:
     """
 
     def __init__(
-        self, sources, tokenizer, *, rows, positions, rank=0, world_size=1, seed=0, train_on_all_tokens=False, isolate=True,
-        progress=False, overlong="truncate", bad_rows="error", num_proc=None, num_workers=0, prefetch=2,
-    ):  # fmt: skip
+        self,
+        sources,
+        tokenizer,
+        *,
+        rows,
+        positions,
+        rank=0,
+        world_size=1,
+        seed=0,
+        train_on_all_tokens=False,
+        isolate=True,
+        progress=False,
+        overlong="truncate",
+        bad_rows="error",
+        num_proc=None,
+        num_workers=0,
+        prefetch=2,
+    ):
         self.rows, self.rank, self.world_size = rows, rank, world_size
         self.num_workers, self.prefetch = num_workers, prefetch
         check_policy(bad_rows)
         encoder, capacity = PlainEncoder(tokenizer), positions + 1
         self.documents = Documents(
-            capacity, encoder.special["<|bos|>"], encoder.special["<|user_start|>"],
-            overlong=overlong, train_on_all_tokens=train_on_all_tokens, seed=seed,
-        )  # fmt: skip
+            capacity,
+            encoder.special["<|bos|>"],
+            encoder.special["<|user_start|>"],
+            overlong=overlong,
+            train_on_all_tokens=train_on_all_tokens,
+            seed=seed,
+        )
         for source in sources:
-            report = self.documents.add(source, *tokenise(source, encoder, num_proc=num_proc, progress=progress, bad_rows=bad_rows))
+            report = self.documents.add(
+                source, *tokenise(source, encoder, num_proc=num_proc, progress=progress, bad_rows=bad_rows)
+            )
             if progress:
                 print(report, flush=True)
         self.reports = self.documents.reports
@@ -75,7 +96,9 @@ class SFTBatches:
     @property
     def bad(self):
         """(rows left out because they are no conversation, why the first was)."""
-        return sum(report.bad for report in self.reports), next((report.first_bad for report in self.reports if report.bad), "")
+        return sum(report.bad for report in self.reports), next(
+            (report.first_bad for report in self.reports if report.bad), ""
+        )
 
     @property
     def untrained(self):
@@ -100,7 +123,11 @@ class SFTBatches:
         numbers = self._row_numbers(self.next_row)
         if self.num_workers:
             loader = worker_loader(
-                self.planned, num_workers=self.num_workers, collate=self.collate, batch_sampler=numbers, prefetch=self.prefetch
+                self.planned,
+                num_workers=self.num_workers,
+                collate=self.collate,
+                batch_sampler=numbers,
+                prefetch=self.prefetch,
             )
             made = plain_errors(loader)
         else:
@@ -124,7 +151,12 @@ class SFTBatches:
 
     def state_dict(self):
         """The run's next row, and what tells this data from other data."""
-        return {"next_row": self.next_row, "num_rows": self.num_rows, "documents": self.documents.digest, "seed": self.planned.seed}
+        return {
+            "next_row": self.next_row,
+            "num_rows": self.num_rows,
+            "documents": self.documents.digest,
+            "seed": self.planned.seed,
+        }
 
     def load_state_dict(self, state):
         """Continue there; ValueError when the data is not the same."""
@@ -134,5 +166,7 @@ class SFTBatches:
                 f"{'' if state['num_rows'] != self.num_rows else ' of other documents'}; resume with the same recipe"
             )
         if state.get("seed", self.planned.seed) != self.planned.seed:
-            raise ValueError(f"the checkpoint's rows are shuffled by seed {state['seed']}, this run's by {self.planned.seed}; give that seed")
+            raise ValueError(
+                f"the checkpoint's rows are shuffled by seed {state['seed']}, this run's by {self.planned.seed}; give that seed"
+            )
         self.next_row = state["next_row"]

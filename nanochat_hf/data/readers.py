@@ -22,12 +22,16 @@ class MapReader:
         """Endless (row, epochs gone by) of one consumer, from `state`; and a function that returns the state after the last row."""
         consumer, consumers = rank * workers + worker, world_size * workers
         if consumer >= len(self.rows):
-            raise ValueError(f"{self.label}: {len(self.rows)} documents cannot be dealt to {consumers} consumers; use fewer processes")
+            raise ValueError(
+                f"{self.label}: {len(self.rows)} documents cannot be dealt to {consumers} consumers; use fewer processes"
+            )
         place = dict(state or {"epoch": 0, "position": 0})
 
         def rows():
             while True:
-                order = np.random.default_rng((self.seed, place["epoch"])).permutation(len(self.rows))[consumer::consumers]
+                order = np.random.default_rng((self.seed, place["epoch"])).permutation(len(self.rows))[
+                    consumer::consumers
+                ]
                 while place["position"] < len(order):
                     row = self.rows[int(order[place["position"]])]
                     place["position"] += 1
@@ -68,7 +72,9 @@ class StreamReader:
                 reading, empty = iter(stream), place["block"] is None
                 while block := self._some(reading):
                     empty = False
-                    order = np.random.default_rng((self.seed, place["epoch"], rank, worker, place["number"])).permutation(len(block))
+                    order = np.random.default_rng(
+                        (self.seed, place["epoch"], rank, worker, place["number"])
+                    ).permutation(len(block))
                     following = copy.deepcopy(stream.state_dict())
                     while place["position"] < len(block):
                         row = block[order[place["position"]]]
@@ -76,7 +82,9 @@ class StreamReader:
                         yield row, place["epoch"]
                     place.update(block=following, number=place["number"] + 1, position=0)
                 if empty:
-                    raise ValueError(f"{self.label}: no document for process {rank}, worker {worker}; use fewer processes or workers")
+                    raise ValueError(
+                        f"{self.label}: no document for process {rank}, worker {worker}; use fewer processes or workers"
+                    )
                 place.update(epoch=place["epoch"] + 1, block=None, number=0, position=0)
 
         return rows(), lambda: copy.deepcopy(place)
@@ -101,7 +109,9 @@ class MixedReader:
     def open(self, rank, world_size, worker, workers, state=None):
         """As MapReader.open; a row is (number of the reader, row)."""
         state = state or {"taken": [0] * len(self.readers), "readers": [None] * len(self.readers)}
-        opened = [r.open(rank, world_size, worker, workers, s) for r, s in zip(self.readers, state["readers"], strict=True)]
+        opened = [
+            r.open(rank, world_size, worker, workers, s) for r, s in zip(self.readers, state["readers"], strict=True)
+        ]
         taken = list(state["taken"])
 
         def rows():
@@ -112,4 +122,3 @@ class MixedReader:
                 yield (number, row), epoch
 
         return rows(), lambda: {"taken": list(taken), "readers": [place() for _, place in opened]}
-

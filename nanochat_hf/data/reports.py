@@ -20,7 +20,9 @@ class BadRows:
     def check(self, label):
         """ValueError where more than half are bad."""
         if 2 * self.bad > self.seen:
-            raise ValueError(f"{label}: {self.bad:,} of {self.seen:,} rows are bad, more than half; correct the data (the first: {self.reason})")
+            raise ValueError(
+                f"{label}: {self.bad:,} of {self.seen:,} rows are bad, more than half; correct the data (the first: {self.reason})"
+            )
 
 
 def check_policy(policy):

@@ -39,13 +39,19 @@ class SourceConfig:
         if self.path is None and self.task is None:
             raise ValueError("a data source needs path or task; give one of them")
         if not isinstance(self.repeat, int) or self.repeat < 1:
-            raise ValueError(f"{self.label}: repeat={self.repeat} must be a whole number from 1; leave the source out instead")
+            raise ValueError(
+                f"{self.label}: repeat={self.repeat} must be a whole number from 1; leave the source out instead"
+            )
         if self.weight is not None and not self.weight > 0:
             raise ValueError(f"{self.label}: weight={self.weight} must be above 0; leave the source out instead")
         if self.weight is not None and self.repeat != 1:
-            raise ValueError(f"{self.label}: repeat={self.repeat} and weight={self.weight} say the same thing twice; give one")
+            raise ValueError(
+                f"{self.label}: repeat={self.repeat} and weight={self.weight} say the same thing twice; give one"
+            )
         if self.start < 0 or (self.rows is not None and self.rows < 1):
-            raise ValueError(f"{self.label}: start={self.start}, rows={self.rows} is no range; give start from 0 and rows from 1")
+            raise ValueError(
+                f"{self.label}: start={self.start}, rows={self.rows} is no range; give start from 0 and rows from 1"
+            )
         if self.converter is not None and self.converter not in FORMATS:
             raise ValueError(f"{self.label}: converter={self.converter!r} is unknown; choose from {', '.join(FORMATS)}")
         if self.columns is not None and not isinstance(self.columns, dict):
@@ -68,7 +74,9 @@ class SourceConfig:
             raise ValueError(f"data source: {entry!r} must be a mapping such as {{path: chats.jsonl, repeat: 2}}")
         unknown = set(entry) - set(cls.__dataclass_fields__)
         if unknown:
-            raise ValueError(f"data source: unknown keys {guessed(sorted(unknown), cls.__dataclass_fields__)}; known are {', '.join(cls.__dataclass_fields__)}")
+            raise ValueError(
+                f"data source: unknown keys {guessed(sorted(unknown), cls.__dataclass_fields__)}; known are {', '.join(cls.__dataclass_fields__)}"
+            )
         return cls(**entry)
 
 
@@ -142,7 +150,9 @@ def load_source(source, check=True):
     rows = JsonLines(files, check) if lines else _dataset(source, files)
     stop = len(rows) if source.rows is None else min(source.start + source.rows, len(rows))
     if source.start >= stop:
-        raise ValueError(f"{source.label}: no rows from {source.start} on in split {source.split!r}, which has {len(rows)}; check start and rows")
+        raise ValueError(
+            f"{source.label}: no rows from {source.start} on in split {source.split!r}, which has {len(rows)}; check start and rows"
+        )
     if (source.start, stop) != (0, len(rows)):
         rows = rows[source.start : stop] if lines else rows.select(range(source.start, stop))
     return rows if lines else _rename(rows, source)
@@ -162,7 +172,9 @@ def load_stream(source):
             for path in files:
                 if path.suffix == ".parquet":
                     parquet.read_metadata(path)  # the end of the file: a cut one shows before training
-            rows = load_dataset(BUILDERS[files[0].suffix], data_files=[str(f) for f in files], split="train", streaming=True)
+            rows = load_dataset(
+                BUILDERS[files[0].suffix], data_files=[str(f) for f in files], split="train", streaming=True
+            )
         else:
             rows = load_dataset(source.path, source.name, split=source.split, streaming=True)
         first = next(iter(rows), None)
@@ -184,9 +196,13 @@ def task_rows(source):
     except ValueError:
         raise
     except Exception as error:  # as in _dataset
-        raise ValueError(f"{source.label}: cannot be loaded ({_reason(error, [])}); check split {source.split!r} and the path") from error
+        raise ValueError(
+            f"{source.label}: cannot be loaded ({_reason(error, [])}); check split {source.split!r} and the path"
+        ) from error
     if len(rows) <= source.start:
-        raise ValueError(f"{source.label}: no rows from {source.start} on in split {source.split!r}, which has {len(rows)}; check start and rows")
+        raise ValueError(
+            f"{source.label}: no rows from {source.start} on in split {source.split!r}, which has {len(rows)}; check start and rows"
+        )
     if source.start:
         rows = rows[source.start :] if isinstance(rows, list) else rows.select(range(source.start, len(rows)))
     return rows
@@ -201,7 +217,9 @@ def _numbered_lines(files):
 
 def unreadable(source, error):
     """The ValueError that says why a source cannot be read (on), with the file and the rows at fault where they can be found."""
-    return ValueError(f"{source.label}: cannot be loaded ({_reason(error, [] if source.task else local_files(source))}); check the name and the files")
+    return ValueError(
+        f"{source.label}: cannot be loaded ({_reason(error, [] if source.task else local_files(source))}); check the name and the files"
+    )
 
 
 def locate(source, row):

@@ -26,7 +26,9 @@ class _Windows:
         if self.num_workers < num_workers:
             print(f"{self.num_workers} of {num_workers} data workers: the data has no more shards for them", flush=True)
         workers = max(1, self.num_workers)
-        self.stream = PackedStream(reader, pack, collate, rows=rows, rank=rank, world_size=world_size, workers=workers, seed=seed)
+        self.stream = PackedStream(
+            reader, pack, collate, rows=rows, rank=rank, world_size=world_size, workers=workers, seed=seed
+        )
         self.settings, self.data = settings | {"rows": rows, "seed": seed}, data
         self.states, self.turn, self.epoch, self.counts = [None] * workers, 0, 0.0, [{}] * workers
 
@@ -52,7 +54,9 @@ class _Windows:
     @property
     def bad(self):
         """(rows left out because they are no conversation, why the first was), of the same windows."""
-        return sum(counts.get("bad", 0) for counts in self.counts), next((c["first_bad"] for c in self.counts if c.get("bad")), "")
+        return sum(counts.get("bad", 0) for counts in self.counts), next(
+            (c["first_bad"] for c in self.counts if c.get("bad")), ""
+        )
 
     @property
     def untrained(self):
@@ -66,19 +70,36 @@ class _Windows:
     def state_dict(self):
         """Each worker's place in the stream, how the stream was split, and which data it is of."""
         split = {"world_size": self.world_size, "workers": len(self.states)}
-        return {"states": list(self.states), "turn": self.turn, "epoch": self.epoch, "settings": self.settings, "data": self.data} | split
+        return {
+            "states": list(self.states),
+            "turn": self.turn,
+            "epoch": self.epoch,
+            "settings": self.settings,
+            "data": self.data,
+        } | split
 
     def load_state_dict(self, state):
         """Continue there; ValueError where the stream was split or packed in another way, or is of other data."""
-        for name, own, what in (("world_size", self.world_size, "processes"), ("workers", len(self.states), "data workers each")):
+        for name, own, what in (
+            ("world_size", self.world_size, "processes"),
+            ("workers", len(self.states), "data workers each"),
+        ):
             if state[name] != own:
-                raise ValueError(f"the checkpoint's stream is split over {state[name]} {what}, this run has {own}; resume with {state[name]}")
+                raise ValueError(
+                    f"the checkpoint's stream is split over {state[name]} {what}, this run has {own}; resume with {state[name]}"
+                )
         for name, value in self.settings.items():
-            if state["settings"].get(name, "error" if name == "bad_rows" else None) != value:  # checkpoints of before have none
-                raise ValueError(f"the checkpoint's stream has {name}={state['settings'].get(name)}, this run {value}; resume with the former")
+            if (
+                state["settings"].get(name, "error" if name == "bad_rows" else None) != value
+            ):  # checkpoints of before have none
+                raise ValueError(
+                    f"the checkpoint's stream has {name}={state['settings'].get(name)}, this run {value}; resume with the former"
+                )
         for theirs, own in zip(state.get("data", self.data), self.data, strict=True):  # checkpoints of before have none
             if theirs != own:
-                raise ValueError(f"the checkpoint's stream is of {theirs}, this run's of {own}; resume with the former, or begin anew without --resume")
+                raise ValueError(
+                    f"the checkpoint's stream is of {theirs}, this run's of {own}; resume with the former, or begin anew without --resume"
+                )
         self.states, self.turn, self.epoch = list(state["states"]), state["turn"], state["epoch"]
 
 
@@ -90,9 +111,22 @@ class TextBatches(_Windows):
     """
 
     def __init__(
-        self, source, tokenizer, *, rows, positions, rank=0, world_size=1, seed=0, mode="crop", text_column="text", isolate=True,
-        streaming=False, num_workers=0, prefetch=2,
-    ):  # fmt: skip
+        self,
+        source,
+        tokenizer,
+        *,
+        rows,
+        positions,
+        rank=0,
+        world_size=1,
+        seed=0,
+        mode="crop",
+        text_column="text",
+        isolate=True,
+        streaming=False,
+        num_workers=0,
+        prefetch=2,
+    ):
         if mode not in ("crop", "keep"):
             raise ValueError(f"mode={mode!r} must be crop or keep")
         reader = _reader(source, streaming, seed, world_size)
@@ -101,10 +135,18 @@ class TextBatches(_Windows):
         check_column(reader.stream if streaming else reader.rows, text_column, source.label)
         pack = PackText(PlainEncoder(tokenizer), positions + 1, mode, text_column, source)
         super().__init__(
-            reader, pack, PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size,
-            seed=seed, num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "mode": mode, "streaming": streaming},
+            reader,
+            pack,
+            PackingCollator(positions, tokenizer.pad_token_id, isolate),
+            rows=rows,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            num_workers=num_workers,
+            prefetch=prefetch,
+            settings={"positions": positions, "mode": mode, "streaming": streaming},
             data=[identity(source, _rows(reader))],
-        )  # fmt: skip
+        )
         self.plain, self.label = reader.stream if streaming else reader.rows, source.label
 
     def outlook(self, tokens):
@@ -135,31 +177,61 @@ class StreamedConversations(_Windows):
     rows and no epoch's end, and each source counts by its weight (or repeat). Sources that are tasks are read whole."""
 
     def __init__(
-        self, sources, tokenizer, *, rows, positions, rank=0, world_size=1, seed=0, train_on_all_tokens=False, isolate=True,
-        overlong="truncate", bad_rows="error", num_workers=0, prefetch=2,
-    ):  # fmt: skip
+        self,
+        sources,
+        tokenizer,
+        *,
+        rows,
+        positions,
+        rank=0,
+        world_size=1,
+        seed=0,
+        train_on_all_tokens=False,
+        isolate=True,
+        overlong="truncate",
+        bad_rows="error",
+        num_workers=0,
+        prefetch=2,
+    ):
         check_policy(bad_rows)
         if overlong not in OVERLONG:
             raise ValueError(f"overlong={overlong!r} is unknown; choose from {', '.join(OVERLONG)}")
-        self.treat = _Treat(sources, PlainEncoder(tokenizer), positions + 1, overlong, train_on_all_tokens, bad_rows == "skip")
+        self.treat = _Treat(
+            sources, PlainEncoder(tokenizer), positions + 1, overlong, train_on_all_tokens, bad_rows == "skip"
+        )
         readers = [_reader(source, not source.task, seed, world_size) for source in sources]
-        for number, reader in enumerate(readers):  # the first row of each source is rendered now, so that a wrong form shows before training
+        for number, reader in enumerate(
+            readers
+        ):  # the first row of each source is rendered now, so that a wrong form shows before training
             rows_, _ = reader.open(rank, world_size, 0, 1)
             self.treat([(number, next(rows_)[0])])
         self.treat.reset()
         super().__init__(
-            MixedReader(readers, [source.copies for source in sources]), PackConversations(self.treat, positions + 1),
-            PackingCollator(positions, tokenizer.pad_token_id, isolate), rows=rows, rank=rank, world_size=world_size, seed=seed,
-            num_workers=num_workers, prefetch=prefetch, settings={"positions": positions, "overlong": overlong, "bad_rows": bad_rows, "sources": len(sources)},
+            MixedReader(readers, [source.copies for source in sources]),
+            PackConversations(self.treat, positions + 1),
+            PackingCollator(positions, tokenizer.pad_token_id, isolate),
+            rows=rows,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            num_workers=num_workers,
+            prefetch=prefetch,
+            settings={"positions": positions, "overlong": overlong, "bad_rows": bad_rows, "sources": len(sources)},
             data=[identity(source, _rows(reader)) for source, reader in zip(sources, readers, strict=True)],
-        )  # fmt: skip
+        )
 
 
 class _Treat:
     """(source's number, row) pairs → documents: converted, rendered, and cut by the policy; those without a target are left out."""
 
     def __init__(self, sources, encoder, capacity, overlong, train_on_all_tokens, skip=False):
-        self.sources, self.encoder, self.capacity, self.overlong, self.all = sources, encoder, capacity, overlong, train_on_all_tokens
+        self.sources, self.encoder, self.capacity, self.overlong, self.all = (
+            sources,
+            encoder,
+            capacity,
+            overlong,
+            train_on_all_tokens,
+        )
         self.skip = skip
         self.reset()
 
@@ -211,7 +283,10 @@ class _Treat:
         for a, b in spans:
             if self.all or mask[a:b].any():
                 head = [self.encoder.special["<|bos|>"]] if a else []
-                yield {"ids": [*head, *ids[a:b].tolist()], "mask": None if self.all else [*[0] * len(head), *mask[a:b].tolist()]}
+                yield {
+                    "ids": [*head, *ids[a:b].tolist()],
+                    "mask": None if self.all else [*[0] * len(head), *mask[a:b].tolist()],
+                }
             else:
                 self.counts["untrained"] += 1
 

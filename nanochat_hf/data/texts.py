@@ -16,7 +16,11 @@ def load_rows(source, streaming, text_column="text"):
         return load_source(source)
     rows = load_stream(source)
     files = local_files(source)
-    return rows.map(JsonText(text_column), remove_columns=["line", "where"]) if files and ".jsonl" in files[0].suffixes else rows
+    return (
+        rows.map(JsonText(text_column), remove_columns=["line", "where"])
+        if files and ".jsonl" in files[0].suffixes
+        else rows
+    )
 
 
 class JsonText:
@@ -41,14 +45,20 @@ def check_column(rows, column, label):
     datasets.Dataset the type of the column and its nulls, of lines of JSON every one."""
     lines = isinstance(rows, JsonLines)
     for number in range(len(rows)) if lines else (0,):
-        row, where = (rows[number], rows.where(number)) if lines else (rows[0] if hasattr(rows, "__len__") else next(iter(rows), None), label)
+        row, where = (
+            (rows[number], rows.where(number))
+            if lines
+            else (rows[0] if hasattr(rows, "__len__") else next(iter(rows), None), label)
+        )
         if row is None:
             raise ValueError(f"{label}: no rows there; check the data, and the rows that are left out at its start")
         names = list(row) if isinstance(row, dict) else [f"no columns but {type(row).__name__}"]
         if column not in names:
             raise ValueError(f"{where}: no column {column!r}; it has {', '.join(map(str, names))}")
         if not isinstance(row[column], str):
-            raise ValueError(f"{where}: column {column!r} holds {type(row[column]).__name__}, not text; name another of {', '.join(names)}")
+            raise ValueError(
+                f"{where}: column {column!r} holds {type(row[column]).__name__}, not text; name another of {', '.join(names)}"
+            )
     empty = rows.data.column(column).null_count if hasattr(rows, "data") else 0
     if empty:
         raise ValueError(f"{label}: {empty} rows hold nothing in {column!r}; remove them or give them text")
@@ -63,7 +73,9 @@ def documents(rows, column, document_chars=None, max_chars=None):
     for number, row in enumerate(rows, 1):
         text = row.get(column) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise ValueError(f"document {number}: {column!r} holds {type(text).__name__}, not text; remove it or give text")
+            raise ValueError(
+                f"document {number}: {column!r} holds {type(text).__name__}, not text; remove it or give text"
+            )
         text = text[:document_chars]
         text = text if len(text) <= left else text[: int(left)]
         left -= len(text)

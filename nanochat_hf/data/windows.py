@@ -5,7 +5,6 @@ begins: the reader's place, the documents left over, and how many rows of the wi
 by the same pure steps, so the state stays small whatever the window holds.
 """
 
-
 import numpy as np
 import torch
 
@@ -16,7 +15,10 @@ from .sources import locate
 class PackText:
     """Texts of a source → full rows of a window, see packing.pack_text. `column` holds the text, of a row or of a line of JSON."""
 
-    documents, characters = 512, 1_000_000  # a window: enough to pack well, little enough (0.3 s) for the queue to bridge
+    documents, characters = (
+        512,
+        1_000_000,
+    )  # a window: enough to pack well, little enough (0.3 s) for the queue to bridge
 
     def __init__(self, encoder, capacity, mode, column, source):
         self.encoder, self.capacity, self.mode, self.column, self.source = encoder, capacity, mode, column, source
@@ -26,7 +28,9 @@ class PackText:
         """Characters of a row's text; ValueError with its file and number where it is none."""
         if not isinstance(row.get(self.column), str):
             kind = type(row.get(self.column)).__name__
-            raise ValueError(f"{locate(self.source, row)}: {self.column!r} holds {kind}; remove the row or give it text")
+            raise ValueError(
+                f"{locate(self.source, row)}: {self.column!r} holds {kind}; remove the row or give it text"
+            )
         return len(row[self.column])
 
     def __call__(self, waiting, rows):

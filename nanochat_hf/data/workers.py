@@ -105,9 +105,14 @@ def worker_loader(dataset, *, num_workers, collate=same, batch_sampler=None, pre
     """A DataLoader of `num_workers` processes that each keep `prefetch` batches ready, pinned where there is a GPU."""
     batching = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
     return torch.utils.data.DataLoader(
-        dataset, **batching, collate_fn=collate, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
-        prefetch_factor=max(1, prefetch), worker_init_fn=quiet_worker,
-    )  # fmt: skip
+        dataset,
+        **batching,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=max(1, prefetch),
+        worker_init_fn=quiet_worker,
+    )
 
 
 def plain_errors(loader):

@@ -12,14 +12,35 @@ WRITTEN = "<!-- written by nanochat_hf at every push; only the text between the 
 HUB_NAME = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
 DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".csv", ".arrow", ".txt")
 TASK_DATA = {
-    "gsm8k": "openai/gsm8k", "mmlu": "cais/mmlu", "arc_easy": "allenai/ai2_arc", "arc_challenge": "allenai/ai2_arc",
-    "humaneval": "openai/openai_humaneval", "smoltalk": "HuggingFaceTB/smol-smoltalk",
-}  # fmt: skip
+    "gsm8k": "openai/gsm8k",
+    "mmlu": "cais/mmlu",
+    "arc_easy": "allenai/ai2_arc",
+    "arc_challenge": "allenai/ai2_arc",
+    "humaneval": "openai/openai_humaneval",
+    "smoltalk": "HuggingFaceTB/smol-smoltalk",
+}
 SHOWN = (
-    "depth", "num_steps", "max_seq_len", "device_batch_size", "total_batch_size", "packing", "epochs", "embedding_lr", "unembedding_lr",
-    "matrix_lr", "scalar_lr", "init_lr_frac", "weight_decay", "warmup_steps", "warmdown_ratio", "max_grad_norm", "train_on_all_tokens",
-    "isolate", "dtype", "seed",
-)  # fmt: skip
+    "depth",
+    "num_steps",
+    "max_seq_len",
+    "device_batch_size",
+    "total_batch_size",
+    "packing",
+    "epochs",
+    "embedding_lr",
+    "unembedding_lr",
+    "matrix_lr",
+    "scalar_lr",
+    "init_lr_frac",
+    "weight_decay",
+    "warmup_steps",
+    "warmdown_ratio",
+    "max_grad_norm",
+    "train_on_all_tokens",
+    "isolate",
+    "dtype",
+    "seed",
+)
 
 
 def hub_name(name):
@@ -37,7 +58,9 @@ def machine_of(settings):
         rows["hardware"] = (
             f"{settings.get('num_processes', 1)} × {settings['device_name']}, mixed precision {settings.get('mixed_precision')}"
         )
-    versions = {"python": settings.get("python")} | {k.removesuffix("_version"): v for k, v in settings.items() if k.endswith("_version")}
+    versions = {"python": settings.get("python")} | {
+        k.removesuffix("_version"): v for k, v in settings.items() if k.endswith("_version")
+    }
     if any(versions.values()):
         rows["versions"] = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
     if settings.get("git_revision"):
@@ -67,12 +90,18 @@ def read_results(path):
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--results {path}: cannot be read ({error}); give the JSON that chat_eval or base_eval wrote") from None
+        raise ValueError(
+            f"--results {path}: cannot be read ({error}); give the JSON that chat_eval or base_eval wrote"
+        ) from None
     entries = found.get("tasks", found) if isinstance(found, dict) else found
     if isinstance(entries, list):
-        entries = {e["name"]: e["accuracy"] for e in entries if isinstance(e, dict) and {"name", "accuracy"} <= e.keys()}
+        entries = {
+            e["name"]: e["accuracy"] for e in entries if isinstance(e, dict) and {"name", "accuracy"} <= e.keys()
+        }
     totals = {k: v for k, v in found.items() if k != "tasks"} if isinstance(found, dict) else {}
-    figures = {k: float(v) for k, v in (entries | totals).items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    figures = {
+        k: float(v) for k, v in (entries | totals).items() if isinstance(v, int | float) and not isinstance(v, bool)
+    }
     if not figures:
         raise ValueError(f"--results {path}: holds no figures; give the JSON that chat_eval or base_eval wrote")
     return figures
@@ -84,7 +113,12 @@ def results_of(metrics, extra=None):
     for row in metrics:
         for key, value in row.items():
             evaluated = key.startswith(("val/", "eval/", "core", "chat"))
-            if not evaluated or isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if (
+                not evaluated
+                or isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+            ):
                 continue
             found[key] = min(value, found.get(key, value)) if key == "val/bpb" else value
     return found | (extra or {})
@@ -97,7 +131,10 @@ def eval_results(figures, datasets):
         task = name.rsplit("/", 1)[-1]
         known = TASK_DATA.get(task.replace("-", "_").lower())
         if task == "bpb":
-            where, metric = (datasets[0] if len(datasets) == 1 else "held-out", "validation data"), ("bits_per_byte", "bits per byte")
+            where, metric = (
+                (datasets[0] if len(datasets) == 1 else "held-out", "validation data"),
+                ("bits_per_byte", "bits per byte"),
+            )
         elif task in ("core", "chatcore"):
             where, metric = (task, task.upper()), (f"{task}_metric", f"centered accuracy ({task.upper()})")
         else:
@@ -110,7 +147,7 @@ def eval_results(figures, datasets):
                 metric_type=metric[0],
                 metric_name=metric[1],
                 metric_value=round(value, 6),
-            )  # fmt: skip
+            )
         )
     return entries
 
@@ -143,14 +180,27 @@ def card_data(name, settings, figures, existing=None, license=None, language=Non
     """ModelCardData. Licence, language and fields of their own that a person wrote into the `existing` card stay."""
     own = _existing_metadata(existing)
     base, (datasets, _) = hub_name(settings.get("model")), data_sets(settings)
-    tags = ["nanochat", "nanochat_hf", "custom_code", *(["conversational"] if "model" in settings else []), *(own.pop("tags", None) or [])]
+    tags = [
+        "nanochat",
+        "nanochat_hf",
+        "custom_code",
+        *(["conversational"] if "model" in settings else []),
+        *(own.pop("tags", None) or []),
+    ]
     extra = {k: v for k, v in own.items() if k not in ("model-index", "model_name", "pipeline_tag", "library_name")}
     fields = {
-        "license": license or extra.pop("license", None) or "apache-2.0", "language": language or extra.pop("language", None) or "en",
-        "base_model": base[0] if base else extra.pop("base_model", None), "datasets": datasets or extra.pop("datasets", None),
-    }  # fmt: skip
+        "license": license or extra.pop("license", None) or "apache-2.0",
+        "language": language or extra.pop("language", None) or "en",
+        "base_model": base[0] if base else extra.pop("base_model", None),
+        "datasets": datasets or extra.pop("datasets", None),
+    }
     results = eval_results(figures, datasets) or None
     return ModelCardData(
-        **{k: v for k, v in extra.items() if k not in fields}, **fields, tags=list(dict.fromkeys(tags)), pipeline_tag="text-generation",
-        library_name="transformers", model_name=name.split("/")[-1], eval_results=results,
-    )  # fmt: skip
+        **{k: v for k, v in extra.items() if k not in fields},
+        **fields,
+        tags=list(dict.fromkeys(tags)),
+        pipeline_tag="text-generation",
+        library_name="transformers",
+        model_name=name.split("/")[-1],
+        eval_results=results,
+    )

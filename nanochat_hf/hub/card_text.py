@@ -70,7 +70,11 @@ def training_rows(settings, metrics):
     mfu = [row["train/mfu"] for row in metrics if "train/mfu" in row]
     rows = []
     if last:
-        rows += [("steps", f"{last['step']:,}"), ("tokens", f"{last['train/tokens']:,}"), ("final loss", f"{last['train/loss']:.4f}")]
+        rows += [
+            ("steps", f"{last['step']:,}"),
+            ("tokens", f"{last['train/tokens']:,}"),
+            ("final loss", f"{last['train/loss']:.4f}"),
+        ]
         rows += [("FLOPs", f"{last['train/total_flops']:.3g}"), ("training time", _duration(last["train/seconds"]))]
     if mfu:
         rows.append(("MFU (mean of the log)", f"{sum(mfu) / len(mfu):.1%}"))
@@ -109,16 +113,27 @@ def card_body(repo_id, folder, settings, metrics, figures, *, revision=None, cur
     config, summary = _summary(folder, settings)
     chat = "model" in settings
     fill = {
-        "id": repo_id, "revision": f', revision="{revision}"' if revision else "", "name": f"{repo_id}@{revision}" if revision else repo_id,
-        "length": settings.get("max_seq_len", config["max_position_embeddings"]), "argument": "messages" if chat else "prompt",
+        "id": repo_id,
+        "revision": f', revision="{revision}"' if revision else "",
+        "name": f"{repo_id}@{revision}" if revision else repo_id,
+        "length": settings.get("max_seq_len", config["max_position_embeddings"]),
+        "argument": "messages" if chat else "prompt",
         "prompt": USE_CHAT.format() if chat else 'prompt = "<|bos|>The capital of France is"',
-    }  # fmt: skip
+    }
     names = {"val/bpb": "validation bits per byte (lowest)"}
     parts = [
-        f"# {repo_id.split('/')[-1]}", f"{KEEP_START}\n{kept}\n{KEEP_END}", WRITTEN, summary,
-        "## Use", "With a pipeline:", PIPELINE.format(**fill), "With `generate`:", (GENERATE_CHAT if chat else GENERATE_TEXT).format(**fill),
-        "Continue training, in a checkout of nanochat_hf:", CONTINUE.format(**fill) + (RESUME.format(**fill) if checkpoint else ""),
-    ]  # fmt: skip
+        f"# {repo_id.split('/')[-1]}",
+        f"{KEEP_START}\n{kept}\n{KEEP_END}",
+        WRITTEN,
+        summary,
+        "## Use",
+        "With a pipeline:",
+        PIPELINE.format(**fill),
+        "With `generate`:",
+        (GENERATE_CHAT if chat else GENERATE_TEXT).format(**fill),
+        "Continue training, in a checkout of nanochat_hf:",
+        CONTINUE.format(**fill) + (RESUME.format(**fill) if checkpoint else ""),
+    ]
     if figures:
         parts += ["## Results", _table(("what", "value"), [(names.get(k, k), f"{v:.4f}") for k, v in figures.items()])]
     parts += ["## Training", _table(("what", "value"), training_rows(public(settings), metrics))]

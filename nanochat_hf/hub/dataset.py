@@ -83,7 +83,9 @@ def _features(first, rows):
     from datasets import Features, List, Value
 
     columns = {"input_ids": List(Value("int32")), "assistant_masks": List(Value("int8")), "text": Value("string")}
-    if "messages" in first:  # contents are text or parts with tool calls; Arrow has no such union, datasets keeps it as JSON
+    if (
+        "messages" in first
+    ):  # contents are text or parts with tool calls; Arrow has no such union, datasets keeps it as JSON
         mixed = any(isinstance(message["content"], list) for row in rows for message in row["messages"])
         if mixed:
             from datasets import Json  # not in the oldest version that training runs with
@@ -95,18 +97,31 @@ def dataset_card(repo_id, counts, *, kind, tokenizer_name=None, sources=(), lice
     """The card as a string; text between the marks, licence and language of the `existing` card stay."""
     own = DatasetCard(existing, ignore_metadata_errors=True).data.to_dict() if existing else {}
     data = DatasetCardData(
-        license=license or own.get("license") or "other", language=language or own.get("language") or "en", task_categories=["text-generation"],
+        license=license or own.get("license") or "other",
+        language=language or own.get("language") or "en",
+        task_categories=["text-generation"],
         tags=["nanochat", "nanochat_hf", kind],
-        configs=[{"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*.parquet"} for s in counts]}],
-    )  # fmt: skip
+        configs=[
+            {"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*.parquet"} for s in counts]}
+        ],
+    )
     lines = [f"| {s} | {c['rows']:,} | {c['tokens']:,} | {c['trained']:,} |" for s, c in counts.items()]
     script = f"accelerate launch -m scripts.chat_sft --model MODEL --data {repo_id} --output-dir runs/sft"
     if kind == "text":
-        script = f"accelerate launch -m scripts.base_train --tokenizer TOKENIZER --data {repo_id} --output-dir runs/base"
-    columns = {"chat": "`messages`: role and content, where an assistant's content may be parts with tool calls", "text": "`text`"}[kind]
+        script = (
+            f"accelerate launch -m scripts.base_train --tokenizer TOKENIZER --data {repo_id} --output-dir runs/base"
+        )
+    columns = {
+        "chat": "`messages`: role and content, where an assistant's content may be parts with tool calls",
+        "text": "`text`",
+    }[kind]
     if tokenizer_name:
         columns += f"; `input_ids` by the tokenizer {public(tokenizer_name)}"
-        columns += ", `assistant_masks`: 1 on the tokens that the assistant says" if kind == "chat" else ", beginning with `<|bos|>`"
+        columns += (
+            ", `assistant_masks`: 1 on the tokens that the assistant says"
+            if kind == "chat"
+            else ", beginning with `<|bos|>`"
+        )
     made_of = f"\n\nMade of: {', '.join(f'`{public(s)}`' for s in sources)}." if sources else ""
     return f"""---
 {data.to_yaml()}

@@ -20,7 +20,9 @@ LAST = "last-checkpoint"
 def scrub(text):
     """`text` without the token, should it ever have come in."""
     token = get_token()
-    return text.replace(token, "***") if token and len(token) > 7 else text  # shorter is no token of the Hub, but a part of many words
+    return (
+        text.replace(token, "***") if token and len(token) > 7 else text
+    )  # shorter is no token of the Hub, but a part of many words
 
 
 def stage_model(folder, target, *, checkpoint=None):
@@ -30,7 +32,9 @@ def stage_model(folder, target, *, checkpoint=None):
     """
     folder, target = Path(folder), Path(target)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder}: no config.json with *.safetensors, so no model folder; give a folder that training exported")
+        raise ValueError(
+            f"{folder}: no config.json with *.safetensors, so no model folder; give a folder that training exported"
+        )
     target.mkdir(parents=True)
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith((*STATE_FILES, ".")) and path.suffix != ".pt":
@@ -67,7 +71,9 @@ def run_settings(run_dir):
     return {} if "model_type" in found else found
 
 
-def write_card(stage, repo_id, *, settings, results=None, revision=None, existing=lambda: None, license=None, language=None):
+def write_card(
+    stage, repo_id, *, settings, results=None, revision=None, existing=lambda: None, license=None, language=None
+):
     """Write README.md, curves.png and training_config.json into the staged model folder; existing() gives the card there is, or None."""
     log = stage / "metrics.jsonl"
     metrics, present = read_metrics(log) if log.is_file() else [], existing()
@@ -88,4 +94,6 @@ def write_card(stage, repo_id, *, settings, results=None, revision=None, existin
     )
     (stage / "README.md").unlink(missing_ok=True)  # a hard link to the original: never write through it
     (stage / "README.md").write_text(scrub(f"---\n{data.to_yaml()}\n---\n\n{body}"), encoding="utf-8")
-    (stage / "training_config.json").write_text(scrub(json.dumps(public(settings), indent=2, default=str)) + "\n", encoding="utf-8")
+    (stage / "training_config.json").write_text(
+        scrub(json.dumps(public(settings), indent=2, default=str)) + "\n", encoding="utf-8"
+    )

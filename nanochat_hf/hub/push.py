@@ -27,14 +27,22 @@ NO_MODEL = [f"{LAST}/*", "checkpoint-*", "*.pt", "*.bin", "*.png", "metrics.json
 class HubConfig:
     """Whether, where and when to push. The token comes from `hf auth login` or HF_TOKEN and is no part of any configuration."""
 
-    push_to_hub: bool = field(default=False, metadata={"help": "upload to the Hub, in the background, while training goes on"})
-    hub_model_id: str | None = field(default=None, metadata={"help": "repository to push to: org/name, or name in your own namespace"})
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "upload to the Hub, in the background, while training goes on"}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "repository to push to: org/name, or name in your own namespace"}
+    )
     hub_private: bool = field(default=False, metadata={"help": "make the repository private where it is new"})
     hub_strategy: str = field(
         default="end",
-        metadata={"help": "end: the final model; every_save: the model at each checkpoint; checkpoint: also the state to resume from"},
+        metadata={
+            "help": "end: the final model; every_save: the model at each checkpoint; checkpoint: also the state to resume from"
+        },
     )
-    hub_revision: str | None = field(default=None, metadata={"help": "branch to push to (default: main); made where it is new"})
+    hub_revision: str | None = field(
+        default=None, metadata={"help": "branch to push to (default: main); made where it is new"}
+    )
 
     def __post_init__(self):
         if self.hub_strategy not in STRATEGIES:
@@ -42,7 +50,9 @@ class HubConfig:
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("--push-to-hub needs a repository; add --hub-model-id org/name")
         if self.hub_model_id and not self.push_to_hub:
-            raise ValueError(f"--hub-model-id {self.hub_model_id} without --push-to-hub pushes nothing; add --push-to-hub or leave it out")
+            raise ValueError(
+                f"--hub-model-id {self.hub_model_id} without --push-to-hub pushes nothing; add --push-to-hub or leave it out"
+            )
         if self.hub_model_id:
             check_repo_id(self.hub_model_id)
 
@@ -70,7 +80,10 @@ def connect(repo_id, *, private=False, revision=None, repo_type="model", wait=2.
         remedy = {
             401: "the token is invalid or has expired; run `hf auth login` or set a fresh HF_TOKEN",
             403: "the token may not write there; use a token with write access, or another --hub-model-id",
-        }.get(_status(error), "check the network and HF_ENDPOINT, or train without --push-to-hub and push later with scripts.push_to_hub")
+        }.get(
+            _status(error),
+            "check the network and HF_ENDPOINT, or train without --push-to-hub and push later with scripts.push_to_hub",
+        )
         raise ValueError(f"push to {repo_id}: {reason(error)}; {remedy}") from None
     return api, full
 
@@ -130,9 +143,13 @@ class HubPusher:
         if idle or not config.push_to_hub or os.environ.get("RANK", "0") != "0":
             return None
         disable_progress_bars()  # the uploads' bars would tear the training's own apart
-        return cls(config.hub_model_id, private=config.hub_private, strategy=config.hub_strategy, revision=config.hub_revision)
+        return cls(
+            config.hub_model_id, private=config.hub_private, strategy=config.hub_strategy, revision=config.hub_revision
+        )
 
-    def submit(self, folder, *, run_dir=None, checkpoint=None, results=None, license=None, language=None, message="Push model"):
+    def submit(
+        self, folder, *, run_dir=None, checkpoint=None, results=None, license=None, language=None, message="Push model"
+    ):
         """Push the model in `folder`, in the background; `run_dir` holds config.json and metrics.jsonl of the run."""
         try:
             stage = lay_out(folder, self._scratch(run_dir) / uuid4().hex, run_dir or folder, checkpoint)
@@ -157,7 +174,13 @@ class HubPusher:
 
     def _push(self, stage, card, message, folder):
         try:
-            write_card(stage, self.repo_id, revision=self.revision, existing=lambda: retried(self._existing_card, wait=self.wait), **card)
+            write_card(
+                stage,
+                self.repo_id,
+                revision=self.revision,
+                existing=lambda: retried(self._existing_card, wait=self.wait),
+                **card,
+            )
             commit = retried(lambda: self._upload(stage, message), attempts=self.attempts, wait=self.wait)
             self.failure = None
             self.say(f"pushed to {commit.commit_url} ({message})")
@@ -167,9 +190,15 @@ class HubPusher:
             shutil.rmtree(stage, ignore_errors=True)
 
     def _upload(self, stage, message):
-        stale = f"{LAST}/*" if (stage / LAST).is_dir() else None  # files of another number of processes must not stay beside the new
+        stale = (
+            f"{LAST}/*" if (stage / LAST).is_dir() else None
+        )  # files of another number of processes must not stay beside the new
         return self.api.upload_folder(
-            repo_id=self.repo_id, folder_path=stage, commit_message=message, revision=self.revision, delete_patterns=stale
+            repo_id=self.repo_id,
+            folder_path=stage,
+            commit_message=message,
+            revision=self.revision,
+            delete_patterns=stale,
         )
 
     def _existing_card(self):
@@ -182,7 +211,9 @@ class HubPusher:
     def _failed(self, message, folder, error):
         self.failure = reason(error)
         remedy = f"python -m scripts.push_to_hub {folder} --hub-model-id {self.repo_id}"
-        self.say(f"push to {self.repo_id} failed ({message}): {self.failure}; {folder} is whole, push it later with: {remedy}")
+        self.say(
+            f"push to {self.repo_id} failed ({message}): {self.failure}; {folder} is whole, push it later with: {remedy}"
+        )
 
     def finish(self):
         """Wait for what is under way; returns whether the last push arrived."""
@@ -192,7 +223,9 @@ class HubPusher:
             except CancelledError:
                 continue
             except KeyboardInterrupt:  # an ordinary exit would wait for the client's thread, however long it hangs
-                self.say(f"push to {self.repo_id} interrupted; what was to go there is whole, push it later with scripts.push_to_hub")
+                self.say(
+                    f"push to {self.repo_id} interrupted; what was to go there is whole, push it later with scripts.push_to_hub"
+                )
                 sys.stdout.flush()
                 os._exit(130)
         self.jobs.clear()

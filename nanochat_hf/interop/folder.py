@@ -15,4 +15,3 @@ def export(model, tokenizer, folder, weights=None):
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
     return folder
-

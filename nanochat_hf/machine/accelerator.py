@@ -26,7 +26,9 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
     """
     for variable, kind in REFUSED.items():  # before Accelerate asks for their packages
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
-            raise ValueError(f"{kind} keeps its own optimizer and cannot run Muon; launch with DDP (multi_gpu.yaml) or FSDP2 (fsdp2.yaml)")
+            raise ValueError(
+                f"{kind} keeps its own optimizer and cannot run Muon; launch with DDP (multi_gpu.yaml) or FSDP2 (fsdp2.yaml)"
+            )
     if dtype not in (None, *PRECISIONS):
         raise ValueError(f"--dtype {dtype} must be float32, bfloat16, float16 or float8")
     launched, float8 = os.environ.get("ACCELERATE_MIXED_PRECISION"), chose_float8(dtype)
@@ -34,17 +36,23 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
     if dtype is not None and launched not in (None, "", precision, *(["fp8"] if float8 else [])):
         raise ValueError(f"--dtype {dtype} disagrees with the launcher's mixed_precision={launched}; drop one of them")
     if float8:
-        os.environ.pop("ACCELERATE_FP8_BACKEND", None)  # at which Accelerate would convert the layers by another package, in bfloat16 too
+        os.environ.pop(
+            "ACCELERATE_FP8_BACKEND", None
+        )  # at which Accelerate would convert the layers by another package, in bfloat16 too
     shared = dict(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
-        log_with=trackers or None, project_dir=output_dir, step_scheduler_with_optimizer=False,
-    )  # fmt: skip
+        log_with=trackers or None,
+        project_dir=output_dir,
+        step_scheduler_with_optimizer=False,
+    )
     if is_torch_xla_available():  # wherever it is importable Accelerate takes it, whatever is asked
         accelerator = XLAAccelerator(dtype=dtype, compile=compile, **shared)
     else:
         accelerator = Accelerator(**shared, mixed_precision=precision, cpu=not on_accelerator())
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("float16 needs a GPU: on the CPU Accelerate would silently train in float32; use --dtype bfloat16 or float32")
+        raise ValueError(
+            "float16 needs a GPU: on the CPU Accelerate would silently train in float32; use --dtype bfloat16 or float32"
+        )
     compile_prepared(accelerator, compile)
     set_seed(seed)
     return accelerator
@@ -80,4 +88,3 @@ def agree(accelerator, wanted):
 def any_rank(accelerator, wanted):
     """Above 0, as a 0-d tensor on the device, where any rank wants it: a collective that the host need not wait for."""
     return accelerator.reduce(torch.tensor([float(wanted)], device=accelerator.device), reduction="sum")
-

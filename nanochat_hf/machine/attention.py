@@ -32,7 +32,10 @@ def check_flash(device, requested, precision):
     if device.type != "cuda":
         reason, remedy = "its kernels need a CUDA device", "use sdpa or auto"
     elif precision == "no":
-        reason, remedy = "it computes in half precision and this run in float32", "add --dtype bfloat16, or use sdpa or auto"
+        reason, remedy = (
+            "it computes in half precision and this run in float32",
+            "add --dtype bfloat16, or use sdpa or auto",
+        )
     elif not there() and not is_kernels_available():
         reason = f"neither {package} nor kernels is installed" if package else "kernels is not installed"
         remedy = f"pip install {package or 'kernels'}, or use sdpa or auto"
@@ -91,6 +94,13 @@ def choose_attention(device, requested="auto", *, training=True, precision=None,
         major = torch.cuda.get_device_capability(device)[0]
         # on Hopper alone: its kernels for others exist, but nobody has measured them against FlexAttention with windows and documents
         if major == 9 and precision != "no" and cudnn and cudnn.missing(device) is None:
-            return cudnn.register(), "nvidia-cudnn-frontend is installed; its kernels skip what windows and document borders hide"
-        return ("flex_attention", "block masks skip windows and document borders") if major >= 8 else ("sdpa", "the GPU is older than Ampere")
+            return (
+                cudnn.register(),
+                "nvidia-cudnn-frontend is installed; its kernels skip what windows and document borders hide",
+            )
+        return (
+            ("flex_attention", "block masks skip windows and document borders")
+            if major >= 8
+            else ("sdpa", "the GPU is older than Ampere")
+        )
     return "sdpa", "generation" if device.type == "cuda" else "no CUDA device"

@@ -32,7 +32,12 @@ def choose_compile(device, wanted, num_steps, step_flops, trial=False):
     if num_steps < least:
         return False, f"{num_steps:,} steps on a CPU; at this size it pays from {least:,}"
     lacking = lacks()
-    return not lacking, f"lacks {lacking}; install it to train about twice as fast" if lacking else f"on a CPU; at this size it pays from {least:,} steps"
+    return (
+        not lacking,
+        f"lacks {lacking}; install it to train about twice as fast"
+        if lacking
+        else f"on a CPU; at this size it pays from {least:,} steps",
+    )
 
 
 def lacks():
@@ -55,7 +60,9 @@ def compile_prepared(accelerator, compile=True, higher_order=False, layers=()):
     """
     # the constructor's own argument counts for the first Accelerator of a process alone, and the scripts make one to count the processes
     whole = compile and not (layers and accelerator.distributed_type == DistributedType.FSDP)
-    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="inductor", dynamic=False) if whole else TorchDynamoPlugin()
+    accelerator.state.dynamo_plugin = (
+        TorchDynamoPlugin(backend="inductor", dynamic=False) if whole else TorchDynamoPlugin()
+    )
     if compile and not whole:
         compile_layers(layers)
     if compile:

@@ -13,4 +13,3 @@ def peak_flops(device):
 def device_memory(device):
     """GiB of a CUDA device."""
     return torch.cuda.get_device_properties(device).total_memory / 2**30
-

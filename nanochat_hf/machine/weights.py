@@ -32,4 +32,3 @@ def for_generation(model):
         copy = type(model)(model.config)
     copy.load_state_dict(whole_weights(model), assign=True)
     return copy.eval()
-

@@ -30,14 +30,18 @@ class XLAAccelerator(Accelerator):
                 )
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launched not in ("", "no"):
-            raise ValueError(f"mixed_precision={launched} of the launcher is unsafe on XLA; set it to no and choose with --dtype")
+            raise ValueError(
+                f"mixed_precision={launched} of the launcher is unsafe on XLA; set it to no and choose with --dtype"
+            )
         if dtype in ("float16", "float8"):
             lacking = {"float16": "loss scaling", "float8": "float8 products"}[dtype]
             raise ValueError(f"--dtype {dtype} is not for XLA, which has no {lacking} here; use bfloat16 or float32")
         if compile:
             raise ValueError("--compile true is not for XLA, which compiles every step itself; drop it")
         state = PartialState()
-        state.local_process_index = max(0, state.local_process_index)  # Accelerate has -1 off TPUs, and then prints nothing
+        state.local_process_index = max(
+            0, state.local_process_index
+        )  # Accelerate has -1 off TPUs, and then prints nothing
         self.autocast_enabled = dtype != "float32"
         super().__init__(mixed_precision="no", **kwargs)
 
@@ -62,7 +66,13 @@ class XLAAccelerator(Accelerator):
             if attention_mask is None and position_ids is not None and past_key_values is None:
                 attention_mask = packed_masks(model.config, position_ids)
             with self.autocast():
-                return forward(*args, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
+                return forward(
+                    *args,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    **kwargs,
+                )
 
         model.forward = run
         return model
@@ -115,9 +125,9 @@ def enable_checkpointing(model, device):
 
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = functools.partial(checkpoint, preserve_rng_state=False)  # nothing here is random
-
-
+            module._gradient_checkpointing_func = functools.partial(
+                checkpoint, preserve_rng_state=False
+            )  # nothing here is random
 
 
 def documents(position_ids):
@@ -140,7 +150,9 @@ def packed_masks(config, position_ids):
     return masks
 
 
-def pallas_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, position_ids=None, **kwargs):
+def pallas_attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, position_ids=None, **kwargs
+):
     """XLA's flash kernel for layers without a window; SDPA with the mask for those with one, and for lengths that 128 does not divide.
 
     query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D), None. Documents become the kernel's segments.
@@ -153,7 +165,9 @@ def pallas_attention(module, query, key, value, attention_mask, scaling=None, sl
 
     key, value = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (key, value))
     segments = None if position_ids is None else documents(position_ids).to(torch.int32).expand(B, T)
-    out = flash_attention(query, key, value, causal=True, q_segment_ids=segments, kv_segment_ids=segments, sm_scale=scaling)
+    out = flash_attention(
+        query, key, value, causal=True, q_segment_ids=segments, kv_segment_ids=segments, sm_scale=scaling
+    )
     return out.transpose(1, 2), None
 
 

@@ -23,11 +23,19 @@ class MuonAdamW(torch.optim.Optimizer):
     shares. Everything that looks at the parameters waits for the first step, since Accelerate may swap them before.
     """
 
-    def __init__(self, groups, orthogonalize_dtype: torch.dtype = torch.bfloat16, compile: bool | None = None, fused: bool | None = None):
+    def __init__(
+        self,
+        groups,
+        orthogonalize_dtype: torch.dtype = torch.bfloat16,
+        compile: bool | None = None,
+        fused: bool | None = None,
+    ):
         groups = list(groups)
         for group in groups:
             if not isinstance(group, dict) or group.get("kind") not in ("adamw", "muon"):
-                raise ValueError("each group must be a dict with kind 'adamw' or 'muon'; build them with build_param_groups")
+                raise ValueError(
+                    "each group must be a dict with kind 'adamw' or 'muon'; build them with build_param_groups"
+                )
         defaults = {"lr": 0.02, "momentum": 0.95, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
         super().__init__(groups, defaults)
         for group in self.param_groups:
@@ -78,7 +86,15 @@ class MuonAdamW(torch.optim.Optimizer):
         waits = []
         for unit in self._units:  # compute of one unit overlaps the gathering of those before it
             if isinstance(unit, MuonStack):
-                waits.append(unit.step(scalars[id(unit.group)], ok, partial(self._kernel, device=device), self.orthogonalize_dtype, fused))
+                waits.append(
+                    unit.step(
+                        scalars[id(unit.group)],
+                        ok,
+                        partial(self._kernel, device=device),
+                        self.orthogonalize_dtype,
+                        fused,
+                    )
+                )
             else:
                 # lambdas are too small to be worth a graph of their own
                 kernel = self._kernel(adamw_update, device) if unit.param.numel() >= SHARD_FROM else adamw_update
@@ -149,7 +165,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for name in [*own, *saved]:
             if name not in saved or name not in own:
                 where = "this model" if name in own else "the saved state"
-                raise ValueError(f"optimizer state of another architecture: only {where} has the group {name}; load the state of this model")
+                raise ValueError(
+                    f"optimizer state of another architecture: only {where} has the group {name}; load the state of this model"
+                )
             counts = len(saved[name]["params"]), len(own[name]["params"])
             if counts[0] != counts[1]:
                 raise ValueError(
@@ -160,7 +178,13 @@ class MuonAdamW(torch.optim.Optimizer):
             for i, (key, param) in enumerate(zip(saved[name]["params"], group["params"], strict=True)):
                 values = state_dict["state"].get(key, {})
                 shapes = [tuple(v.shape) for k, v in values.items() if k in ("exp_avg", "momentum_buffer")]
-                if shapes and shapes[0][1:] != tuple(param.shape)[1:] or len(shapes) and "shard" not in state_dict and shapes[0] != tuple(param.shape):
+                if (
+                    shapes
+                    and shapes[0][1:] != tuple(param.shape)[1:]
+                    or len(shapes)
+                    and "shard" not in state_dict
+                    and shapes[0] != tuple(param.shape)
+                ):
                     raise ValueError(
                         f"optimizer state of another architecture: {self._name(group, i)} has shape {shapes[0]} there and "
                         f"{tuple(param.shape)} here; load the state of this model"
@@ -199,7 +223,9 @@ class MuonAdamW(torch.optim.Optimizer):
         if grads:  # a norm is not finite if one element is not; one fused pass over the gradients on CUDA
             bad = ~torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in grads])]).isfinite()
             ok = ~bad.any()
-            culprit = torch.where(ok, culprit, self._places(grads, device).take(bad.float().argmax()))  # indexing would wait for the device
+            culprit = torch.where(
+                ok, culprit, self._places(grads, device).take(bad.float().argmax())
+            )  # indexing would wait for the device
         ok = all_agree(ok, Shard.current())
         row = torch.zeros((), device=device) if self._health is None else self._health[0].to(device)
         self._health = torch.stack((torch.where(ok, 0.0, row + 1.0), culprit))
@@ -222,7 +248,9 @@ class MuonAdamW(torch.optim.Optimizer):
     @staticmethod
     def _scalars(group, device) -> tuple[torch.Tensor, ...]:
         values = [float(group[key]) for key in ("lr", "weight_decay", "momentum")]
-        if device.type == "xla":  # a vector, since of single numbers it bakes 0 and 1 into the program, and equal ones it merges
+        if (
+            device.type == "xla"
+        ):  # a vector, since of single numbers it bakes 0 and 1 into the program, and equal ones it merges
             return torch.tensor(values).to(device).unbind(0)
         # 0-d CPU tensors mix with CUDA tensors and need no copy to the device
         home = "cpu" if device.type in ("cpu", "cuda") else device

@@ -45,7 +45,9 @@ def _value(node):
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             result = OPERATORS[type(op)](_value(left), _value(right))
         case ast.Call(
-            func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"), args=[ast.Constant(value=str() as part)], keywords=[]
+            func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
+            args=[ast.Constant(value=str() as part)],
+            keywords=[],
         ):
             result = text.count(part)
         case _:

@@ -66,7 +66,9 @@ def run(source, limits=None):
     if limits.namespaces and not namespaces_work():
         limits = replace(limits, namespaces=False)
     outcome = _run(source, limits)
-    if limits.namespaces and not outcome.walls:  # not this time: a temporary folder that the program's user cannot reach, say
+    if (
+        limits.namespaces and not outcome.walls
+    ):  # not this time: a temporary folder that the program's user cannot reach, say
         outcome = _run(source, replace(limits, namespaces=False))
     return outcome
 
@@ -80,7 +82,11 @@ def namespaces_work():
 def protections(limits=None):
     """One line: what protects this machine from a program in the sandbox."""
     walls = run("", limits).walls
-    missing = [] if any("namespaces" in wall for wall in walls) else ["no namespaces (nanochat_hf/tools/sandbox.py says what that leaves open)"]
+    missing = (
+        []
+        if any("namespaces" in wall for wall in walls)
+        else ["no namespaces (nanochat_hf/tools/sandbox.py says what that leaves open)"]
+    )
     return "sandbox: " + "; ".join([*walls, *missing])
 
 
@@ -89,9 +95,14 @@ def _run(source, limits):
     try:
         job = asdict(limits) | {"source": source.encode(errors="replace").decode(), "folder": folder}
         process = subprocess.Popen(
-            [sys.executable, "-I", "-B", JAIL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder,
-            env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-I", "-B", JAIL],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
         try:
             said = process.communicate(json.dumps(job).encode(), timeout=limits.seconds + GRACE)[0]
         except subprocess.TimeoutExpired:
@@ -112,4 +123,6 @@ def _run(source, limits):
     except ValueError:
         return Outcome(False, "the sandbox was killed, or did not end in time")
     passed = result.get("passed", False)
-    return Outcome(passed, None if passed else result.get("setup") or result.get("error"), tuple(result.get("walls", ())))
+    return Outcome(
+        passed, None if passed else result.get("setup") or result.get("error"), tuple(result.get("walls", ()))
+    )

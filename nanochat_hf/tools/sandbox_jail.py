@@ -30,7 +30,10 @@ REFUSED = {
     "x86_64": (0xC000003E, 234, (41, 62, 101, 129, 200, 297, 302, 310, 311, 424, 425, 438), (56, 57, 58, 435)),
     "aarch64": (0xC00000B7, 131, (198, 129, 117, 138, 130, 240, 261, 270, 271, 424, 425, 438), (220, 435)),
 }
-OTHER_USERS, NOBODY = 2_000_000_000, 65534  # root runs each program as a user of its own, so that their processes are counted apart
+OTHER_USERS, NOBODY = (
+    2_000_000_000,
+    65534,
+)  # root runs each program as a user of its own, so that their processes are counted apart
 LINUX = sys.platform == "linux"
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -103,7 +106,9 @@ def new_root(root, disk):
 
 def read_only(path, recursive):
     """Mark a mount, with those beneath it when `recursive` is AT_RECURSIVE, read-only and without set-user-id programs."""
-    call(MOUNT_SETATTR, -100, path, recursive, struct.pack("4Q", 1 | 2, 0, 0, 0), 32)  # MOUNT_ATTR_RDONLY and MOUNT_ATTR_NOSUID
+    call(
+        MOUNT_SETATTR, -100, path, recursive, struct.pack("4Q", 1 | 2, 0, 0, 0), 32
+    )  # MOUNT_ATTR_RDONLY and MOUNT_ATTR_NOSUID
 
 
 def become_other_user():
@@ -136,7 +141,11 @@ def landlock():
     everything = (1 << (13 + (version >= 2) + (version >= 3) + (version >= 5))) - 1
     attributes = struct.pack("3Q", everything, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     ruleset = call(LANDLOCK_CREATE, attributes, 8 if version < 4 else 16 if version < 6 else 24, 0)
-    for path, access in [*((p, read) for p in readable_paths()), *((d, everything) for d in DEVICES), (".", everything)]:
+    for path, access in [
+        *((p, read) for p in readable_paths()),
+        *((d, everything) for d in DEVICES),
+        (".", everything),
+    ]:
         if not os.path.exists(path):
             continue
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -155,7 +164,12 @@ def filter_calls():
     architecture, tgkill, numbers, starts = REFUSED[platform.machine()]
     numbers += starts if os.geteuid() == 0 else ()
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
-    steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, 0x80000000), (load, 0, 0, 0)]  # another architecture: kill
+    steps = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, architecture),
+        (answer, 0, 0, 0x80000000),
+        (load, 0, 0, 0),
+    ]  # another architecture: kill
     steps += [(equal, len(numbers) - i + 4, 0, number) for i, number in enumerate(numbers)]
     # x32's numbers; then tgkill, which abort() needs, to itself only
     steps += [(at_least, 4, 0, 0x40000000), (equal, 0, 2, tgkill), (load, 0, 0, 16), (equal, 0, 1, os.getpid())]
@@ -167,9 +181,13 @@ def filter_calls():
 def limit(job):
     """Resource limits, soft and hard; returns the names of those that this system takes."""
     wanted = {
-        "memory": ("RLIMIT_AS", job["memory"]), "CPU": ("RLIMIT_CPU", max(1, round(job["seconds"]))), "core": ("RLIMIT_CORE", 0),
-        "file size": ("RLIMIT_FSIZE", job["disk"]), "processes": ("RLIMIT_NPROC", job["processes"]), "open files": ("RLIMIT_NOFILE", 64),
-    }  # fmt: skip
+        "memory": ("RLIMIT_AS", job["memory"]),
+        "CPU": ("RLIMIT_CPU", max(1, round(job["seconds"]))),
+        "core": ("RLIMIT_CORE", 0),
+        "file size": ("RLIMIT_FSIZE", job["disk"]),
+        "processes": ("RLIMIT_NPROC", job["processes"]),
+        "open files": ("RLIMIT_NOFILE", 64),
+    }
     taken = []
     for name, (constant, value) in wanted.items():
         with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -180,7 +198,10 @@ def limit(job):
 
 def confine(job, namespaces):
     """Build the walls around this process; returns the names of those that stand."""
-    walls, folder = (["namespaces for processes, network and files"] if namespaces else []), "/tmp" if namespaces else job["folder"]
+    walls, folder = (
+        (["namespaces for processes, network and files"] if namespaces else []),
+        "/tmp" if namespaces else job["folder"],
+    )
     if namespaces:
         new_root(job["folder"], job["disk"])
     os.chdir(folder)

@@ -32,7 +32,9 @@ def resolve(output_dir, resume):
         found = checkpoints(output_dir)
         return found[-1] if found else None
     if not (Path(resume) / "trainer.json").is_file():
-        raise ValueError(f"--resume {resume}: no trainer.json there, so no whole checkpoint; give a checkpoint-NNNNNN folder or auto")
+        raise ValueError(
+            f"--resume {resume}: no trainer.json there, so no whole checkpoint; give a checkpoint-NNNNNN folder or auto"
+        )
     return Path(resume)
 
 
@@ -47,7 +49,9 @@ def share_folder(accelerator, output_dir):
     if broadcast_object_list(said)[0]:  # on all ranks: one that went on alone would wait for the main process
         raise OSError(said[0])
     if agree(accelerator, not Path(output_dir).is_dir()):
-        raise ValueError(f"--output-dir {output_dir}: not all processes see it; name a folder on storage that all machines share")
+        raise ValueError(
+            f"--output-dir {output_dir}: not all processes see it; name a folder on storage that all machines share"
+        )
 
 
 def refuse_others(output_dir, resumed):
@@ -82,7 +86,9 @@ def save(trainer, output_dir, tokenizer, settings, keep=2, trackers=None):
             _fsync(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{final} could not be written ({error}); older checkpoints are whole: free space, then --resume auto") from None
+        raise OSError(
+            f"{final} could not be written ({error}); older checkpoints are whole: free space, then --resume auto"
+        ) from None
     if accelerator.is_main_process:
         for old in checkpoints(output_dir)[:-keep] if keep else ():
             shutil.rmtree(old)
@@ -98,7 +104,9 @@ def _write(trainer, folder, tokenizer, settings, trackers):
     accelerator.wait_for_everyone()
     # collectives where weights or state are split, so every rank asks
     weights, optimizer = whole_weights(trainer.raw_model), trainer.optimizer.optimizer.full_state_dict(rank0_only=True)
-    stateful = hasattr(trainer.batches, "state_dict")  # a loader of the user's own, prepared by Accelerate or not, may have no state
+    stateful = hasattr(
+        trainer.batches, "state_dict"
+    )  # a loader of the user's own, prepared by Accelerate or not, may have no state
     own = {"data": trainer.batches.state_dict() if stateful else None, "rng": rng_state()}
     _torch_save(own, folder / f"rank{accelerator.process_index}.pt")
     if accelerator.is_main_process:
@@ -106,7 +114,12 @@ def _write(trainer, folder, tokenizer, settings, trackers):
         tokenizer.save_pretrained(folder)
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         _torch_save({"optimizer": optimizer, "scaler": scaler}, folder / "optimizer.pt")
-        state = {"state": trainer.state_dict(), "num_processes": accelerator.num_processes, "settings": settings, "trackers": trackers}
+        state = {
+            "state": trainer.state_dict(),
+            "num_processes": accelerator.num_processes,
+            "settings": settings,
+            "trackers": trackers,
+        }
         (folder / "trainer.json").write_text(json.dumps(state, indent=2, default=str))
     accelerator.wait_for_everyone()
 
@@ -137,9 +150,13 @@ def load(trainer, folder):
     saved, weights, optimizer = _read(folder)
     accelerator = trainer.accelerator
     own = {name: (tuple(value.shape)) for name, value in trainer.raw_model.state_dict().items()}
-    differing = sorted(n for n in own.keys() | weights.keys() if n not in own or n not in weights or own[n] != tuple(weights[n].shape))
+    differing = sorted(
+        n for n in own.keys() | weights.keys() if n not in own or n not in weights or own[n] != tuple(weights[n].shape)
+    )
     if differing:
-        raise ValueError(f"--resume {folder}: another architecture; {differing[0]} and {len(differing) - 1} more tensors differ")
+        raise ValueError(
+            f"--resume {folder}: another architecture; {differing[0]} and {len(differing) - 1} more tensors differ"
+        )
     load_whole_weights(trainer.raw_model, weights)
     trainer.optimizer.optimizer.load_state_dict(optimizer["optimizer"])
     if accelerator.scaler is not None and optimizer["scaler"]:
@@ -147,7 +164,9 @@ def load(trainer, folder):
     same = saved["num_processes"] == accelerator.num_processes
     rank = _torch_load(folder / f"rank{accelerator.process_index if same else 0}.pt")
     if rank["data"] is None:
-        accelerator.print(f"warning: {folder} has no position of the data, whose loader had no state_dict; the data begins anew")
+        accelerator.print(
+            f"warning: {folder} has no position of the data, whose loader had no state_dict; the data begins anew"
+        )
     else:
         trainer.batches.load_state_dict(rank["data"])
     trainer.load_state_dict(saved["state"])
@@ -166,7 +185,9 @@ def _read(folder):
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"--resume {folder}: damaged ({error}); give an older checkpoint") from None
     if not weights:
-        raise ValueError(f"--resume {folder}: holds no model weights, so it is no checkpoint of this program; give another folder")
+        raise ValueError(
+            f"--resume {folder}: holds no model weights, so it is no checkpoint of this program; give another folder"
+        )
     return saved, weights, _torch_load(folder / "optimizer.pt")
 
 
@@ -176,9 +197,9 @@ def _torch_load(path):
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # unpickling garbage can raise anything
         reason = str(error).strip().splitlines()[:1]
-        raise ValueError(f"--resume {path}: damaged, missing or not ours ({''.join(reason)}); give an older checkpoint") from None
-
-
+        raise ValueError(
+            f"--resume {path}: damaged, missing or not ours ({''.join(reason)}); give an older checkpoint"
+        ) from None
 
 
 def rng_state():

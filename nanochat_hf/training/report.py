@@ -4,7 +4,11 @@ from pathlib import Path
 
 from .tracking import read_metrics
 
-CURVES = (("train/loss", "loss (nats per target, smoothed)"), ("val/bpb", "validation, bits per byte"), ("train/lr_multiplier", "lr multiplier"))
+CURVES = (
+    ("train/loss", "loss (nats per target, smoothed)"),
+    ("val/bpb", "validation, bits per byte"),
+    ("train/lr_multiplier", "lr multiplier"),
+)
 
 
 def curves(entries, path):
@@ -31,13 +35,26 @@ def write_report(output_dir, title, settings, figures):
     folder = Path(output_dir)
     metrics = folder / "metrics.jsonl"
     drawn = metrics.is_file() and curves(read_metrics(metrics), folder / "curves.png")
-    lines = [f"# {title}", "", "| result | value |", "|---|---|", *(f"| {key} | {_shown(value)} |" for key, value in figures.items()), ""]
+    lines = [
+        f"# {title}",
+        "",
+        "| result | value |",
+        "|---|---|",
+        *(f"| {key} | {_shown(value)} |" for key, value in figures.items()),
+        "",
+    ]
     if drawn:
         lines += ["![curves](curves.png)", ""]
     samples = folder / "samples.md"
     if samples.is_file():
         lines += ["## Samples of the last step", "", samples.read_text(), ""]
-    lines += ["## Settings", "", "| setting | value |", "|---|---|", *(f"| {key} | {_shown(value)} |" for key, value in settings.items())]
+    lines += [
+        "## Settings",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {key} | {_shown(value)} |" for key, value in settings.items()),
+    ]
     path = folder / "report.md"
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -8,10 +8,31 @@ from . import checkpoint
 
 # Flags that may differ after a resume without a word, and those whose values an optimizer's state carries.
 FREE = {
-    "output_dir", "resume", "report_to", "run_name", "keep", "keep_best", "save_every", "save_minutes", "eval_every", "log_every", "sample_every",
-    "dry_run", "num_proc", "model", "compile",
-}  # fmt: skip
-IN_OPTIMIZER = {"embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac", "scale_lr_to_batch"}
+    "output_dir",
+    "resume",
+    "report_to",
+    "run_name",
+    "keep",
+    "keep_best",
+    "save_every",
+    "save_minutes",
+    "eval_every",
+    "log_every",
+    "sample_every",
+    "dry_run",
+    "num_proc",
+    "model",
+    "compile",
+}
+IN_OPTIMIZER = {
+    "embedding_lr",
+    "unembedding_lr",
+    "matrix_lr",
+    "scalar_lr",
+    "weight_decay",
+    "init_lr_frac",
+    "scale_lr_to_batch",
+}
 
 
 def restore(config, trainer, tokenizer, output, fetch=None):
@@ -39,7 +60,10 @@ def changed_settings(saved, own):
     own = json.loads(json.dumps(own, default=str))
     differing = [name for name, value in own.items() if name in saved and saved[name] != value and name not in FREE]
     kept = "; the checkpoint's optimizer holds that, so the flag does nothing"
-    return [f"warning: resumed with {n} {own[n]}, the checkpoint has {saved[n]}{kept if n in IN_OPTIMIZER else ''}\n" for n in differing]
+    return [
+        f"warning: resumed with {n} {own[n]}, the checkpoint has {saved[n]}{kept if n in IN_OPTIMIZER else ''}\n"
+        for n in differing
+    ]
 
 
 def same_tokenizer(tokenizer, folder):

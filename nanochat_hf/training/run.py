@@ -44,15 +44,23 @@ def accelerate(config, accumulation):
     """The Accelerator for `config`; transformers' own bars are silenced, since the run has its one."""
     disable_progress_bar()
     accelerator = build_accelerator(
-        accumulation, dtype=config.dtype, trackers=None if config.report_to == "none" else config.report_to,
-        output_dir=config.output_dir, seed=config.seed, compile=bool(config.compile),
-    )  # fmt: skip
+        accumulation,
+        dtype=config.dtype,
+        trackers=None if config.report_to == "none" else config.report_to,
+        output_dir=config.output_dir,
+        seed=config.seed,
+        compile=bool(config.compile),
+    )
     if config.report_to != "none" and not accelerator.log_with:  # Accelerate only warns
-        raise ValueError(f"--report-to {config.report_to}: the package is not installed; pip install {config.report_to}, or leave the flag out")
+        raise ValueError(
+            f"--report-to {config.report_to}: the package is not installed; pip install {config.report_to}, or leave the flag out"
+        )
     if chose_float8(config.dtype):
         able, reason = float8.capable(accelerator.device)
         if not able:
-            raise ValueError(f"{'--dtype float8' if config.dtype else 'mixed_precision=fp8 of the launcher'}: {reason}; use bfloat16")
+            raise ValueError(
+                f"{'--dtype float8' if config.dtype else 'mixed_precision=fp8 of the launcher'}: {reason}; use bfloat16"
+            )
     return accelerator
 
 
@@ -63,7 +71,9 @@ def install_kernels(config, accelerator, model):
     if config.kernels and not able:
         raise ValueError(f"--kernels true: {reason}; leave it out")
     if wanted and (config.kernels is False or not able):
-        raise ValueError(f"float8 is made of kernels, which are off ({reason if not able else '--kernels false'}); turn them on, or use --dtype bfloat16")
+        raise ValueError(
+            f"float8 is made of kernels, which are off ({reason if not able else '--kernels false'}); turn them on, or use --dtype bfloat16"
+        )
     if not able or config.kernels is False:
         return f"plain formulas ({reason if not able else 'asked for'})"
     return f"{', '.join(kernels.install(model, wanted))} ({reason})"
@@ -85,7 +95,9 @@ def announce(config, accelerator, model, description, num_steps, reason, details
         f"{accelerator.device}, {accelerator.distributed_type.value}, mixed precision {accelerator.mixed_precision}, "
         f"attention {model.config._attn_implementation} ({reason})"
     )
-    accelerator.print(f"{description}:", *(f"  {name:<11} {text}" for name, text in (lines | details).items()), sep="\n")
+    accelerator.print(
+        f"{description}:", *(f"  {name:<11} {text}" for name, text in (lines | details).items()), sep="\n"
+    )
     if "memory" in lines and accelerator.distributed_type.value != "FSDP":
         there, needed = device_memory(accelerator.device), memory_per_gpu(model, rows, positions, processes)["total"]
         if needed > there:
@@ -96,43 +108,83 @@ def announce(config, accelerator, model, description, num_steps, reason, details
 def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay):
     """Optimizer, schedule and Trainer."""
     optimizer_config = OptimizerConfig(
-        embedding_lr=config.embedding_lr, unembedding_lr=config.unembedding_lr, matrix_lr=config.matrix_lr, scalar_lr=config.scalar_lr,
-        weight_decay=config.weight_decay, batch_lr_scale=lr_scale * config.init_lr_frac, matrix_optimizer=config.matrix_optimizer,
-    )  # fmt: skip
+        embedding_lr=config.embedding_lr,
+        unembedding_lr=config.unembedding_lr,
+        matrix_lr=config.matrix_lr,
+        scalar_lr=config.scalar_lr,
+        weight_decay=config.weight_decay,
+        batch_lr_scale=lr_scale * config.init_lr_frac,
+        matrix_optimizer=config.matrix_optimizer,
+    )
     optimizer = MuonAdamW(build_param_groups(model, optimizer_config))
 
     def schedule(optimizer, step):
         progress, warmup = step / num_steps, config.warmup_steps / num_steps
         multiplier = base_lr(min(progress + 0.5 / num_steps, 1.0), warmup, config.warmdown_ratio, 0.0)
-        apply_schedule(getattr(optimizer, "optimizer", optimizer), multiplier, muon_momentum(step), 1 - progress if decay else 1.0)
+        apply_schedule(
+            getattr(optimizer, "optimizer", optimizer), multiplier, muon_momentum(step), 1 - progress if decay else 1.0
+        )
         return multiplier
 
     return Trainer(
-        accelerator, model, optimizer, batches, num_steps=num_steps, schedule=schedule, max_grad_norm=config.max_grad_norm,
-        stop=StopSignal(accelerator), norms_every=config.log_every,
-    )  # fmt: skip
+        accelerator,
+        model,
+        optimizer,
+        batches,
+        num_steps=num_steps,
+        schedule=schedule,
+        max_grad_norm=config.max_grad_norm,
+        stop=StopSignal(accelerator),
+        norms_every=config.log_every,
+    )
 
 
 def equip(config, accelerator, model, num_steps):
     """Give `model` its attention and kernels, and settle whether it will be compiled; returns the attention's reason, whether it is compiled, and
     {"kernels": …, "compiled": "yes (asked for)"} for the plan."""
-    kernel, reason = choose_attention(accelerator.device, config.attn, precision=accelerator.mixed_precision, cudnn=cudnn_attention)
+    kernel, reason = choose_attention(
+        accelerator.device, config.attn, precision=accelerator.mixed_precision, cudnn=cudnn_attention
+    )
     set_attention(model, kernel)
     fused = install_kernels(config, accelerator, model)
     if config.gradient_checkpointing:
         enable_checkpointing(model, accelerator.device)
-    share = config.device_batch_size * config.max_seq_len * accelerator.gradient_accumulation_steps  # tokens of a process in a step
+    share = (
+        config.device_batch_size * config.max_seq_len * accelerator.gradient_accumulation_steps
+    )  # tokens of a process in a step
     compiled, because = choose_compile(
-        accelerator.device, config.compile, num_steps, flops_per_token(model, config.max_seq_len) * share, config.dry_run
+        accelerator.device,
+        config.compile,
+        num_steps,
+        flops_per_token(model, config.max_seq_len) * share,
+        config.dry_run,
     )
-    compile_prepared(accelerator, compiled, kernel == "flex_attention" or config.gradient_checkpointing, model.model.layers)
+    compile_prepared(
+        accelerator, compiled, kernel == "flex_attention" or config.gradient_checkpointing, model.model.layers
+    )
     return reason, compiled, {"kernels": fused, "compiled": f"{'yes' if compiled else 'no'} ({because})"}
 
 
 def run(
-    config, accelerator, model, tokenizer, batches, validation, num_steps, *, description, settings=None, lr_scale=1.0, decay=False,
-    prompts=(), plan=None, pusher=None, fetch=None, callbacks=(), figures=dict,
-):  # fmt: skip
+    config,
+    accelerator,
+    model,
+    tokenizer,
+    batches,
+    validation,
+    num_steps,
+    *,
+    description,
+    settings=None,
+    lr_scale=1.0,
+    decay=False,
+    prompts=(),
+    plan=None,
+    pusher=None,
+    fetch=None,
+    callbacks=(),
+    figures=dict,
+):
     """Train `model` on `batches` for `num_steps`, evaluate on `validation` (batches), save. `plan`: more lines of the printed plan;
     `prompts`: see Sample; `pusher`: see callbacks.push; `fetch`: see restore; `callbacks`: more of them; `figures()`: more of them for the report.
 
@@ -154,7 +206,9 @@ def run(
     output = None if config.dry_run else config.output_dir
     trainer = build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay)
     resume = restore(config, trainer, tokenizer, output, fetch)
-    settings = resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description, "compiled": compiled}
+    settings = (
+        resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description, "compiled": compiled}
+    )
     if resume:
         accelerator.print(*changed_settings(checkpoint.settings_of(resume), settings), sep="", end="")
     settings |= environment(accelerator)
@@ -164,16 +218,37 @@ def run(
         dump(f"{output}/config.json", settings)
     if config.report_to != "none":
         run_id = checkpoint.trackers_of(resume).get("wandb")
-        accelerator.init_trackers(config.run_name, config=flat(settings), init_kwargs={"wandb": {"id": run_id, "resume": "allow"} if run_id else {}})
+        accelerator.init_trackers(
+            config.run_name,
+            config=flat(settings),
+            init_kwargs={"wandb": {"id": run_id, "resume": "allow"} if run_id else {}},
+        )
     evaluate = Evaluate(
-        validation, token_bytes(tokenizer), tokenizer, every=config.eval_every, output_dir=output,
+        validation,
+        token_bytes(tokenizer),
+        tokenizer,
+        every=config.eval_every,
+        output_dir=output,
         best_dir=f"{output}/best" if output and config.keep_best else None,
-    )  # fmt: skip
-    log = Log(trainer, description=description, flops_per_token=flops, every=config.log_every, output_dir=output, max_skipped=config.max_skipped)
+    )
+    log = Log(
+        trainer,
+        description=description,
+        flops_per_token=flops,
+        every=config.log_every,
+        output_dir=output,
+        max_skipped=config.max_skipped,
+    )
     if resume and output and Path(output, "metrics.jsonl").is_file() and accelerator.is_main_process:
-        evaluate.remember(read_metrics(f"{output}/metrics.jsonl"))  # behind Log, which forgets what was measured after the checkpoint
+        evaluate.remember(
+            read_metrics(f"{output}/metrics.jsonl")
+        )  # behind Log, which forgets what was measured after the checkpoint
     save = Save(output, tokenizer, settings, every=config.save_every, keep=config.keep, minutes=config.save_minutes)
-    samples = [Sample(tokenizer, prompts, every=config.sample_every, output_dir=output)] if prompts and config.sample_every else []
+    samples = (
+        [Sample(tokenizer, prompts, every=config.sample_every, output_dir=output)]
+        if prompts and config.sample_every
+        else []
+    )
     # saved before anything that could fail: evaluation and samples come after
     trainer.callbacks = [log, *([save] if output else []), evaluate, *samples, *callbacks, CollectGarbage()]
     if config.eval_every and not resume:
@@ -200,7 +275,10 @@ def divided(batches, rank, world_size):
         rows["shift_labels"][-missing:] = -100
     own = {key: value[rank::world_size] for key, value in rows.items()}
     size = len(batches[0]["input_ids"])
-    return [{key: value[start : start + size] for key, value in own.items()} for start in range(0, len(own["input_ids"]), size)]
+    return [
+        {key: value[start : start + size] for key, value in own.items()}
+        for start in range(0, len(own["input_ids"]), size)
+    ]
 
 
 def finish(config, trainer, evaluate, log, tokenizer, settings, description, output, more):
@@ -215,10 +293,17 @@ def finish(config, trainer, evaluate, log, tokenizer, settings, description, out
     folder = f"{output}/final" if output else ""
     weights = whole_weights(trainer.raw_model)
     figures = {
-        "steps": state.step, "tokens": state.tokens, "seconds of training": state.seconds, "minimum validation bpb": evaluate.best,
-        "last validation bpb": evaluate.last, "validation bpb before": evaluate.first, "steps without targets": state.skipped,
-        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps + state.overflowed, **log.figures, **more,
-    }  # fmt: skip
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds of training": state.seconds,
+        "minimum validation bpb": evaluate.best,
+        "last validation bpb": evaluate.last,
+        "validation bpb before": evaluate.first,
+        "steps without targets": state.skipped,
+        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps + state.overflowed,
+        **log.figures,
+        **more,
+    }
     if accelerator.is_main_process and output:
         export(trainer.raw_model, tokenizer, folder, weights)
         write_report(output, f"{Path(output).name}: {description}", settings, figures)
@@ -231,4 +316,6 @@ def finish(config, trainer, evaluate, log, tokenizer, settings, description, out
 
 def flat(settings):
     """Settings as trackers take them: scalars as they are, the rest as text."""
-    return {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()}
+    return {
+        key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
+    }

@@ -13,10 +13,14 @@ class StopSignal:
 
     def __init__(self, accelerator):
         self.accelerator, self.received, self.earlier = accelerator, 0, None
-        launched = accelerator.device.type == "xla" or "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ  # torchrun: RANK
+        launched = (
+            accelerator.device.type == "xla" or "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ
+        )  # torchrun: RANK
         self.parent = os.getppid() if launched else None
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # XLA's launcher trains in a thread, where Python takes no handlers
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # XLA's launcher trains in a thread, where Python takes no handlers
             self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def release(self):

@@ -79,9 +79,14 @@ class Progress:
         self.terminal = sys.stderr.isatty()
         self.start, self.initial = time.perf_counter(), initial
         self.bar = tqdm(
-            total=total, initial=initial, desc=description, unit="step", disable=not (self.shown and self.terminal),
-            dynamic_ncols=True, mininterval=0.5,
-        )  # fmt: skip
+            total=total,
+            initial=initial,
+            desc=description,
+            unit="step",
+            disable=not (self.shown and self.terminal),
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
 
     def update(self, step, fresh=False, **figures):
         """Move to `step` and show the given figures; `fresh` says that they are new."""
@@ -91,7 +96,10 @@ class Progress:
         elif fresh and self.shown:
             left = (time.perf_counter() - self.start) / max(1, step - self.initial) * (self.total - step)
             text = "  ".join(f"{key} {value}" for key, value in figures.items())
-            print(f"{self.description} step {step}/{self.total} ({step / self.total:.0%})  {text}  eta {left:.0f} s", flush=True)
+            print(
+                f"{self.description} step {step}/{self.total} ({step / self.total:.0%})  {text}  eta {left:.0f} s",
+                flush=True,
+            )
 
     def close(self):
         """Leave the bar as it is."""
@@ -101,16 +109,24 @@ class Progress:
 def environment(accelerator):
     """What else a number depends on: versions, git revision, hardware."""
     try:
-        revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5).stdout.strip() or None
+        revision = (
+            subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5).stdout.strip()
+            or None
+        )
     except (OSError, subprocess.TimeoutExpired):
         revision = None
     cuda = accelerator.device.type == "cuda"
     return {
-        "python": platform.python_version(), "git_revision": revision, "device": str(accelerator.device.type),
-        "device_name": torch.cuda.get_device_name(accelerator.device) if cuda else platform.processor() or platform.machine(),
-        "num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision,
+        "python": platform.python_version(),
+        "git_revision": revision,
+        "device": str(accelerator.device.type),
+        "device_name": torch.cuda.get_device_name(accelerator.device)
+        if cuda
+        else platform.processor() or platform.machine(),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
         **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate")},
-    }  # fmt: skip
+    }
 
 
 def wandb_run_id(accelerator):

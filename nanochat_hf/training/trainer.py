@@ -45,14 +45,29 @@ class Trainer:
     """
 
     def __init__(
-        self, accelerator, model, optimizer, batches, *, num_steps, schedule, callbacks=(), max_grad_norm=None, stop=None,
+        self,
+        accelerator,
+        model,
+        optimizer,
+        batches,
+        *,
+        num_steps,
+        schedule,
+        callbacks=(),
+        max_grad_norm=None,
+        stop=None,
         norms_every=0,
-    ):  # fmt: skip
+    ):
         self.accelerator, self.batches, self.num_steps, self.schedule = accelerator, batches, num_steps, schedule
         self.raw_model = model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.accumulation = accelerator.gradient_accumulation_steps
-        self.callbacks, self.max_grad_norm, self.stop, self.norms_every = list(callbacks), max_grad_norm, stop, norms_every
+        self.callbacks, self.max_grad_norm, self.stop, self.norms_every = (
+            list(callbacks),
+            max_grad_norm,
+            stop,
+            norms_every,
+        )
         self.state, self.stopped = TrainState(), False
         self.overflows = 0  # overflowed steps in a row until now
         self.kept = None  # what kernels keep over a step, see kept_sums
@@ -80,7 +95,9 @@ class Trainer:
         """One optimizer step over `micro_batches` (dicts of CPU tensors, see collate.py) → StepInfo."""
         start = time.perf_counter()
         if len(micro_batches) < self.accumulation:
-            raise ValueError(f"the data gave {len(micro_batches)} of {self.accumulation} micro-batches; it is shorter than one step")
+            raise ValueError(
+                f"the data gave {len(micro_batches)} of {self.accumulation} micro-batches; it is shorter than one step"
+            )
         targets = self._valid_targets(micro_batches)
         multiplier = self.schedule(self.optimizer, self.state.step)
         empty = isinstance(targets, int) and targets == 0
@@ -121,11 +138,17 @@ class Trainer:
                 loss = self.model(**batch, num_items_in_batch=1).loss
                 self.accelerator.backward(loss * scale)
                 total = total + loss.detach() / targets
-                mark_step(device)  # programs of XLA: each micro-batch, then the update, so that a change in one compiles one
-                if self.accelerator.sync_gradients:  # on XLA the optimizer's wrapper reduces whenever it is called, complete or not
+                mark_step(
+                    device
+                )  # programs of XLA: each micro-batch, then the update, so that a change in one compiles one
+                if (
+                    self.accelerator.sync_gradients
+                ):  # on XLA the optimizer's wrapper reduces whenever it is called, complete or not
                     reduce_gradients(self.accelerator, self.optimizer)
                     if observed:
-                        scaled = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()  # until step() unscales
+                        scaled = (
+                            1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+                        )  # until step() unscales
                         norms = {name: norm / scaled for name, norm in gradient_norms(self.optimizer).items()}
                     if self.max_grad_norm:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)

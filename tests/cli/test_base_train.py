@@ -46,11 +46,27 @@ def start(tokenizer, tmp_path_factory):
 
 def base(start, output, log, world=1, **changed):
     settings = {
-        "tokenizer": start / "tokenizer", "data": start / "hub", "output_dir": output, "depth": 2, "aspect_ratio": 32, "head_dim": 32,
-        "num_steps": 3, "max_seq_len": 32, "device_batch_size": 4, "eval_every": 0, "eval_batches": 1, "sample_every": 0, "log_every": 1,
+        "tokenizer": start / "tokenizer",
+        "data": start / "hub",
+        "output_dir": output,
+        "depth": 2,
+        "aspect_ratio": 32,
+        "head_dim": 32,
+        "num_steps": 3,
+        "max_seq_len": 32,
+        "device_batch_size": 4,
+        "eval_every": 0,
+        "eval_batches": 1,
+        "sample_every": 0,
+        "log_every": 1,
         "dtype": "float32",
-    } | changed  # fmt: skip
-    return Run("scripts.base_train", [p for k, v in settings.items() if v is not None for p in (f"--{k.replace('_', '-')}", v)], log, world)
+    } | changed
+    return Run(
+        "scripts.base_train",
+        [p for k, v in settings.items() if v is not None for p in (f"--{k.replace('_', '-')}", v)],
+        log,
+        world,
+    )
 
 
 def test_the_first_loss_is_ln_v_and_one_step_wakes_every_gradient():
@@ -89,8 +105,13 @@ def test_adamw_in_muons_place_is_torchs_and_changes_nothing_else():
     theirs = NanochatForCausalLM(config)
     theirs.load_state_dict(ours.state_dict())
     settings = OptimizerConfig(matrix_lr=0.003, weight_decay=0.1, matrix_optimizer="adamw")
-    groups, muon = build_param_groups(ours, settings), build_param_groups(ours, OptimizerConfig(matrix_lr=0.003, weight_decay=0.1))
-    assert {g["name"]: g["kind"] for g in groups if g["name"].startswith("matrix")} == {g["name"]: "adamw" for g in muon if g["kind"] == "muon"}
+    groups, muon = (
+        build_param_groups(ours, settings),
+        build_param_groups(ours, OptimizerConfig(matrix_lr=0.003, weight_decay=0.1)),
+    )
+    assert {g["name"]: g["kind"] for g in groups if g["name"].startswith("matrix")} == {
+        g["name"]: "adamw" for g in muon if g["kind"] == "muon"
+    }
     for group, other in zip(groups, muon, strict=True):
         if other["kind"] == "adamw":
             assert group == other
@@ -126,12 +147,17 @@ def test_rates_follow_the_batch_and_decay_the_depth(start, tmp_path):
 
 @pytest.mark.parametrize("packing", ["crop", "keep"])
 def test_a_folder_laid_out_as_on_the_hub_streams_and_resumes(start, tmp_path, packing):
-    flags = dict(streaming=True, packing=packing, save_every=1, keep=0, eval_batches=1, total_batch_size=128, num_steps=4)
+    flags = dict(
+        streaming=True, packing=packing, save_every=1, keep=0, eval_batches=1, total_batch_size=128, num_steps=4
+    )
     whole = base(start, tmp_path / "whole", tmp_path / "log", **flags)
     assert whole.wait() == [0], whole.text()
     again = base(start, tmp_path / "again", tmp_path / "log2", **flags, resume=tmp_path / "whole" / "checkpoint-000002")
     assert again.wait() == [0] and "at step 2 of 4" in again.text(), again.text()
-    losses = [{e["step"]: e["train/loss"] for e in read_metrics(tmp_path / n / "metrics.jsonl") if "train/loss" in e} for n in ("whole", "again")]
+    losses = [
+        {e["step"]: e["train/loss"] for e in read_metrics(tmp_path / n / "metrics.jsonl") if "train/loss" in e}
+        for n in ("whole", "again")
+    ]
     assert set(losses[1]) == {3, 4}
     files = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "again")]
     assert files[0] == files[1]
@@ -140,30 +166,74 @@ def test_a_folder_laid_out_as_on_the_hub_streams_and_resumes(start, tmp_path, pa
 def test_the_default_recipe_streams_from_its_hub_name(start, tmp_path):
     """From a Hub on loopback that holds shards at its root, as the real data set has them."""
     files = {path.name: path.read_bytes() for path in (start / "hub").iterdir()}
-    shape = ["--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "32", "--device-batch-size", "4", "--num-steps", "2"]
-    flags = [*shape, "--total-batch-size", "128", "--eval-batches", "1", "--tokenizer", str(start / "tokenizer"), "--num-workers", "2"]
+    shape = [
+        "--depth",
+        "2",
+        "--aspect-ratio",
+        "32",
+        "--head-dim",
+        "32",
+        "--max-seq-len",
+        "32",
+        "--device-batch-size",
+        "4",
+        "--num-steps",
+        "2",
+    ]
+    flags = [
+        *shape,
+        "--total-batch-size",
+        "128",
+        "--eval-batches",
+        "1",
+        "--tokenizer",
+        str(start / "tokenizer"),
+        "--num-workers",
+        "2",
+    ]
     with HubServer({TOKEN: "user"}) as server:
         server.repos["datasets", "karpathy/fineweb-edu-100b-shuffle"] = Repo()
         server.repos["datasets", "karpathy/fineweb-edu-100b-shuffle"].commit("main", "shards", files)
         done = subprocess.run(
-            [sys.executable, "-m", "scripts.base_train", "--config", str(ROOT / "scripts/recipes/base.yaml"), *flags, "--output-dir", "run"],
-            capture_output=True, text=True, cwd=tmp_path, env=environment(server, tmp_path) | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"},
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "scripts.base_train",
+                "--config",
+                str(ROOT / "scripts/recipes/base.yaml"),
+                *flags,
+                "--output-dir",
+                "run",
+            ],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment(server, tmp_path) | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"},
+        )
         asked = [path for _, path, _ in server.requests if "/resolve/" in path]
     assert done.returncode == 0, done.stderr[-3000:]
     assert "karpathy/fineweb-edu-100b-shuffle, packing crop" in done.stdout and "base d2 step 2/2" in done.stdout
     assert "The capital of France is" in done.stdout  # the seven prompts, at the end
-    assert any("shard_00000.parquet" in path for path in asked) and (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    assert (
+        any("shard_00000.parquet" in path for path in asked)
+        and (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    )
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
         ({"text_column": "body"}, "no column 'body'; it has text"),
-        ({"num_steps": None, "target_param_data_ratio": 1e-9}, "the horizon is 0 steps of 128 tokens; raise --num-steps"),
+        (
+            {"num_steps": None, "target_param_data_ratio": 1e-9},
+            "the horizon is 0 steps of 128 tokens; raise --num-steps",
+        ),
         ({"num_steps": None, "target_flops": 1.0}, "the horizon is 0 steps"),
         ({"num_steps": 0}, "--num-steps 0 must be at least 1"),
-        ({"total_batch_size": 128 * 4096}, "tokens are fewer than the 524,288 of one step; give more text or lower --total-batch-size"),
+        (
+            {"total_batch_size": 128 * 4096},
+            "tokens are fewer than the 524,288 of one step; give more text or lower --total-batch-size",
+        ),
         ({"data": "nobody/nothing"}, "nobody/nothing: cannot be loaded"),
         ({"matrix_optimizer": "sgd"}, "--matrix-optimizer sgd is unknown; choose from muon, adamw"),
     ],
@@ -171,7 +241,11 @@ def test_the_default_recipe_streams_from_its_hub_name(start, tmp_path):
 def test_what_cannot_be_is_one_line_before_anything_heavy(start, tmp_path, changed, reason):
     run = base(start, tmp_path / "run", tmp_path / "log", **changed)
     assert run.wait() == [2], run.text()
-    assert reason in run.text() and "Traceback" not in run.text() and "step " not in run.text().replace("steps", "").replace("one step", "")
+    assert (
+        reason in run.text()
+        and "Traceback" not in run.text()
+        and "step " not in run.text().replace("steps", "").replace("one step", "")
+    )
     assert not (tmp_path / "run" / "final").exists()
 
 
@@ -191,7 +265,15 @@ def test_held_out_documents_are_never_trained_on(start, tokenizer, world, worker
         seen = set()
         for rank in range(world):
             batches = TextBatches(
-                source, tokenizer, rows=2, positions=255, rank=rank, world_size=world, streaming=True, num_workers=workers, prefetch=1 if workers else 0
+                source,
+                tokenizer,
+                rows=2,
+                positions=255,
+                rank=rank,
+                world_size=world,
+                streaming=True,
+                num_workers=workers,
+                prefetch=1 if workers else 0,
             )
             for batch in batches.take(count):
                 text = "".join(tokenizer.batch_decode(batch["input_ids"]))
@@ -204,10 +286,14 @@ def test_held_out_documents_are_never_trained_on(start, tokenizer, world, worker
 
 
 def test_outlook_counts_what_cropping_drops(tokenizer, tmp_path):
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "a" * 100}) + "\n" for _ in range(40)))  # 100 letters, no merge
+    (tmp_path / "t.jsonl").write_text(
+        "".join(json.dumps({"text": "a" * 100}) + "\n" for _ in range(40))
+    )  # 100 letters, no merge
 
     def look(mode, positions=49):
-        return TextBatches(SourceConfig(path=str(tmp_path / "t.jsonl")), tokenizer, rows=1, positions=positions, mode=mode).outlook(500)
+        return TextBatches(
+            SourceConfig(path=str(tmp_path / "t.jsonl")), tokenizer, rows=1, positions=positions, mode=mode
+        ).outlook(500)
 
     length = len(tokenizer.encode("a" * 100, add_special_tokens=False)) + 1
     assert look("keep") == 0 and look("crop") == pytest.approx(1 - 50 / length, abs=0.02)
@@ -228,10 +314,16 @@ def test_sizes_without_memory_are_those_of_the_model_and_match_the_measured_peak
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
-        ("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA RTX A1000", None), ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA GH200 480GB", 989e12), ("NVIDIA H100 PCIe", 756e12), ("h100", 989e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("h100", 989e12),
     ],
-)  # fmt: skip
+)
 def test_a_device_with_a_like_name_has_no_peak_of_another(name, peak):
     assert scaling.peak_of(name) == peak
 
@@ -249,7 +341,20 @@ def test_the_horizon_takes_the_first_that_is_given():
 def test_the_plan_prints_what_training_prints(start, tmp_path, capsys):
     from nanochat_hf.cli import plan
 
-    flags = ["--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "32", "--device-batch-size", "4", "--num-steps", "3"]
+    flags = [
+        "--depth",
+        "2",
+        "--aspect-ratio",
+        "32",
+        "--head-dim",
+        "32",
+        "--max-seq-len",
+        "32",
+        "--device-batch-size",
+        "4",
+        "--num-steps",
+        "3",
+    ]
     plan.main([*flags, "--gpus", "1", "--vocab-size", "280"])
     planned = capsys.readouterr().out.splitlines()
     run = base(start, tmp_path / "run", tmp_path / "log", plan_only=True)
@@ -261,7 +366,9 @@ def test_the_plan_prints_what_training_prints(start, tmp_path, capsys):
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row[0] for row in rows] == ["4", "12", "26"] and rows[1][1] == "286.3 M" and rows[2][5].endswith("*")
     hours = float(rows[2][4]) / (8 * 989e12 * 0.5) / 3600
-    assert float(rows[2][6].removesuffix(" h")) == pytest.approx(hours, rel=5e-3) and float(rows[2][7]) == pytest.approx(16 * hours, rel=5e-3)
+    assert float(rows[2][6].removesuffix(" h")) == pytest.approx(hours, rel=5e-3) and float(
+        rows[2][7]
+    ) == pytest.approx(16 * hours, rel=5e-3)
     with pytest.raises(SystemExit):
         plan.main(["--gpu", "abacus"])
     assert "--gpu abacus is unknown; choose from b200" in capsys.readouterr().err
@@ -271,14 +378,24 @@ def test_the_experiments_arms_differ_in_the_matrices_rule_alone():
     from scripts.experiments import muon_vs_adamw as experiment
 
     config = experiment.ExperimentConfig(data="t", validation="v", output="runs/x", num_steps=100)
-    tried = [{"matrix_lr": lr, "bpb": [[0, 3.0], [25, last]]} for lr, last in ((0.001, 1.7), (0.002, 1.5), (0.004, 1.6))]
+    tried = [
+        {"matrix_lr": lr, "bpb": [[0, 3.0], [25, last]]} for lr, last in ((0.001, 1.7), (0.002, 1.5), (0.004, 1.6))
+    ]
     arms = experiment.full_arms(config, 100, {"lr-search": tried})
     muon, adamw = (experiment.command(config, name, differing, "tok") for name, differing in arms.items())
     muon, adamw = (dict(zip(c[3::2], c[4::2], strict=True)) for c in (muon, adamw))
     assert {flag for flag in {*muon, *adamw} if muon.get(flag) != adamw.get(flag)} == {
-        "--output-dir", "--matrix-optimizer", "--matrix-lr", "--weight-decay",
-    }  # fmt: skip
-    assert (adamw["--matrix-optimizer"], adamw["--matrix-lr"], adamw["--num-steps"], adamw["--warmup-steps"]) == ("adamw", "0.002", "100", "2")
+        "--output-dir",
+        "--matrix-optimizer",
+        "--matrix-lr",
+        "--weight-decay",
+    }
+    assert (adamw["--matrix-optimizer"], adamw["--matrix-lr"], adamw["--num-steps"], adamw["--warmup-steps"]) == (
+        "adamw",
+        "0.002",
+        "100",
+        "2",
+    )
     assert [differing["num_steps"] for differing in experiment.search_arms(config, 100).values()] == [25] * 4
     with pytest.raises(ValueError, match="no learning rate for AdamW; give --adamw-lr"):
         experiment.full_arms(config, 100, {})

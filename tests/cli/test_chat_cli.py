@@ -47,7 +47,11 @@ class Scripted(Engine):
 def ids(tokenizer, *pieces):
     out = []
     for piece in pieces:
-        out += [tokenizer.convert_tokens_to_ids(piece)] if piece.startswith("<|") else tokenizer.encode(piece, add_special_tokens=False)
+        out += (
+            [tokenizer.convert_tokens_to_ids(piece)]
+            if piece.startswith("<|")
+            else tokenizer.encode(piece, add_special_tokens=False)
+        )
     return out
 
 
@@ -60,7 +64,12 @@ def test_the_second_turn_continues_the_ids_of_a_tool_call(model, tokenizer):
     assert "".join(show(chat.ask("3*4?"))) == "so [3*4 → 12] cats"
     "".join(show(chat.ask("sure?")))
     parts = chat.messages[2]["content"]
-    assert [(p["type"], p["text"]) for p in parts] == [("text", "so "), ("python", "3*4"), ("python_output", "12"), ("text", " cats")]
+    assert [(p["type"], p["text"]) for p in parts] == [
+        ("text", "so "),
+        ("python", "3*4"),
+        ("python_output", "12"),
+        ("text", " cats"),
+    ]
     assert engine.prompts[1] == render_prompt(tokenizer, {"messages": chat.messages[:4]})
 
 
@@ -85,7 +94,9 @@ def test_characters_of_several_tokens_come_whole(model, tokenizer):
 def test_a_stopped_answer_keeps_what_is_whole(model, tokenizer, length, kept):
     answer = ids(tokenizer, *CALL)
     start = answer.index(tokenizer.convert_tokens_to_ids("<|python_start|>"))
-    stop = {3: start + 2, 4: answer.index(tokenizer.convert_tokens_to_ids("<|output_start|>")) + 1}.get(length, len(answer))
+    stop = {3: start + 2, 4: answer.index(tokenizer.convert_tokens_to_ids("<|output_start|>")) + 1}.get(
+        length, len(answer)
+    )
 
     class Interrupted(Scripted):
         def stream(self, prompt, **settings):
@@ -110,7 +121,10 @@ def test_commands(model, tokenizer, tmp_path, capsys):
     list(chat.ask("hi"))
     command(chat, f"/save {tmp_path / 'chat.jsonl'}")
     saved = json.loads((tmp_path / "chat.jsonl").read_text())
-    assert saved["messages"] == chat.messages and saved["messages"][1]["content"][1] == {"type": "python", "text": "3*4"}
+    assert saved["messages"] == chat.messages and saved["messages"][1]["content"][1] == {
+        "type": "python",
+        "text": "3*4",
+    }
     command(chat, "/system speak plainly")
     assert chat.messages == [{"role": "system", "content": "speak plainly"}] and chat.ids == []
     command(chat, "/clear")
@@ -144,7 +158,9 @@ def test_program_answers_goes_on_after_errors_and_leaves_at_the_end(folder, monk
 @pytest.fixture(scope="module")
 def endless(tokenizer, tmp_path_factory):
     """A model that says "!" for ever."""
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=1_000_000, sliding_window=64)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=1_000_000, sliding_window=64
+    )
     model = NanochatForCausalLM(NanochatConfig(vocab_size=290, **sizes))
     torch.nn.init.zeros_(model.lm_head.weight)
     path = tmp_path_factory.mktemp("endless")
@@ -200,7 +216,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless, tmp_path):
         terminal.process.kill()
         os.close(terminal.master)
     said = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
-    assert said[0] == {"role": "user", "content": "hi"} and set(said[1]["content"]) == {"!"}, "what was said stays in the conversation"
+    assert said[0] == {"role": "user", "content": "hi"} and set(said[1]["content"]) == {"!"}, (
+        "what was said stays in the conversation"
+    )
 
 
 def test_one_question_is_answered_and_that_is_all(endless, capsys):
@@ -214,7 +232,15 @@ def test_a_model_cannot_steer_the_terminal(model, tokenizer, capsys):
     assert capsys.readouterr().out == "a\ufffd[2Jb\nc\n"
 
 
-@pytest.mark.parametrize(("path", "reason"), [("none", "no such folder"), ("/none/at/all", "no such folder"), ("RUN", "did you mean RUN/final"), ("RUN/empty", "no config.json")])
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("none", "no such folder"),
+        ("/none/at/all", "no such folder"),
+        ("RUN", "did you mean RUN/final"),
+        ("RUN/empty", "no config.json"),
+    ],
+)
 def test_wrong_paths_say_what_would_be_right(path, reason, tmp_path, capsys):
     (tmp_path / "final").mkdir()
     (tmp_path / "empty").mkdir()
@@ -225,7 +251,9 @@ def test_wrong_paths_say_what_would_be_right(path, reason, tmp_path, capsys):
     assert stop.value.code == 2 and reason.replace("RUN", str(tmp_path)) in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--temperature", "-1"), ("--top-k", "-5"), ("--top-p", "2"), ("--max-new-tokens", "0")])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--temperature", "-1"), ("--top-k", "-5"), ("--top-p", "2"), ("--max-new-tokens", "0")]
+)
 def test_wrong_settings_end_before_the_model_is_loaded(capsys, flag, value):
     with pytest.raises(SystemExit) as stop:
         main(["--model", "no such model", f"{flag}={value}"])

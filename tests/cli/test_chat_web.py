@@ -22,7 +22,9 @@ def tokenizer():
 
 def endless():
     """A model that says "!" for ever."""
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=100_000, sliding_window=64)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=100_000, sliding_window=64
+    )
     model = NanochatForCausalLM(NanochatConfig(vocab_size=290, **sizes)).eval()
     torch.nn.init.zeros_(model.lm_head.weight)
     return model
@@ -42,7 +44,15 @@ class Scripted(Engine):
 
 
 def ids(tokenizer, pieces):
-    return [i for p in pieces for i in ([tokenizer.convert_tokens_to_ids(p)] if p.startswith("<|") else tokenizer.encode(p, add_special_tokens=False))]
+    return [
+        i
+        for p in pieces
+        for i in (
+            [tokenizer.convert_tokens_to_ids(p)]
+            if p.startswith("<|")
+            else tokenizer.encode(p, add_special_tokens=False)
+        )
+    ]
 
 
 def test_a_second_question_and_a_retry_continue_the_ids_of_what_was_said(tokenizer):
@@ -54,9 +64,14 @@ def test_a_second_question_and_a_retry_continue_the_ids_of_what_was_said(tokeniz
     for _ in range(2):
         list(page.respond("sure?", history, 1.0, 50))
     said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "3*4?"}]
-    parts = [{"type": k, "text": t} for k, t in (("text", "so "), ("python", "3*4"), ("python_output", "12"), ("text", " cats"))]
+    parts = [
+        {"type": k, "text": t}
+        for k, t in (("text", "so "), ("python", "3*4"), ("python_output", "12"), ("text", " cats"))
+    ]
     expected = render(tokenizer, {"messages": [*said, {"role": "assistant", "content": parts}]})[0]
-    assert engine.prompts[1] == engine.prompts[2] and engine.prompts[1][: len(expected)] == expected, "the call, not its text"
+    assert engine.prompts[1] == engine.prompts[2] and engine.prompts[1][: len(expected)] == expected, (
+        "the call, not its text"
+    )
     assert len(set(engine.seeds)) == 3, "a retry is a new try"
 
 
@@ -65,7 +80,10 @@ def test_texts_that_were_never_said_here_are_taken_as_texts(tokenizer):
     page = Page(Chat(engine), None)
     list(page.respond("c", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], 0.0, 0))
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert engine.prompts[0][: len(render(tokenizer, {"messages": messages})[0])] == render(tokenizer, {"messages": messages})[0]
+    assert (
+        engine.prompts[0][: len(render(tokenizer, {"messages": messages})[0])]
+        == render(tokenizer, {"messages": messages})[0]
+    )
 
 
 def test_old_conversations_are_forgotten(tokenizer, monkeypatch):
@@ -83,7 +101,9 @@ def test_stop_keeps_what_was_said(tokenizer):
     shown = next(stream)
     stream.close()
     assert shown == "s" and ("3*4?", shown) in page.answers.after
-    list(page.respond("what?", [{"role": "user", "content": "3*4?"}, {"role": "assistant", "content": ""}], 0.0, 50))  # it showed less
+    list(
+        page.respond("what?", [{"role": "user", "content": "3*4?"}, {"role": "assistant", "content": ""}], 0.0, 50)
+    )  # it showed less
     assert engine.prompts[1][: len(engine.prompts[0]) + 1] == [*engine.prompts[0], engine.answer[0]]
 
 
@@ -119,10 +139,19 @@ def test_in_a_browser_a_question_is_answered_stopped_and_tried_again(site, tmp_p
     if not chromium:
         pytest.skip("no chromium on this machine")
     site[1].base.settings["max_new_tokens"] = 90_000
-    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
+    quiet = [
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-quic",
+    ]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch_persistent_context(
-            tmp_path / "profile", executable_path=chromium, headless=True, args=["--no-sandbox", "--disable-gpu", *quiet]
+            tmp_path / "profile",
+            executable_path=chromium,
+            headless=True,
+            args=["--no-sandbox", "--disable-gpu", *quiet],
         )
         page, asked = browser.new_page(), []
         page.on("request", lambda request: asked.append(request.url))
@@ -130,7 +159,9 @@ def test_in_a_browser_a_question_is_answered_stopped_and_tried_again(site, tmp_p
         box, last = page.locator("textarea").first, page.locator("[data-testid=bot]").last
         box.fill("hi")
         box.press("Enter")
-        page.wait_for_function("() => (document.querySelector('[data-testid=bot]')?.innerText.match(/!/g) || []).length > 5")
+        page.wait_for_function(
+            "() => (document.querySelector('[data-testid=bot]')?.innerText.match(/!/g) || []).length > 5"
+        )
         early = len(last.inner_text())
         page.locator("button.stop-button").dispatch_event("click")
         page.wait_for_timeout(500)
@@ -139,9 +170,13 @@ def test_in_a_browser_a_question_is_answered_stopped_and_tried_again(site, tmp_p
         assert last.inner_text() == stopped and early <= len(stopped) < 90_000, "it grew, and then it stopped"
         chat = Chat(site[1].base.engine)
         site[1].answers.restore(("hi", stopped), chat)
-        assert len(chat.messages) == 2 and len(chat.messages[1]["content"]) - len(stopped) in range(10), "a next question continues it"
+        assert len(chat.messages) == 2 and len(chat.messages[1]["content"]) - len(stopped) in range(10), (
+            "a next question continues it"
+        )
         page.get_by_label("Retry").last.click()
-        grown = "n => (m => m > 5 && m != n)((document.querySelector('[data-testid=bot]')?.innerText || '').trim().length)"
+        grown = (
+            "n => (m => m > 5 && m != n)((document.querySelector('[data-testid=bot]')?.innerText || '').trim().length)"
+        )
         page.wait_for_function(grown, arg=len(stopped))  # the old answer is gone, a new one comes
         page.locator("button.stop-button").dispatch_event("click")
         page.screenshot(path=tmp_path / "page.png")

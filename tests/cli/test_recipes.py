@@ -36,7 +36,13 @@ def card(configs):
 
 
 def chat(i):
-    return {"messages": [{"content": f"Is {i} even?", "role": "user"}, {"content": "yes" if i % 2 == 0 else "no", "role": "assistant"}], "source": "made"}
+    return {
+        "messages": [
+            {"content": f"Is {i} even?", "role": "user"},
+            {"content": "yes" if i % 2 == 0 else "no", "role": "assistant"},
+        ],
+        "source": "made",
+    }
 
 
 def choice(i):
@@ -45,7 +51,10 @@ def choice(i):
 
 def stored():
     """The files of the data sets that sft.yaml names."""
-    sums = [{"question": f"What is {i} plus 1?", "answer": f"It is {i}+1=<<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(30)]
+    sums = [
+        {"question": f"What is {i} plus 1?", "answer": f"It is {i}+1=<<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"}
+        for i in range(30)
+    ]
     return {
         "HuggingFaceTB/smol-smoltalk": {
             "README.md": card({"default": ("data", ("train", "test"))}),
@@ -54,7 +63,9 @@ def stored():
             "data/test-00000-of-00001.parquet": parquet([chat(i) for i in range(12)]),
         },
         "cais/mmlu": {
-            "README.md": card({"all": ("all", ("test", "validation", "dev")), "auxiliary_train": ("auxiliary_train", ("train",))}),
+            "README.md": card(
+                {"all": ("all", ("test", "validation", "dev")), "auxiliary_train": ("auxiliary_train", ("train",))}
+            ),
             "all/test-00000-of-00001.parquet": parquet([choice(i) for i in range(10)]),
             "all/validation-00000-of-00001.parquet": parquet([choice(i) for i in range(3)]),
             "all/dev-00000-of-00001.parquet": parquet([choice(i) for i in range(3)]),
@@ -80,7 +91,10 @@ def data_hub():
 @pytest.fixture
 def work(tmp_path):
     """A working folder with the recipe's own identity.jsonl, and the recipe with few of the generated rows (nothing else is changed)."""
-    lines = [[{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": f"A model, number {i}."}] for i in range(6)]
+    lines = [
+        [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": f"A model, number {i}."}]
+        for i in range(6)
+    ]
     (tmp_path / "identity.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe = yaml.safe_load((RECIPES / "sft.yaml").read_text())
     for entry in recipe["train_data"]:
@@ -95,29 +109,65 @@ def sft(hub, finished, work, *more):
     home.mkdir(exist_ok=True)
     if (Path(HF_HOME) / "nanochat_hf").is_dir():  # the word list takes half a minute to gather
         os.symlink(Path(HF_HOME) / "nanochat_hf", home / "nanochat_hf")
-    shape = ["--max-seq-len", "128", "--device-batch-size", "2", "--total-batch-size", "256", "--eval-batches", "1", "--log-every", "1"]
+    shape = [
+        "--max-seq-len",
+        "128",
+        "--device-batch-size",
+        "2",
+        "--total-batch-size",
+        "256",
+        "--eval-batches",
+        "1",
+        "--log-every",
+        "1",
+    ]
     return subprocess.run(
-        [sys.executable, "-m", "scripts.chat_sft", "--config", "sft.yaml", "--model", str(finished / "final"), "--output-dir", "run", *shape, *more],
-        capture_output=True, text=True, cwd=work, env=environment(hub, home) | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "scripts.chat_sft",
+            "--config",
+            "sft.yaml",
+            "--model",
+            str(finished / "final"),
+            "--output-dir",
+            "run",
+            *shape,
+            *more,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=work,
+        env=environment(hub, home) | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"},
+    )
 
 
 def test_the_default_recipe_loads_from_its_hub_names_and_trains(data_hub, finished, work):
     done = sft(data_hub, finished, work, "--num-steps", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     for said in (
-        "smoltalk: read as a task's rows, 40 documents", "mmlu: read as a task's rows, 20 documents", "gsm8k: read as a task's rows, 60 documents",
-        "custom_json:identity.jsonl: read as a task's rows, 12 documents", "simple_spelling: read as a task's rows, 100 documents",
-        "spelling_bee: read as a task's rows, 40 documents", "272 conversations", "sft step 2/2",
-    ):  # fmt: skip
+        "smoltalk: read as a task's rows, 40 documents",
+        "mmlu: read as a task's rows, 20 documents",
+        "gsm8k: read as a task's rows, 60 documents",
+        "custom_json:identity.jsonl: read as a task's rows, 12 documents",
+        "simple_spelling: read as a task's rows, 100 documents",
+        "spelling_bee: read as a task's rows, 40 documents",
+        "272 conversations",
+        "sft step 2/2",
+    ):
         assert said in done.stdout, (said, done.stdout[-3000:])
-    asked = {path.split("/")[2] for _, path, _ in data_hub.requests if "/resolve/" in path and path.startswith("/datasets/")}
+    asked = {
+        path.split("/")[2] for _, path, _ in data_hub.requests if "/resolve/" in path and path.startswith("/datasets/")
+    }
     assert asked == {"HuggingFaceTB", "cais", "openai"}
     assert (work / "run" / "final" / "model.safetensors").is_file()
 
 
 def test_a_hub_name_is_streamed(data_hub, finished, work):
-    recipe = {"train_data": [{"path": "HuggingFaceTB/smol-smoltalk"}], "validation_data": [{"path": "HuggingFaceTB/smol-smoltalk", "split": "test"}]}
+    recipe = {
+        "train_data": [{"path": "HuggingFaceTB/smol-smoltalk"}],
+        "validation_data": [{"path": "HuggingFaceTB/smol-smoltalk", "split": "test"}],
+    }
     (work / "sft.yaml").write_text(yaml.safe_dump(recipe))
     done = sft(data_hub, finished, work, "--streaming", "true", "--num-steps", "2")
     assert done.returncode == 0 and "1 streams" in done.stdout and "sft step 2/2" in done.stdout, done.stderr[-3000:]

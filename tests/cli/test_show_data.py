@@ -15,7 +15,11 @@ def data(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "so 2"}]
+    parts = [
+        {"type": "python", "text": "1+1"},
+        {"type": "python_output", "text": "2"},
+        {"type": "text", "text": "so 2"},
+    ]
     rows = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]]
     rows += [[{"role": "user", "content": "sum"}, {"role": "assistant", "content": parts}]]
     path = tmp_path / "chats.jsonl"
@@ -40,9 +44,25 @@ def test_the_script_prints_rows_table_and_histogram_and_writes_pngs(data, tmp_pa
     train_tokenizer(["ab"], 265).save_pretrained(tmp_path / "tokenizer")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"max_seq_len: 47\nembedding_lr: 0.2\ntrain_data:\n  - {{path: {data}, repeat: 2}}\n")
-    main(["--config", str(recipe), "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "out"), "--force-color", "True"])
+    main(
+        [
+            "--config",
+            str(recipe),
+            "--tokenizer",
+            str(tmp_path / "tokenizer"),
+            "--output",
+            str(tmp_path / "out"),
+            "--force-color",
+            "True",
+        ]
+    )
     printed = capsys.readouterr().out
-    assert "row 1 of 2" in printed and "chats.jsonl" in printed and "tokens of a document" in printed and "\x1b[32;4m" in printed
+    assert (
+        "row 1 of 2" in printed
+        and "chats.jsonl" in printed
+        and "tokens of a document" in printed
+        and "\x1b[32;4m" in printed
+    )
     for name in ("lengths.png", "mixture.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 

@@ -26,13 +26,23 @@ def tokenizer():
         ("a.jsonl", b'[]\n{"a": \n', {}, "a.jsonl line 1: no messages|a.jsonl line 2: not JSON"),
         ("a.jsonl", b"", {}, "a.jsonl: no rows from 0 on in split 'train', which has 0"),
         ("a.jsonl", b'{"prompt": "x"}\n', {}, "a.jsonl line 1: columns prompt; need messages"),
-        ("a.jsonl", b'{"prompt": "x"}\n', {"converter": "alpaca"}, "a.jsonl line 1: no column instruction for the form alpaca; it has prompt"),
+        (
+            "a.jsonl",
+            b'{"prompt": "x"}\n',
+            {"converter": "alpaca"},
+            "a.jsonl line 1: no column instruction for the form alpaca; it has prompt",
+        ),
         ("a.json", b'{"prompt": "x"\n', {}, "a.json: cannot be loaded .*not JSON, Expecting .*line 2"),
         ("a.csv", b"x,y\n1,2\n", {"columns": {"prompt": "q"}}, "a.csv: no column 'q'; it has x, y"),
         ("a.csv", b"x,y\n1,2\n", {}, "columns x, y; need messages"),
         ("a.parquet", b"PAR1 and no more", {}, "a.parquet: no parquet file"),
         ("a.jsonl.gz", b"no gzip", {}, "a.jsonl.gz: cannot be read"),
-        ("a.jsonl", b'[{"role": "user", "content": "q"}]\n', {}, "no conversation has an assistant turn .*1 without a target"),
+        (
+            "a.jsonl",
+            b'[{"role": "user", "content": "q"}]\n',
+            {},
+            "no conversation has an assistant turn .*1 without a target",
+        ),
         ("a.jsonl", b"[1]\n", {"start": 3}, "no rows from 3 on in split 'train', which has 1"),
         ("saved", None, {"split": "test"}, "no split 'test', it has train"),
     ],
@@ -57,7 +67,11 @@ def damaged(tmp_path):
     from pyarrow import parquet
 
     for name in ("a", "b"):
-        parquet.write_table(pa.table({"text": [f"{i} {name} " * 50 for i in range(300)]}), tmp_path / f"{name}.parquet", row_group_size=100)
+        parquet.write_table(
+            pa.table({"text": [f"{i} {name} " * 50 for i in range(300)]}),
+            tmp_path / f"{name}.parquet",
+            row_group_size=100,
+        )
     damaged = bytearray((tmp_path / "b.parquet").read_bytes())
     place = parquet.ParquetFile(tmp_path / "b.parquet").metadata.row_group(1).column(0).data_page_offset
     damaged[place : place + 40] = b"\xff" * 40
@@ -97,7 +111,9 @@ def test_a_shard_without_its_end_is_named_before_the_stream_starts(tokenizer, da
 def test_a_bad_line_in_the_middle_of_a_stream_is_named(tokenizer, tmp_path, bad, reason, workers):
     good = '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'
     (tmp_path / "c.jsonl").write_text("".join(f"{line}\n" for line in [*[good] * 40, bad, *[good] * 40]))
-    batches = StreamedConversations([SourceConfig(path=str(tmp_path / "c.jsonl"))], tokenizer, rows=1, positions=31, num_workers=workers)
+    batches = StreamedConversations(
+        [SourceConfig(path=str(tmp_path / "c.jsonl"))], tokenizer, rows=1, positions=31, num_workers=workers
+    )
     with pytest.raises(ValueError, match=f"c.jsonl {reason}") as caught:
         batches.take(100)
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
@@ -124,7 +140,9 @@ def test_a_bad_row_in_the_middle_of_streamed_parquet_is_searched_and_named(token
 def test_a_line_without_text_is_named(tokenizer, tmp_path, streaming):
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n' * 20 + '{"text": 7}\n' + '{"text": "a"}\n' * 20)
     with pytest.raises(ValueError, match="t.jsonl line 21: .*'text' holds int"):
-        TextBatches(SourceConfig(path=str(tmp_path / "t.jsonl")), tokenizer, rows=1, positions=15, streaming=streaming).take(30)
+        TextBatches(
+            SourceConfig(path=str(tmp_path / "t.jsonl")), tokenizer, rows=1, positions=15, streaming=streaming
+        ).take(30)
 
 
 @pytest.mark.parametrize(

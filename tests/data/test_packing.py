@@ -27,7 +27,9 @@ def test_a_length_that_has_no_place_is_named(lengths, fault):
 def test_best_fit_never_opens_a_row_for_what_would_have_fitted(lengths):
     rows = plan_rows(lengths, 30)
     free = [30 - sum(lengths[i] for i in row) for row in rows]
-    for later, row in enumerate(rows):  # the first of a row is its longest, and no earlier row had room for it in the end
+    for later, row in enumerate(
+        rows
+    ):  # the first of a row is its longest, and no earlier row had room for it in the end
         assert all(lengths[row[0]] > f for f in free[:later])
 
 

@@ -118,7 +118,13 @@ def test_cut_keeps_everything_where_each_turn_fits_and_never_exceeds_the_row():
 )
 def test_nothing_is_dropped_silently(tokenizer, tmp_path, policy, documents, counts, capsys):
     # whole, without a target, three turns of 30 tokens each, one turn of 90 tokens
-    rows = [ask("q", "a"), [{"role": "user", "content": "q"}], ask("q" * 6, "a" * 20, "b" * 20, "c" * 20), ask("q", "a" * 84), ask("q", "b")]
+    rows = [
+        ask("q", "a"),
+        [{"role": "user", "content": "q"}],
+        ask("q" * 6, "a" * 20, "b" * 20, "c" * 20),
+        ask("q", "a" * 84),
+        ask("q", "b"),
+    ]
     path = write(tmp_path / "long.jsonl", rows)
     batches = make(path, tokenizer, positions=39, overlong=policy, progress=True)
     report = batches.reports[0]
@@ -144,7 +150,13 @@ def test_weights_repetitions_and_ranges(tokenizer, chats):
     def count(**changes):
         return len(make([SourceConfig(path=chats, **changes)], tokenizer).documents)
 
-    assert [count(repeat=2), count(weight=0.5), count(weight=1.5), count(start=50, rows=20), count(rows=3, repeat=3)] == [114, 28, 85, 7, 9]
+    assert [
+        count(repeat=2),
+        count(weight=0.5),
+        count(weight=1.5),
+        count(start=50, rows=20),
+        count(rows=3, repeat=3),
+    ] == [114, 28, 85, 7, 9]
     half = make([SourceConfig(path=chats, weight=0.5)], tokenizer).documents
     assert half.digest == make([SourceConfig(path=chats, weight=0.5)], tokenizer).documents.digest
     assert half.digest != make([SourceConfig(path=chats, weight=0.5)], tokenizer, seed=1).documents.digest
@@ -173,7 +185,10 @@ def test_local_formats_and_columns_give_the_same_documents(tokenizer, tmp_path):
 
 
 def hashes(batches, count):
-    return [hashlib.sha256(b["input_ids"].numpy().tobytes() + b["shift_labels"].numpy().tobytes()).hexdigest() for b in islice(iter(batches), count)]
+    return [
+        hashlib.sha256(b["input_ids"].numpy().tobytes() + b["shift_labels"].numpy().tobytes()).hexdigest()
+        for b in islice(iter(batches), count)
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -203,7 +218,11 @@ def test_an_epoch_begun_by_two_processes_ends_on_another_number(tokenizer, chats
     steps = -(-(total - 8) // others)
     by_step = [rows(batches, steps) for batches in after]
     ended = [row for step in zip(*by_step, strict=True) for row in step][: total - 8]
-    planned = [tuple(row.tolist()) for batch in islice(iter(make(chats, tokenizer, rows=1)), total) for row in batch["input_ids"]]
+    planned = [
+        tuple(row.tolist())
+        for batch in islice(iter(make(chats, tokenizer, rows=1)), total)
+        for row in batch["input_ids"]
+    ]
     assert sorted(begun + ended) == sorted(planned) and len(set(planned)) == total
 
 
@@ -251,7 +270,11 @@ def test_what_is_made_ahead_keeps_order_errors_and_ends():
 def test_real_conversations_leave_little_padding(tokenizer):
     texts = (m["content"] for row in load_source(SourceConfig(path=str(REAL), rows=800)) for m in row["messages"])
     tokenizer = train_tokenizer(texts, 2048)
-    for positions, most in ((512, 0.0015), (1024, 0.0010), (2048, 0.0010)):  # tokenised by the first, read from the cache by the others
+    for positions, most in (
+        (512, 0.0015),
+        (1024, 0.0010),
+        (2048, 0.0010),
+    ):  # tokenised by the first, read from the cache by the others
         batches = make(str(REAL), tokenizer, positions=positions)
         assert batches.padding_share <= most, (positions, batches.padding_share)
         assert len(batches.documents) + batches.untrained == 25_273
@@ -259,11 +282,18 @@ def test_real_conversations_leave_little_padding(tokenizer):
 
 @pytest.mark.parametrize("rows, count, batches", [(4, 8, 3), (4, 2, 2), (5, 8, 2), (16, 1, 1)])
 def test_no_row_of_a_validation_set_counts_twice(tokenizer, tmp_path, rows, count, batches):
-    lines = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"answer {i} " * 4}] for i in range(10)]
+    lines = [
+        [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"answer {i} " * 4}] for i in range(10)
+    ]
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = SFTBatches([SourceConfig(path=str(tmp_path / "v.jsonl"))], tokenizer, rows=rows, positions=60, prefetch=0)
     assert data.num_rows == 10
     made = data.once(count)
     assert [len(batch["input_ids"]) for batch in made] == [rows] * batches
-    counted = [row.tolist() for batch in made for row, labels in zip(batch["input_ids"], batch["shift_labels"], strict=True) if (labels >= 0).any()]
+    counted = [
+        row.tolist()
+        for batch in made
+        for row, labels in zip(batch["input_ids"], batch["shift_labels"], strict=True)
+        if (labels >= 0).any()
+    ]
     assert len(counted) == len({tuple(row) for row in counted}) == min(10, rows * batches)

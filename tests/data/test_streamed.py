@@ -39,7 +39,10 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    rows = [[{"role": "user", "content": f"<{i}>"}, {"role": "assistant", "content": "y" * (i % 23 + 1)}] for i in range(DOCUMENTS)]
+    rows = [
+        [{"role": "user", "content": f"<{i}>"}, {"role": "assistant", "content": "y" * (i % 23 + 1)}]
+        for i in range(DOCUMENTS)
+    ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
 
@@ -67,7 +70,11 @@ def epoch_of_consumer(source, kind, rank, world_size, worker, workers):
     """The texts of a consumer's first epoch, in a DataLoader worker's surroundings."""
     import torch.utils.data._utils.worker as surroundings
 
-    reader = MapReader(load_source(source), "x", 0) if kind == "map" else StreamReader(load_stream(source), source, 0, block=7)
+    reader = (
+        MapReader(load_source(source), "x", 0)
+        if kind == "map"
+        else StreamReader(load_stream(source), source, 0, block=7)
+    )
     if workers > 1:
         surroundings._worker_info = surroundings.WorkerInfo(id=worker, num_workers=workers, seed=0, dataset=None)
     try:
@@ -103,7 +110,14 @@ def test_loaders_of_all_ranks_deal_every_document_out_once(tokenizer, shards, wo
     seen = []
     for rank in range(world_size):
         batches = TextBatches(
-            SourceConfig(path=shards), tokenizer, rows=1, positions=63, rank=rank, world_size=world_size, streaming=streaming, num_workers=workers
+            SourceConfig(path=shards),
+            tokenizer,
+            rows=1,
+            positions=63,
+            rank=rank,
+            world_size=world_size,
+            streaming=streaming,
+            num_workers=workers,
         )
         batches.stream.pack = OneByOne(batches.stream.pack.encoder)
         consumers, ended = max(1, workers), set()
@@ -117,16 +131,34 @@ def test_loaders_of_all_ranks_deal_every_document_out_once(tokenizer, shards, wo
     assert sorted(seen) == sorted(f"<{n}>" + "x" * (n % 38) for n in range(DOCUMENTS))
 
 
-@pytest.mark.parametrize(("streaming", "workers", "rank", "world_size"), [
-    (True, 0, 0, 1), (True, 1, 0, 1), (True, 2, 0, 1), (True, 0, 1, 3), (True, 2, 1, 2), (False, 2, 1, 2), (False, 0, 2, 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("streaming", "workers", "rank", "world_size"),
+    [
+        (True, 0, 0, 1),
+        (True, 1, 0, 1),
+        (True, 2, 0, 1),
+        (True, 0, 1, 3),
+        (True, 2, 1, 2),
+        (False, 2, 1, 2),
+        (False, 0, 2, 3),
+    ],
+)
 @pytest.mark.parametrize("mode", ["crop", "keep"])
-def test_a_resumed_stream_of_text_equals_the_uninterrupted_one(tokenizer, shards, streaming, workers, rank, world_size, mode):
+def test_a_resumed_stream_of_text_equals_the_uninterrupted_one(
+    tokenizer, shards, streaming, workers, rank, world_size, mode
+):
     def make():
         batches = TextBatches(
-            SourceConfig(path=shards), tokenizer, rows=2, positions=47, rank=rank, world_size=world_size, mode=mode,
-            streaming=streaming, num_workers=workers,
-        )  # fmt: skip
+            SourceConfig(path=shards),
+            tokenizer,
+            rows=2,
+            positions=47,
+            rank=rank,
+            world_size=world_size,
+            mode=mode,
+            streaming=streaming,
+            num_workers=workers,
+        )
         batches.stream.pack.documents = 9  # several windows, blocks and epochs within the test
         if streaming:
             batches.stream.reader.block = 5
@@ -174,7 +206,10 @@ def test_streamed_conversations_come_equally_often_and_whole(tokenizer, chats):
     batches.stream.pack.documents = 16
     for batch in batches.take(150):
         assert batch["input_ids"][0, 0] == tokenizer.bos_token_id and (batch["shift_labels"] != -100).any()
-        said = re.findall(r"<(\d+)><\|user_end\|><\|assistant_start\|>(y*)<\|assistant_end\|>", tokenizer.decode(batch["input_ids"][0]))
+        said = re.findall(
+            r"<(\d+)><\|user_end\|><\|assistant_start\|>(y*)<\|assistant_end\|>",
+            tokenizer.decode(batch["input_ids"][0]),
+        )
         assert all(len(answer) == int(n) % 23 + 1 for n, answer in said)
         asked += [int(n) for n in re.findall(r"<(\d+)>", tokenizer.decode(batch["input_ids"][0]))]
     counts = [asked.count(n) for n in range(DOCUMENTS)]
@@ -184,11 +219,18 @@ def test_streamed_conversations_come_equally_often_and_whole(tokenizer, chats):
 @pytest.mark.parametrize(("policy", "counted"), [("truncate", "truncated"), ("drop", "untrained")])
 def test_a_stream_counts_what_it_cuts_also_in_workers(tokenizer, tmp_path, policy, counted):
     rows = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * 100}]]
-    rows += [[{"role": "user", "content": "q" * 5}]] * 3 + [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]] * 20
+    rows += [[{"role": "user", "content": "q" * 5}]] * 3 + [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    ] * 20
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for workers in (0, 1):
         batches = StreamedConversations(
-            [SourceConfig(path=str(tmp_path / "long.jsonl"))], tokenizer, rows=1, positions=31, overlong=policy, num_workers=workers
+            [SourceConfig(path=str(tmp_path / "long.jsonl"))],
+            tokenizer,
+            rows=1,
+            positions=31,
+            overlong=policy,
+            num_workers=workers,
         )
         batches.take(3)
         assert getattr(batches, counted) >= 1
@@ -197,7 +239,9 @@ def test_a_stream_counts_what_it_cuts_also_in_workers(tokenizer, tmp_path, polic
 
 def test_another_split_of_the_stream_is_refused(tokenizer, shards):
     def make(**changes):
-        return TextBatches(SourceConfig(path=shards), tokenizer, **({"rows": 1, "positions": 31, "streaming": True} | changes))
+        return TextBatches(
+            SourceConfig(path=shards), tokenizer, **({"rows": 1, "positions": 31, "streaming": True} | changes)
+        )
 
     state = make(world_size=2).state_dict()
     with pytest.raises(ValueError, match="split over 2 processes, this run has 3; resume with 2"):
@@ -209,7 +253,9 @@ def test_another_split_of_the_stream_is_refused(tokenizer, shards):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_stream_of_other_data_is_refused_and_the_same_in_another_folder_is_not(tokenizer, shards, tmp_path, streaming):
+def test_a_stream_of_other_data_is_refused_and_the_same_in_another_folder_is_not(
+    tokenizer, shards, tmp_path, streaming
+):
     def make(folder, **changes):
         source = SourceConfig(path=str(folder / "part-*.parquet"), **changes)
         return TextBatches(source, tokenizer, rows=1, positions=31, streaming=streaming)
@@ -218,7 +264,10 @@ def test_a_stream_of_other_data_is_refused_and_the_same_in_another_folder_is_not
     first.take(2)
     shutil.copytree(Path(shards).parent, tmp_path / "moved")
     make(tmp_path / "moved").load_state_dict(json_like(first.state_dict()))
-    with pytest.raises(ValueError, match=r"is of part-0.parquet to part-3.parquet \(4 files, .*, this run's of .*rows from 3; resume with the former"):
+    with pytest.raises(
+        ValueError,
+        match=r"is of part-0.parquet to part-3.parquet \(4 files, .*, this run's of .*rows from 3; resume with the former",
+    ):
         make(tmp_path / "moved", start=3).load_state_dict(first.state_dict())
     (tmp_path / "moved" / "part-1.parquet").unlink()
     with pytest.raises(ValueError, match=r"this run's of part-0.parquet to part-3.parquet \(3 files"):
@@ -229,11 +278,15 @@ def test_a_stream_of_other_data_is_refused_and_the_same_in_another_folder_is_not
 
 def test_streamed_conversations_of_another_file_are_refused(tokenizer, chats, tmp_path):
     def make(path):
-        return StreamedConversations([SourceConfig(path=chats), SourceConfig(path=str(path))], tokenizer, rows=1, positions=63)
+        return StreamedConversations(
+            [SourceConfig(path=chats), SourceConfig(path=str(path))], tokenizer, rows=1, positions=63
+        )
 
     lines = Path(chats).read_text().splitlines(keepends=True)
     (tmp_path / "less.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(ValueError, match=r"stream is of chats.jsonl \([\d,]+ bytes\), this run's of less.jsonl \([\d,]+ bytes\)"):
+    with pytest.raises(
+        ValueError, match=r"stream is of chats.jsonl \([\d,]+ bytes\), this run's of less.jsonl \([\d,]+ bytes\)"
+    ):
         make(tmp_path / "less.jsonl").load_state_dict(make(chats).state_dict())
 
 
@@ -253,7 +306,9 @@ def test_no_more_workers_than_a_process_has_shards(tmp_path, tokenizer, world_si
     from datasets import Dataset
 
     for shard in range(4):
-        Dataset.from_dict({"text": [f"row {i} of {shard}" for i in range(8)]}).to_parquet(str(tmp_path / f"{shard}.parquet"))
+        Dataset.from_dict({"text": [f"row {i} of {shard}" for i in range(8)]}).to_parquet(
+            str(tmp_path / f"{shard}.parquet")
+        )
     source = SourceConfig(path=str(tmp_path / "*.parquet"))
     batches = TextBatches(source, tokenizer, rows=1, positions=16, world_size=world_size, streaming=True, num_workers=8)
     assert batches.num_workers == workers and len(batches.take(5)) == 5
@@ -261,16 +316,28 @@ def test_no_more_workers_than_a_process_has_shards(tmp_path, tokenizer, world_si
 
 def test_too_few_documents_for_the_processes(tokenizer, tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "x"}\n')
-    batches = TextBatches(SourceConfig(path=str(tmp_path / "t.jsonl")), tokenizer, rows=1, positions=31, rank=1, world_size=2)
+    batches = TextBatches(
+        SourceConfig(path=str(tmp_path / "t.jsonl")), tokenizer, rows=1, positions=31, rank=1, world_size=2
+    )
     with pytest.raises(ValueError, match="1 documents cannot be dealt to 2 consumers"):
         batches.take(1)
-    batches = TextBatches(SourceConfig(path=str(tmp_path / "t.jsonl")), tokenizer, rows=1, positions=31, rank=1, world_size=2, streaming=True)
+    batches = TextBatches(
+        SourceConfig(path=str(tmp_path / "t.jsonl")),
+        tokenizer,
+        rows=1,
+        positions=31,
+        rank=1,
+        world_size=2,
+        streaming=True,
+    )
     with pytest.raises(ValueError, match="no document for process 1"):
         batches.take(1)
 
 
 def test_the_epoch_of_a_stream_is_shuffled_anew(shards):
-    rows, place = StreamReader(load_stream(SourceConfig(path=shards)), SourceConfig(path=shards), 0, block=10).open(0, 1, 0, 1)
+    rows, place = StreamReader(load_stream(SourceConfig(path=shards)), SourceConfig(path=shards), 0, block=10).open(
+        0, 1, 0, 1
+    )
     epochs = [[next(rows)[0]["text"] for _ in range(DOCUMENTS)] for _ in range(3)]
     assert all(sorted(e) == sorted(epochs[0]) for e in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -279,7 +346,9 @@ def test_the_epoch_of_a_stream_is_shuffled_anew(shards):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 12))
 def test_keep_loses_no_token_and_crop_fills_every_row(lengths, capacity):
-    documents = [[0, *range(100 * i + 1, 100 * i + n + 1)] for i, n in enumerate(lengths)]  # every token but bos is unique
+    documents = [
+        [0, *range(100 * i + 1, 100 * i + n + 1)] for i, n in enumerate(lengths)
+    ]  # every token but bos is unique
     if capacity > 1:  # with one place a row nothing but bos would ever fit
         rows, rest = pack_text(documents, capacity, "keep", 0)
         kept = [t for row in [*rows, rest] for piece in row for t in piece if t]

@@ -60,7 +60,9 @@ def test_five_geometries_give_one_number(tokenizer, kind):
             return torch.stack(sums).sum(0)  # the last rank sees the sum of all
 
         for rank in range(world):
-            batches = text_batches(TEXTS, tokenizer, batch_tokens=tokens, positions=positions, rank=rank, world_size=world)
+            batches = text_batches(
+                TEXTS, tokenizer, batch_tokens=tokens, positions=positions, rank=rank, world_size=world
+            )
             value = evaluate_bpb(model, batches, sizes, reduce=reduce)
         values.append(value)
     assert values == pytest.approx([expected] * 5, rel=1e-6)
@@ -102,15 +104,22 @@ def test_a_head_that_is_not_the_whole_story_is_noticed(tokenizer):
 
     gpt2.forward = doubled
     assert Scorer(gpt2).head is None
-    assert evaluate_bpb(gpt2, text_batches(TEXTS, tokenizer, positions=128), raw_token_bytes(tokenizer)) != pytest.approx(expected, rel=1e-3)
+    assert evaluate_bpb(
+        gpt2, text_batches(TEXTS, tokenizer, positions=128), raw_token_bytes(tokenizer)
+    ) != pytest.approx(expected, rel=1e-3)
 
 
 def test_long_texts_are_split_and_nothing_is_lost(tokenizer):
     sizes = raw_token_bytes(tokenizer)
     for positions in (8, 33):
         batches = list(text_batches(TEXTS, tokenizer, batch_tokens=100, positions=positions))
-        assert sum(sizes[b["shift_labels"][b["shift_labels"] >= 0]].sum().item() for b in batches) == sum(len(t.encode()) for t in TEXTS)
-        assert all(b["input_ids"].shape[1] <= positions and (b["input_ids"][:, 0] == tokenizer.bos_token_id).all() for b in batches)
+        assert sum(sizes[b["shift_labels"][b["shift_labels"] >= 0]].sum().item() for b in batches) == sum(
+            len(t.encode()) for t in TEXTS
+        )
+        assert all(
+            b["input_ids"].shape[1] <= positions and (b["input_ids"][:, 0] == tokenizer.bos_token_id).all()
+            for b in batches
+        )
 
 
 def test_no_bytes_is_infinite(tokenizer):
@@ -125,7 +134,11 @@ def test_gpt2_sizes_add_up_to_the_text(tmp_path):
     if not GPT2.exists():
         pytest.skip(f"no GPT-2 vocabulary at {GPT2}")
     vocabulary = json.loads(gzip.open(GPT2 / "encoder.json.gz").read())
-    merges = [tuple(line.split()) for line in gzip.open(GPT2 / "vocab.bpe.gz", "rt", encoding="utf-8").read().splitlines()[1:] if line]
+    merges = [
+        tuple(line.split())
+        for line in gzip.open(GPT2 / "vocab.bpe.gz", "rt", encoding="utf-8").read().splitlines()[1:]
+        if line
+    ]
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     gpt2 = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
@@ -163,16 +176,22 @@ def folder(tmp_path_factory, tokenizer):
 
 def test_script_takes_any_causal_model(folder):
     run = ["--model", str(folder / "gpt2"), "--eval", "bpb", "--data", str(folder / "texts.jsonl")]
-    small, large = (main([*run, "--batch-tokens", str(n), "--output", str(folder / f"{n}.json")])["bpb"] for n in (1, 8192))
+    small, large = (
+        main([*run, "--batch-tokens", str(n), "--output", str(folder / f"{n}.json")])["bpb"] for n in (1, 8192)
+    )
     assert small == pytest.approx(large, rel=1e-6)
     assert json.loads((folder / "1.json").read_text())["bpb"] == small
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [(["--eval", "bpb"], "needs --data"), (["--eval", "bpb", "--data", "none.jsonl"], "no such file"), (["--eval", "cores"], "cores is unknown"),
-     (["--eval", "bpb", "--data", "x.jsonl", "--max-texts", "0"], "--max-texts 0")],
-)  # fmt: skip
+    [
+        (["--eval", "bpb"], "needs --data"),
+        (["--eval", "bpb", "--data", "none.jsonl"], "no such file"),
+        (["--eval", "cores"], "cores is unknown"),
+        (["--eval", "bpb", "--data", "x.jsonl", "--max-texts", "0"], "--max-texts 0"),
+    ],
+)
 def test_wrong_arguments_end_before_the_model_is_loaded(arguments, reason, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--model", "no such model", *arguments])

@@ -34,7 +34,9 @@ MMLU = [{"question": "why " * n, "choices": list("wxyz"), "answer": n % 4} for n
 def ours():
     tokenizer = train_tokenizer(["A B C D Multiple Choice question letter"] * 3, 280)
     torch.manual_seed(0)
-    model = NanochatForCausalLM(NanochatConfig(vocab_size=280, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)).eval()
+    model = NanochatForCausalLM(
+        NanochatConfig(vocab_size=280, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.5)
@@ -49,12 +51,18 @@ def recipe(ours, tmp_path_factory):
     (folder / "words.txt").write_text("".join(f"{a}{b}{c}\n" for a in "abcdefgh" for b in "aeiou" for c in "klmnp"))
     (folder / "mmlu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MMLU))
     human = {
-        "task_id": "x/0", "prompt": "def one():\n    'One.'\n", "canonical_solution": "    return 1\n", "entry_point": "one",
+        "task_id": "x/0",
+        "prompt": "def one():\n    'One.'\n",
+        "canonical_solution": "    return 1\n",
+        "entry_point": "one",
         "test": "def check(candidate):\n    assert candidate() == 1\n",
-    }  # fmt: skip
+    }
     (folder / "human.jsonl").write_text(json.dumps(human) + "\n")
     lines = ["eval_data:"]
-    lines += [f"  - {{task: {name}, path: {folder / file}}}" for name, file in (("mmlu", "mmlu.jsonl"), ("humaneval", "human.jsonl"))]
+    lines += [
+        f"  - {{task: {name}, path: {folder / file}}}"
+        for name, file in (("mmlu", "mmlu.jsonl"), ("humaneval", "human.jsonl"))
+    ]
     lines += [f"  - {{task: {name}, path: {folder / 'words.txt'}}}" for name in ("spelling_bee", "simple_spelling")]
     (folder / "recipe.yaml").write_text("\n".join(lines) + "\n")
     return folder
@@ -62,10 +70,20 @@ def recipe(ours, tmp_path_factory):
 
 def arguments(recipe, output, *others):
     return [
-        "--config", str(recipe / "recipe.yaml"), "--model", str(recipe / "model"), "--limit", "9", "--batch-size", "2", "--max-new-tokens",
+        "--config",
+        str(recipe / "recipe.yaml"),
+        "--model",
+        str(recipe / "model"),
+        "--limit",
+        "9",
+        "--batch-size",
+        "2",
+        "--max-new-tokens",
         "6",
-        "--output", str(output), *others,
-    ]  # fmt: skip
+        "--output",
+        str(output),
+        *others,
+    ]
 
 
 def test_letters_of_a_batch_are_those_of_each_prompt_alone(ours):
@@ -90,7 +108,9 @@ def test_ranks_share_the_batches_and_each_answers_its_own(ours, monkeypatch):
     for rank in range(3):
         accelerator = SimpleNamespace(num_processes=3, process_index=rank)
         evaluate_task(*ours, get_task("mmlu"), MMLU, accelerator=accelerator, batch_size=2, progress=False)
-    assert sorted(i for share in shares for i in share) == list(range(len(MMLU))) and all(len(share) >= 3 for share in shares)
+    assert sorted(i for share in shares for i in share) == list(range(len(MMLU))) and all(
+        len(share) >= 3 for share in shares
+    )
     assert length_sorted_batches([[1], [1, 2, 3], [1, 2]], 2) == [[1, 2], [0]]
 
 
@@ -103,10 +123,17 @@ def test_several_processes_give_the_answers_of_one(world, recipe, tmp_path):
     several = json.loads((tmp_path / "several.json").read_text())
     assert (one["settings"]["processes"], several["settings"]["processes"]) == (1, world)
     said = run.text()
-    assert said.count("| mmlu |") == 1 and said.count("ChatCORE") == 1 and said.count("sandbox: ") == 1  # the main process alone
+    assert (
+        said.count("| mmlu |") == 1 and said.count("ChatCORE") == 1 and said.count("sandbox: ") == 1
+    )  # the main process alone
     assert "of 6 tasks, without arc_easy, arc_challenge, gsm8k, at most 9 questions a task" in said
     assert one["tasks"] == several["tasks"]
-    assert [(t["name"], t["total"]) for t in one["tasks"]] == [("mmlu", 9), ("humaneval", 1), ("spelling_bee", 9), ("simple_spelling", 9)]
+    assert [(t["name"], t["total"]) for t in one["tasks"]] == [
+        ("mmlu", 9),
+        ("humaneval", 1),
+        ("spelling_bee", 9),
+        ("simple_spelling", 9),
+    ]
     assert one["chatcore_of_these_tasks"] == several["chatcore_of_these_tasks"] and "chatcore" not in one
     for task in one["tasks"]:
         assert [a["index"] for a in task["answers"]] == list(range(task["total"]))
@@ -117,7 +144,11 @@ def test_tasks_of_the_command_line_take_the_paths_of_the_recipe_and_the_table_is
     output = tmp_path / "new" / "answers.json"
     chat_eval.main(arguments(recipe, output, "--tasks", "simple_spelling", "--markdown", "true"))
     table = output.with_suffix(".md").read_text()
-    assert table in capsys.readouterr().out and "ChatCORE" not in table and "| simple_spelling | 0.0% | 0.0% | 0 | 9 |" in table
+    assert (
+        table in capsys.readouterr().out
+        and "ChatCORE" not in table
+        and "| simple_spelling | 0.0% | 0.0% | 0 | 9 |" in table
+    )
     assert "chatcore_of_these_tasks" not in json.loads(output.read_text())
 
 
@@ -130,7 +161,14 @@ def other_model(folder, template="{% for m in messages %}{{ m['role'] }}: {{ m['
     tokenizer.chat_template = template
     torch.manual_seed(1)
     config = GPT2Config(
-        vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=256, eos_token_id=256, initializer_range=0.5
+        vocab_size=257,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=512,
+        bos_token_id=256,
+        eos_token_id=256,
+        initializer_range=0.5,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(folder)
@@ -150,10 +188,15 @@ def test_any_causal_model_with_a_chat_template(recipe, tmp_path):
     assert all(answer["answer"] for answer in spelled["answers"])
 
 
-@pytest.mark.parametrize("others, reason", [
-    (["--model", "nowhere"], "--model nowhere: cannot be loaded"), (["--tasks", "gsm8k,juggling"], "task 'juggling' is unknown"),
-    (["--limit", "0"], "--limit 0 must be at least 1"), (["--dtype", "int8"], "--dtype int8 must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "others, reason",
+    [
+        (["--model", "nowhere"], "--model nowhere: cannot be loaded"),
+        (["--tasks", "gsm8k,juggling"], "task 'juggling' is unknown"),
+        (["--limit", "0"], "--limit 0 must be at least 1"),
+        (["--dtype", "int8"], "--dtype int8 must be"),
+    ],
+)
 def test_what_a_user_gets_wrong_is_one_line(recipe, tmp_path, capsys, others, reason):
     with pytest.raises(SystemExit, match="2"):
         chat_eval.main(arguments(recipe, tmp_path / "a.json", *others))
@@ -174,7 +217,10 @@ def test_a_limit_takes_rows_from_everywhere(recipe):
     task, path = get_task("mmlu"), str(recipe / "mmlu.jsonl")
     assert [len(row["question"]) // 4 for row in evaluation_rows(task, path, 4)] == [1, 3, 6, 9]
     assert len(evaluation_rows(task, path)) == len(evaluation_rows(task, path, 99)) == 11
-    assert len(evaluation_rows(get_task("calculator"), limit=1200)) == 1200 and len(evaluation_rows(get_task("calculator"))) == 1000
+    assert (
+        len(evaluation_rows(get_task("calculator"), limit=1200)) == 1200
+        and len(evaluation_rows(get_task("calculator"))) == 1000
+    )
     with pytest.raises(ValueError, match="limit=0"):
         evaluation_rows(task, path, 0)
 
@@ -189,7 +235,10 @@ def test_a_models_own_code_runs_only_where_it_is_trusted(recipe, tmp_path, capsy
     folder = tmp_path / "foreign"
     other_model(folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.ForeignConfig", "AutoModelForCausalLM": "foreign.Foreign"}}
+    config |= {
+        "model_type": "foreign",
+        "auto_map": {"AutoConfig": "foreign.ForeignConfig", "AutoModelForCausalLM": "foreign.Foreign"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "foreign.py").write_text(
         "from transformers import GPT2Config, GPT2LMHeadModel\n"

@@ -30,7 +30,9 @@ from nanochat_hf.training.callbacks.core import CoreConfig
 from tests.support.processes import Run
 
 BUNDLE = Path("../shared/data/core/eval_bundle.zip")
-WORDS = "the cat sat on a mat and counted twelve letters while rain fell over green hills near old stone bridges".split()
+WORDS = (
+    "the cat sat on a mat and counted twelve letters while rain fell over green hills near old stone bridges".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,12 @@ def shaken(make):
 def models():
     sizes = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=2)
     return {
-        "nanochat": shaken(lambda: NanochatForCausalLM(NanochatConfig(vocab_size=300, max_position_embeddings=96, **sizes))),
-        "gpt2": shaken(lambda: GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=96))),
+        "nanochat": shaken(
+            lambda: NanochatForCausalLM(NanochatConfig(vocab_size=300, max_position_embeddings=96, **sizes))
+        ),
+        "gpt2": shaken(
+            lambda: GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=96))
+        ),
     }
 
 
@@ -70,7 +76,9 @@ def make_task(kind, shots, count=24, longest=8):
         elif kind == "schema":
             head = some(rng, 1, longest)
             contexts = [f"{head} {o}" for o in options]
-            items.append({"context_options": contexts, "continuation": some(rng, 2, 5), "gold": rng.randrange(len(options))})
+            items.append(
+                {"context_options": contexts, "continuation": some(rng, 2, 5), "gold": rng.randrange(len(options))}
+            )
         else:
             items.append({"context": some(rng, 2, longest) + " ", "continuation": some(rng, 1, 2)})
     return CoreTask("made", kind, items, shots, "\nAnswer: " if shots else " ", 0.25)
@@ -92,7 +100,10 @@ def plain_right(model, tokenizer, task, items, index):
     elif task.kind == "schema":
         texts = [head + c + d + item["continuation"] for c in item["context_options"]]
     else:
-        texts = [(head + item["context"].strip() + d).strip(), head + item["context"].strip() + d + item["continuation"]]
+        texts = [
+            (head + item["context"].strip() + d).strip(),
+            head + item["context"].strip() + d + item["continuation"],
+        ]
     ids = [[tokenizer.bos_token_id, *tokenizer.encode(t, add_special_tokens=False)] for t in texts]
     same = 0
     flip = [i[::-1] for i in ids] if task.kind == "schema" else ids
@@ -120,7 +131,9 @@ def test_batched_decisions_are_those_of_the_plain_way(models, tokenizer, name, k
     model, task = models[name], make_task(kind, shots)
     assert Scorer(model).can_share(), "options of one item run their common beginning once"
     items = task.chosen()
-    assert (max(len(tokenizer.encode(t)) for i in range(len(items)) for t in prompts(task, items, i)) > 96) == (shots == 10) or shots == 3
+    assert (max(len(tokenizer.encode(t)) for i in range(len(items)) for t in prompts(task, items, i)) > 96) == (
+        shots == 10
+    ) or shots == 3
     expected = [float(plain_right(model, tokenizer, task, items, i)) for i in range(len(items))]
     for budget in (1, 512, 8192):
         assert evaluate_core_task(model, tokenizer, task, batch_tokens=budget, progress=False).tolist() == expected
@@ -164,7 +177,9 @@ def bundle(tmp_path_factory):
         file.writestr("b/core.yaml", json.dumps({"icl_tasks": entries}))
         file.writestr("b/eval_meta_data.csv", "Eval Task,Random baseline\nhere,25\ngone,0\ntwins,50\n")
         for label, kind in (("here", "multiple_choice"), ("twins", "schema")):
-            file.writestr(f"b/eval_data/x/{label}.jsonl", "".join(json.dumps(i) + "\n" for i in make_task(kind, 2, 9).items))
+            file.writestr(
+                f"b/eval_data/x/{label}.jsonl", "".join(json.dumps(i) + "\n" for i in make_task(kind, 2, 9).items)
+            )
     return path
 
 
@@ -173,12 +188,25 @@ def folder(tmp_path_factory, models, tokenizer):
     path = tmp_path_factory.mktemp("models") / "model"
     models["nanochat"].save_pretrained(path)
     tokenizer.save_pretrained(path)
-    (path.parent / "texts.jsonl").write_text("".join(json.dumps({"text": " ".join(WORDS[i:])}) + "\n" for i in range(9)))
+    (path.parent / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(WORDS[i:])}) + "\n" for i in range(9))
+    )
     return path
 
 
 def test_missing_data_is_listed_and_core_named_partial(tmp_path, folder, bundle, capsys):
-    results = main(["--model", str(folder), "--core-data", str(bundle), "--eval", "core,sample", "--output", str(tmp_path / "out.json")])
+    results = main(
+        [
+            "--model",
+            str(folder),
+            "--core-data",
+            str(bundle),
+            "--eval",
+            "core,sample",
+            "--output",
+            str(tmp_path / "out.json"),
+        ]
+    )
     out = capsys.readouterr().out
     assert "no data file: gone" in out and "CORE (partial, 2 of 3)" in out and "The capital of France is|" in out
     assert json.loads((tmp_path / "out.json").read_text()) == results and results["core"]["missing"] == ["gone"]
@@ -189,7 +217,16 @@ def test_missing_data_is_listed_and_core_named_partial(tmp_path, folder, bundle,
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path, folder, bundle):
-    run = ["--model", str(folder), "--core-data", str(bundle), "--data", str(folder.parent / "texts.jsonl"), "--eval", "core,bpb"]
+    run = [
+        "--model",
+        str(folder),
+        "--core-data",
+        str(bundle),
+        "--data",
+        str(folder.parent / "texts.jsonl"),
+        "--eval",
+        "core,bpb",
+    ]
     one = main([*run, "--output", str(tmp_path / "one.json")])
     two = Run("scripts.base_eval", [*run, "--output", tmp_path / "two.json"], tmp_path / "log", world=2)
     assert two.wait() == [0, 0], two.text()
@@ -199,18 +236,34 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, folder, bundle):
 
 
 def test_base_training_evaluates_core_on_its_cadence_and_at_the_end(tmp_path, folder, bundle):
-    data = ["--data", folder.parent / "texts.jsonl", "--tokenizer", folder, "--output-dir", tmp_path / "base", "--depth", 1]
+    data = [
+        "--data",
+        folder.parent / "texts.jsonl",
+        "--tokenizer",
+        folder,
+        "--output-dir",
+        tmp_path / "base",
+        "--depth",
+        1,
+    ]
     sizes = ["--max-seq-len", 32, "--device-batch-size", 2, "--num-steps", 3, "--eval-every", 0, "--eval-batches", 1]
-    run = Run("scripts.base_train", [*data, *sizes, "--core-every", 2, "--core-data", bundle, "--core-max-per-task", 5], tmp_path / "log")
+    run = Run(
+        "scripts.base_train",
+        [*data, *sizes, "--core-every", 2, "--core-data", bundle, "--core-max-per-task", 5],
+        tmp_path / "log",
+    )
     assert run.wait() == [0], run.text()
-    entries = [e for e in map(json.loads, (tmp_path / "base" / "metrics.jsonl").read_text().splitlines()) if "core/core" in e]
+    entries = [
+        e for e in map(json.loads, (tmp_path / "base" / "metrics.jsonl").read_text().splitlines()) if "core/core" in e
+    ]
     assert [e["step"] for e in entries] == [2, 3] and run.text().count("CORE (partial, 2 of 3)") == 2
     for entry in entries:
         assert entry["core/core"] == pytest.approx((entry["core/here"] + entry["core/twins"]) / 2)
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"), [(dict(core_every=5), "needs --core-data: the evaluation bundle"), (dict(core_every=-1), "--core-every -1")]
+    ("settings", "reason"),
+    [(dict(core_every=5), "needs --core-data: the evaluation bundle"), (dict(core_every=-1), "--core-every -1")],
 )
 def test_wrong_settings_of_the_callback_are_named(settings, reason):
     with pytest.raises(ValueError, match=reason):
@@ -219,9 +272,16 @@ def test_wrong_settings_of_the_callback_are_named(settings, reason):
 
 @pytest.mark.parametrize(
     ("files", "reason"),
-    [(None, "no such file or folder; give the evaluation bundle"), ({"a": "b"}, "holds no core.yaml"), ({"core.yaml": "icl_tasks: 3"}, "not as expected"),
-     ({"core.yaml": "icl_tasks: [{label: x, dataset_uri: x, icl_task_type: schema, num_fewshot: [0]}]"}, "no random baseline")],
-)  # fmt: skip
+    [
+        (None, "no such file or folder; give the evaluation bundle"),
+        ({"a": "b"}, "holds no core.yaml"),
+        ({"core.yaml": "icl_tasks: 3"}, "not as expected"),
+        (
+            {"core.yaml": "icl_tasks: [{label: x, dataset_uri: x, icl_task_type: schema, num_fewshot: [0]}]"},
+            "no random baseline",
+        ),
+    ],
+)
 def test_what_is_no_bundle_is_named_and_where_to_get_one(tmp_path, files, reason):
     path = tmp_path / "bundle"
     for name, text in (files or {}).items():
@@ -238,14 +298,32 @@ def test_too_few_items_for_the_solved_examples_are_said_before_anything_runs(tmp
     with pytest.raises(ValueError, match="CORE task here: 2 items are too few for num_fewshot=2; allow at least 3"):
         load_bundle(bundle, 2)
     with pytest.raises(SystemExit) as stop:
-        main(["--model", str(tmp_path / "never loaded"), "--core-data", str(bundle), "--eval", "core", "--max-per-task", "2"])
+        main(
+            [
+                "--model",
+                str(tmp_path / "never loaded"),
+                "--core-data",
+                str(bundle),
+                "--eval",
+                "core",
+                "--max-per-task",
+                "2",
+            ]
+        )
     assert stop.value.code == 2 and "allow at least 3 items a task" in capsys.readouterr().err
     with pytest.raises(ValueError, match="too few"):  # of base training, whose first CORE may be hours away
         CoreConfig(core_every=1, core_data=str(bundle), core_max_per_task=2).callbacks(None, None)
 
 
 def test_prefixes_are_shared_exactly_where_the_model_allows_it():
-    sizes = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64)
+    sizes = dict(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+    )
     made = {
         "llama": LlamaForCausalLM(LlamaConfig(**sizes)),
         "gemma2": Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=16, sliding_window=4, final_logit_softcapping=3.0)),
@@ -270,7 +348,11 @@ def test_real_bundle_loads_whole_and_scores_like_the_plain_way(models, tokenizer
     tasks, missing = load_bundle(BUNDLE)
     assert len(tasks) + len(missing) == 22 and sorted(missing) == ["boolq", "coqa", "jeopardy", "squad", "winograd"]
     by_label = {task.label: task for task in tasks}
-    assert by_label["arc_easy"].baseline == 0.25 and by_label["piqa"].delimiter == "\nAnswer: " and by_label["copa"].num_fewshot == 0
+    assert (
+        by_label["arc_easy"].baseline == 0.25
+        and by_label["piqa"].delimiter == "\nAnswer: "
+        and by_label["copa"].num_fewshot == 0
+    )
     for label in ("winogrande", "copa", "lambada_openai"):
         task = by_label[label]
         items = task.chosen(6)

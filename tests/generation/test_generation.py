@@ -37,7 +37,14 @@ PROMPTS = [[1, 5, 9, 12], [3, 4], [7, 8, 9, 10, 11, 12] * 5, [20]]
 def reference(model, tokenizer, prompt, new):
     ends = [tokenizer.eos_token_id, tokenizer.bos_token_id]
     mask = torch.ones(1, len(prompt))
-    ids = model.generate(torch.tensor([prompt]), attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=0)
+    ids = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=mask,
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=0,
+    )
     return [i for i in ids[0, len(prompt) :].tolist() if i not in ends]
 
 
@@ -53,7 +60,11 @@ def test_greedy_is_generate_beyond_the_window_and_the_buffer(model, tokenizer, m
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_any_causal_model_can_be_generated_with(tokenizer, attention):
-    gpt2 = shaken(lambda: GPT2LMHeadModel(GPT2Config(vocab_size=280, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0)))
+    gpt2 = shaken(
+        lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=280, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0)
+        )
+    )
     gpt2.set_attn_implementation(attention)
     out = quiet(gpt2, tokenizer).generate(PROMPTS, max_new_tokens=12)
     assert [c.ids for (c,) in out] == [reference(gpt2, tokenizer, p, 12) for p in PROMPTS]
@@ -74,7 +85,9 @@ def test_eager_attention_gives_the_same(model, tokenizer):
 def traced(monkeypatch):
     """torch.compile that traces in full but generates no code, which takes seconds a shape."""
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **settings: compile(function, **(settings | {"backend": "eager"})))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **settings: compile(function, **(settings | {"backend": "eager"}))
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 8])
@@ -86,12 +99,20 @@ def test_static_cache_gives_the_same(model, tokenizer, traced, steps, settings):
     for _ in range(2):  # the second call reuses the cache of the first
         assert static.generate(PROMPTS[:3], max_new_tokens=42, **settings) == expected
     if not settings:
-        assert static.generate(PROMPTS[:1], max_new_tokens=1) == quiet(model, tokenizer).generate(PROMPTS[:1], max_new_tokens=1)
+        assert static.generate(PROMPTS[:1], max_new_tokens=1) == quiet(model, tokenizer).generate(
+            PROMPTS[:1], max_new_tokens=1
+        )
 
 
 def test_static_cache_serves_other_models(tokenizer, traced):
-    gpt2 = shaken(lambda: GPT2LMHeadModel(GPT2Config(vocab_size=280, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0)))
-    assert quiet(gpt2, tokenizer, compile=True).generate(PROMPTS, max_new_tokens=12) == quiet(gpt2, tokenizer).generate(PROMPTS, max_new_tokens=12)
+    gpt2 = shaken(
+        lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=280, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0)
+        )
+    )
+    assert quiet(gpt2, tokenizer, compile=True).generate(PROMPTS, max_new_tokens=12) == quiet(gpt2, tokenizer).generate(
+        PROMPTS, max_new_tokens=12
+    )
 
 
 @pytest.mark.slow
@@ -157,7 +178,10 @@ def test_tool_results_are_forced_into_their_own_rows_of_a_batch(model, tokenizer
     fed = scripted(model, monkeypatch, [(call + talk * 9)[:length], (talk * 9)[:length]])
     first, second = (c for (c,) in Engine(model, tokenizer).generate([[1], [2]], max_new_tokens=length))
     forced = [i for i, f in zip(first.ids, first.forced, strict=True) if f]
-    assert tokenizer.decode(forced) == "<|output_start|>12<|output_end|>" and first.ids[len(call) :][: len(forced)] == forced
+    assert (
+        tokenizer.decode(forced) == "<|output_start|>12<|output_end|>"
+        and first.ids[len(call) :][: len(forced)] == forced
+    )
     assert [row[0] for row in fed[1:]] == first.ids[:-1], "the model read the result, not what it would have said"
     assert second.ids == (talk * 9)[:length] and not any(second.forced)
     parts = answer_parts(tokenizer, [*talk, *first.ids[: len(call) + len(forced)]])
@@ -211,13 +235,18 @@ def test_a_full_cache_leaves_no_room_for_holes(model, tokenizer, monkeypatch):
     static = Engine(model, tokenizer, compile=True)
     static.steps = 8
     assert static.generate(PROMPTS[:3], max_new_tokens=150) == expected
-    assert sum(c.text.count("<|python_end|>") for (c,) in expected) > 10, "so many calls that the room for holes is used up"
+    assert sum(c.text.count("<|python_end|>") for (c,) in expected) > 10, (
+        "so many calls that the room for holes is used up"
+    )
 
 
 def test_stream_is_generate(model, tokenizer):
     for settings in ({}, dict(temperature=0.8, top_k=20, seed=3)):
         engine = Engine(model, tokenizer)
-        assert list(engine.stream(PROMPTS[0], max_new_tokens=16, **settings)) == engine.generate([PROMPTS[0]], max_new_tokens=16, **settings)[0][0].ids
+        assert (
+            list(engine.stream(PROMPTS[0], max_new_tokens=16, **settings))
+            == engine.generate([PROMPTS[0]], max_new_tokens=16, **settings)[0][0].ids
+        )
 
 
 def test_samples_follow_the_distribution_and_its_cuts():
@@ -227,9 +256,15 @@ def test_samples_follow_the_distribution_and_its_cuts():
     assert torch.allclose(share(temperature=1.0), logits.softmax(-1), atol=1e-4)
     assert torch.allclose(share(temperature=0.5), (logits / 0.5).softmax(-1), atol=1e-4)
     top = logits[:2].softmax(-1)
-    assert torch.allclose(share(temperature=1.0, top_k=2)[:2], top, atol=1e-4) and not share(temperature=1.0, top_k=2)[2:].any()
+    assert (
+        torch.allclose(share(temperature=1.0, top_k=2)[:2], top, atol=1e-4)
+        and not share(temperature=1.0, top_k=2)[2:].any()
+    )
     # probabilities 0.644, 0.237, 0.087, 0.032: the nucleus of 0.7 is the first two
-    assert torch.allclose(share(temperature=1.0, top_p=0.7)[:2], top, atol=1e-4) and not share(temperature=1.0, top_p=0.7)[2:].any()
+    assert (
+        torch.allclose(share(temperature=1.0, top_p=0.7)[:2], top, atol=1e-4)
+        and not share(temperature=1.0, top_p=0.7)[2:].any()
+    )
     assert share(temperature=1e-40)[0] == 1 and share(temperature=1.0, top_k=99)[4] == 0
     assert sample(logits[None].repeat(2, 1), torch.tensor([0.0, 1.0]), 1.0).tolist() == [0, 3]
 
@@ -237,11 +272,15 @@ def test_samples_follow_the_distribution_and_its_cuts():
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (dict(temperature=-0.1), "temperature=-0.1"), (dict(temperature=float("nan")), "temperature=nan"), (dict(top_k=-1), "top_k=-1"),
-        (dict(top_p=0.0), "top_p=0.0"), (dict(top_p=1.5), "top_p=1.5"), (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(temperature=-0.1), "temperature=-0.1"),
+        (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(top_k=-1), "top_k=-1"),
+        (dict(top_p=0.0), "top_p=0.0"),
+        (dict(top_p=1.5), "top_p=1.5"),
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
         (dict(num_samples=0), "num_samples=0"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be_are_named(model, tokenizer, settings, reason):
     with pytest.raises(ValueError, match=reason):
         check_sampling(**settings)

@@ -22,7 +22,12 @@ from tests.support.hub import TOKEN, environment, push
 
 ROOT = Path(__file__).parents[2]
 CHATS = [
-    {"messages": [{"role": "user", "content": f"why is the sky {i}?"}, {"role": "assistant", "content": f"the sea is {i}." * (i % 4 + 1)}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"why is the sky {i}?"},
+            {"role": "assistant", "content": f"the sea is {i}." * (i % 4 + 1)},
+        ]
+    }
     for i in range(40)
 ]
 CHATS[3]["messages"][1]["content"] = [
@@ -34,7 +39,9 @@ CHATS[3]["messages"][1]["content"] = [
 
 def python(hub, home, *argv, cwd=ROOT, **variables):
     """Run `python argv` against this Hub alone; returns what it printed. Fails with its stderr."""
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=cwd, env=environment(hub, home) | variables)
+    done = subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, cwd=cwd, env=environment(hub, home) | variables
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert TOKEN not in done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -50,25 +57,60 @@ def chats(tmp_path):
 def sft(chats, output, *more, model="user/base@main"):
     """Flags of a run of six steps."""
     return [
-        "-m", "scripts.chat_sft", "--model", model, "--data", chats, "--output-dir", str(output), "--num-steps", "6",
-        "--device-batch-size", "2", "--max-seq-len", "64", "--eval-every", "0", "--eval-batches", "1", "--log-every", "2", *more,
-    ]  # fmt: skip
+        "-m",
+        "scripts.chat_sft",
+        "--model",
+        model,
+        "--data",
+        chats,
+        "--output-dir",
+        str(output),
+        "--num-steps",
+        "6",
+        "--device-batch-size",
+        "2",
+        "--max-seq-len",
+        "64",
+        "--eval-every",
+        "0",
+        "--eval-batches",
+        "1",
+        "--log-every",
+        "2",
+        *more,
+    ]
 
 
 def test_training_pushes_through_faults_and_resumes_elsewhere_to_the_same_bits(hub, run, chats, tmp_path):
     push(run, repo_id="user/base")
     hub.fail("POST", "/user/chat/commit/", 500)
     hub.fail("PUT", "/lfs", "drop")
-    flags = ["--save-every", "2", "--keep", "1", "--push-to-hub", "--hub-model-id", "user/chat", "--hub-strategy", "checkpoint"]
+    flags = [
+        "--save-every",
+        "2",
+        "--keep",
+        "1",
+        "--push-to-hub",
+        "--hub-model-id",
+        "user/chat",
+        "--hub-strategy",
+        "checkpoint",
+    ]
     said = python(hub, tmp_path / "here", *sft(chats, tmp_path / "a", *flags))
     repo, files = hub.repos["models", "user/chat"], hub.files("user/chat")
-    assert "Step 2" in repo.titles and repo.titles[-1] == "Final model, step 6" and said.count("pushed to") == len(repo.titles) - 1
+    assert (
+        "Step 2" in repo.titles
+        and repo.titles[-1] == "Final model, step 6"
+        and said.count("pushed to") == len(repo.titles) - 1
+    )
     assert files["model.safetensors"] == (tmp_path / "a/final/model.safetensors").read_bytes()
     assert not (tmp_path / "a/.hub-stage").exists()
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "user/base" and [r.metric_type for r in card.data.eval_results] == ["bits_per_byte"]
     assert "| hardware | 1 × " in card.text and "torch 2" in card.text and "--resume user/chat" in card.text
-    assert TOKEN.encode() not in b"".join(files.values()) + b"".join(p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert TOKEN.encode() not in b"".join(files.values()) + b"".join(
+        p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
 
     step_2 = list(repo.commits)[repo.titles.index("Step 2")]
     said = python(hub, tmp_path / "there", *sft(chats, tmp_path / "b", "--resume", f"user/chat@{step_2}"))
@@ -79,12 +121,40 @@ def test_training_pushes_through_faults_and_resumes_elsewhere_to_the_same_bits(h
 
 def test_base_training_pushes_its_checkpoints_and_its_model(hub, run, tmp_path):
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"why is the sky {i} and the sea green? " * 3}) + "\n" for i in range(60)))
+    text.write_text(
+        "".join(json.dumps({"text": f"why is the sky {i} and the sea green? " * 3}) + "\n" for i in range(60))
+    )
     said = python(
-        hub, tmp_path / "home", "-m", "scripts.base_train", "--depth", "2", "--data", str(text), "--tokenizer", str(run / "final"),
-        "--output-dir", str(tmp_path / "a"), "--num-steps", "4", "--save-every", "2", "--device-batch-size", "2", "--max-seq-len", "64",
-        "--eval-every", "0", "--eval-batches", "1", "--push-to-hub", "--hub-model-id", "user/base", "--hub-strategy", "every_save",
-    )  # fmt: skip
+        hub,
+        tmp_path / "home",
+        "-m",
+        "scripts.base_train",
+        "--depth",
+        "2",
+        "--data",
+        str(text),
+        "--tokenizer",
+        str(run / "final"),
+        "--output-dir",
+        str(tmp_path / "a"),
+        "--num-steps",
+        "4",
+        "--save-every",
+        "2",
+        "--device-batch-size",
+        "2",
+        "--max-seq-len",
+        "64",
+        "--eval-every",
+        "0",
+        "--eval-batches",
+        "1",
+        "--push-to-hub",
+        "--hub-model-id",
+        "user/base",
+        "--hub-strategy",
+        "every_save",
+    )
     files = hub.files("user/base")
     assert hub.repos["models", "user/base"].titles[-1] == "Final model, step 4" and "pushed to" in said
     assert files["model.safetensors"] == (tmp_path / "a/final/model.safetensors").read_bytes()
@@ -94,27 +164,43 @@ def test_base_training_pushes_its_checkpoints_and_its_model(hub, run, tmp_path):
 
 def test_two_processes_push_once(hub, run, chats, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    flags = sft(chats, tmp_path / "a", "--push-to-hub", "--hub-model-id", "chat", "--hub-private", model=str(run / "final"))
+    flags = sft(
+        chats, tmp_path / "a", "--push-to-hub", "--hub-model-id", "chat", "--hub-private", model=str(run / "final")
+    )
     said = python(hub, tmp_path / "home", *launcher, *flags, ACCELERATE_USE_CPU="1")
     assert "on 2 processes" in said
     repo = hub.repos["models", "user/chat"]
     assert repo.private and repo.titles == ["initial commit", "Final model, step 6"]
-    assert [path for _, path, _ in hub.requests].count("/api/whoami-v2") == 1 and "last-checkpoint/trainer.json" not in hub.files(
-        "user/chat"
-    )
+    assert [path for _, path, _ in hub.requests].count(
+        "/api/whoami-v2"
+    ) == 1 and "last-checkpoint/trainer.json" not in hub.files("user/chat")
     assert "2 × " in hub.files("user/chat")["README.md"].decode()
 
 
 def test_a_run_that_could_not_push_is_refused_before_the_model_is_loaded(hub, run, chats, tmp_path):
-    for flags, message in ((["--push-to-hub"], "add --hub-model-id"), (["--push-to-hub", "--hub-model-id", "other/chat"], "write access")):
+    for flags, message in (
+        (["--push-to-hub"], "add --hub-model-id"),
+        (["--push-to-hub", "--hub-model-id", "other/chat"], "write access"),
+    ):
         command = [sys.executable, *sft(chats, tmp_path / "a", *flags, model=str(run / "final"))]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(hub, tmp_path / "home"))
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env=environment(hub, tmp_path / "home")
+        )
         assert done.returncode == 2 and message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "a").exists()
 
 
 def test_a_published_data_set_is_read_back_by_name(hub, run, chats, tmp_path):
-    script = ["-m", "scripts.push_dataset", "--hub-dataset-id", "user/chats", "--data", chats, "--tokenizer", str(run / "final")]
+    script = [
+        "-m",
+        "scripts.push_dataset",
+        "--hub-dataset-id",
+        "user/chats",
+        "--data",
+        chats,
+        "--tokenizer",
+        str(run / "final"),
+    ]
     said = python(hub, tmp_path / "here", *script, "--license", "mit", "--validation", chats)
     assert "40 rows of train, 40 rows of validation" in said
     files = hub.files("user/chats", kind="datasets")
@@ -147,8 +233,12 @@ def test_shards_have_one_schema_and_keep_the_order(tmp_path):
 
     counts = write_dataset({"train": CHATS}, tmp_path / "set", shard_bytes=700)  # row 3 alone has parts of its own kind
     files = sorted((tmp_path / "set/data").iterdir())
-    assert len(files) > 5 and files[0].name == f"train-00000-of-{len(files):05d}.parquet" and counts["train"]["rows"] == 40
-    found = load_dataset("parquet", data_files=[str(f) for f in files], split="train", cache_dir=str(tmp_path / "cache"))
+    assert (
+        len(files) > 5 and files[0].name == f"train-00000-of-{len(files):05d}.parquet" and counts["train"]["rows"] == 40
+    )
+    found = load_dataset(
+        "parquet", data_files=[str(f) for f in files], split="train", cache_dir=str(tmp_path / "cache")
+    )
     assert [row["messages"] for row in found] == [row["messages"] for row in CHATS]
     with pytest.raises(ValueError, match="validation: no rows"):
         write_dataset({"validation": []}, tmp_path / "none")
@@ -171,7 +261,9 @@ def test_published_text_is_read_back_and_replaces_the_older_shards(hub, run, tmp
             str(run / "final"),
         ]
         push_dataset.main(flags)
-    assert [name for name in hub.files("user/texts", kind="datasets") if name.endswith("parquet")] == ["data/train-00000-of-00001.parquet"]
+    assert [name for name in hub.files("user/texts", kind="datasets") if name.endswith("parquet")] == [
+        "data/train-00000-of-00001.parquet"
+    ]
     code = """
 import sys
 from nanochat_hf.data.sources import SourceConfig, load_source
@@ -203,16 +295,35 @@ print("module", type(model).__module__)
 
 
 def test_the_script_pushes_a_run_or_a_model_folder(hub, run, tmp_path, capsys):
-    (tmp_path / "answers.json").write_text(json.dumps([{"name": "spelling_bee", "accuracy": 0.75, "total": 4, "correct": 3}]))
+    (tmp_path / "answers.json").write_text(
+        json.dumps([{"name": "spelling_bee", "accuracy": 0.75, "total": 4, "correct": 3}])
+    )
     for code in (run / "final").glob("*_nanochat_hf.py"):
         code.unlink()  # as exports by older versions are
     for folder, repo_id in ((run, "user/one"), (run / "final", "user/two")):
         with pytest.raises(SystemExit, match="0"):
-            push_to_hub.main([str(folder), "--hub-model-id", repo_id, "--results", str(tmp_path / "answers.json"), "--license", "mit"])
+            push_to_hub.main(
+                [
+                    str(folder),
+                    "--hub-model-id",
+                    repo_id,
+                    "--results",
+                    str(tmp_path / "answers.json"),
+                    "--license",
+                    "mit",
+                ]
+            )
         files = hub.files(repo_id)
-        assert {"metrics.jsonl", "training_config.json", "modeling_nanochat_hf.py", "configuration_nanochat_hf.py"} <= files.keys()
+        assert {
+            "metrics.jsonl",
+            "training_config.json",
+            "modeling_nanochat_hf.py",
+            "configuration_nanochat_hf.py",
+        } <= files.keys()
         data = ModelCard(files["README.md"].decode()).data
-        assert data.license == "mit" and ("accuracy", 0.75) in {(r.metric_type, r.metric_value) for r in data.eval_results}
+        assert data.license == "mit" and ("accuracy", 0.75) in {
+            (r.metric_type, r.metric_value) for r in data.eval_results
+        }
     capsys.readouterr()
     for argv, message in (
         (["nowhere", "--hub-model-id", "user/x"], "neither a run"),
@@ -232,8 +343,15 @@ def test_a_dry_run_lists_what_a_push_sends_and_asks_nobody(hub, run, capsys):
     push_to_hub.main([*argv, "--dry-run"])
     said = capsys.readouterr().out
     assert not hub.requests and not list(run.glob(".hub-stage*"))
-    assert "repository user/tiny, branch main, private where it is new" in said and "license: mit" in said.split("README.md:")[1]
-    listed = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in said.split("README.md:")[0].splitlines()[1:] if line}
+    assert (
+        "repository user/tiny, branch main, private where it is new" in said
+        and "license: mit" in said.split("README.md:")[1]
+    )
+    listed = {
+        line.split()[1]: int(line.split()[0].replace(",", ""))
+        for line in said.split("README.md:")[0].splitlines()[1:]
+        if line
+    }
     with pytest.raises(SystemExit, match="0"):
         push_to_hub.main(argv)
     sent = {name: len(data) for name, data in hub.files("user/tiny").items() if name != ".gitattributes"}
@@ -259,4 +377,6 @@ def test_ctrl_c_ends_a_run_whose_last_push_hangs(hub, run, chats, tmp_path):
         code = process.wait(10)
     finally:
         process.kill()
-    assert code == 130 and "push to user/chat interrupted" in (tmp_path / "log").read_text(), (tmp_path / "log").read_text()
+    assert code == 130 and "push to user/chat interrupted" in (tmp_path / "log").read_text(), (
+        tmp_path / "log"
+    ).read_text()

@@ -30,15 +30,29 @@ def test_everything_lands_and_nothing_private(hub, run, capfd):
     assert push(run)
     files = hub.files("user/tiny")
     assert files.keys() >= {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-        "modeling_nanochat_hf.py", "configuration_nanochat_hf.py", "README.md", "curves.png", "metrics.jsonl", "training_config.json",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "modeling_nanochat_hf.py",
+        "configuration_nanochat_hf.py",
+        "README.md",
+        "curves.png",
+        "metrics.jsonl",
+        "training_config.json",
+    }
     assert files["model.safetensors"] == (run / "final" / "model.safetensors").read_bytes()
     assert files["curves.png"].startswith(b"\x89PNG") and files["metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
     assert json.loads(files["training_config.json"]) == SETTINGS | {"output_dir": "sft"}
     assert any("lfs-part" in path for _, path, _ in hub.requests), "the weights were to go in several parts"
     assert hashes(run) == before, "pushing changed or left something in the run's folder"
-    everything = b"".join(files.values()) + b"".join(capfd.readouterr()[i].encode() for i in (0, 1)) + repr(vars(HubConfig())).encode()
+    everything = (
+        b"".join(files.values())
+        + b"".join(capfd.readouterr()[i].encode() for i in (0, 1))
+        + repr(vars(HubConfig())).encode()
+    )
     assert TOKEN.encode() not in everything and b"/home/someone" not in everything
 
 
@@ -46,16 +60,34 @@ def test_card_holds_metadata_results_training_and_limits(hub, run):
     assert push(run, submit={"results": {"gsm8k": 0.25, "chatcore": 0.1}})
     text = hub.files("user/tiny")["README.md"].decode()
     data = ModelCard(text).data
-    assert (data.license, data.language, data.base_model, data.datasets) == ("apache-2.0", "en", "org/base", ["org/chats"])
+    assert (data.license, data.language, data.base_model, data.datasets) == (
+        "apache-2.0",
+        "en",
+        "org/base",
+        ["org/chats"],
+    )
     assert (data.pipeline_tag, data.library_name, data.model_name) == ("text-generation", "transformers", "tiny")
     found = {(r.dataset_type, r.metric_type): r.metric_value for r in data.eval_results}
-    assert found == {("org/chats", "bits_per_byte"): 1.25, ("openai/gsm8k", "accuracy"): 0.25, ("chatcore", "chatcore_metric"): 0.1}
+    assert found == {
+        ("org/chats", "bits_per_byte"): 1.25,
+        ("openai/gsm8k", "accuracy"): 0.25,
+        ("chatcore", "chatcore_metric"): 0.1,
+    }
     for row in (
-        "| tokens | 40,960 |", "| FLOPs | 3.2e+12 |", "| training time | 2 min 05 s |", "| MFU (mean of the log) | 42.0% |",
-        "| hardware | 2 × H100, mixed precision bf16 |", "| code | git 0123456789ab |", "| versions | torch 2.13.0 |", "| `matrix_lr` | 0.02 |",
-    ):  # fmt: skip
+        "| tokens | 40,960 |",
+        "| FLOPs | 3.2e+12 |",
+        "| training time | 2 min 05 s |",
+        "| MFU (mean of the log) | 42.0% |",
+        "| hardware | 2 × H100, mixed precision bf16 |",
+        "| code | git 0123456789ab |",
+        "| versions | torch 2.13.0 |",
+        "| `matrix_lr` | 0.02 |",
+    ):
         assert row in text
-    assert f"{sum(p.numel() for p in NanochatForCausalLM.from_pretrained(run / 'final').parameters()):,} parameters" in text
+    assert (
+        f"{sum(p.numel() for p in NanochatForCausalLM.from_pretrained(run / 'final').parameters()):,} parameters"
+        in text
+    )
     assert "## Limits" in text and "(curves.png)" in text and "`spelling_bee`" in text and "last-checkpoint" not in text
 
 
@@ -63,8 +95,12 @@ def test_text_between_the_marks_and_own_metadata_stay(hub, run):
     push(run)
     repo = hub.repos["models", "user/tiny"]
     text = hub.files("user/tiny")["README.md"].decode()
-    edited = text.replace("license: apache-2.0", "license: mit\nthumbnail: x.png").replace(KEEP_START, f"{KEEP_START}\nMy *own* words.")
-    repo.commit("main", "by hand", hub.files("user/tiny") | {"README.md": edited.replace("## Limits", "## Lost").encode()})
+    edited = text.replace("license: apache-2.0", "license: mit\nthumbnail: x.png").replace(
+        KEEP_START, f"{KEEP_START}\nMy *own* words."
+    )
+    repo.commit(
+        "main", "by hand", hub.files("user/tiny") | {"README.md": edited.replace("## Limits", "## Lost").encode()}
+    )
     assert push(run)
     again = hub.files("user/tiny")["README.md"].decode()
     assert "My *own* words." in again.split(KEEP_START)[1].split(KEEP_END)[0] and "## Lost" not in again
@@ -137,7 +173,11 @@ def test_an_expired_token_is_not_retried_and_a_fresh_one_helps(hub, run, monkeyp
 
 @pytest.mark.parametrize(
     ("token", "repo_id", "message"),
-    [(None, "user/m", "not logged in .*hf auth login"), ("hf_old", "user/m", "401.*expired"), (TOKEN, "other/m", "403.*write access")],
+    [
+        (None, "user/m", "not logged in .*hf auth login"),
+        ("hf_old", "user/m", "401.*expired"),
+        (TOKEN, "other/m", "403.*write access"),
+    ],
 )
 def test_what_would_fail_at_the_end_is_refused_at_the_start(hub, monkeypatch, token, repo_id, message):
     monkeypatch.setenv("HF_TOKEN", token or "")
@@ -194,16 +234,23 @@ def test_private_repository_branch_and_revision(hub, run, tmp_path, monkeypatch)
     assert push(run, private=True, revision="v2")
     repo = hub.repos["models", "user/tiny"]
     assert (
-        repo.private and "README.md" not in hub.files("user/tiny") and 'revision="v2"' in hub.files("user/tiny", "v2")["README.md"].decode()
+        repo.private
+        and "README.md" not in hub.files("user/tiny")
+        and 'revision="v2"' in hub.files("user/tiny", "v2")["README.md"].decode()
     )
     folder = Path(fetch_model("user/tiny@v2"))
     assert (folder / "model.safetensors").read_bytes() == hub.files("user/tiny", "v2")["model.safetensors"]
     assert not (folder / "metrics.jsonl").exists()
-    assert {token for _, path, token in hub.requests if path.startswith("/cdn/")} == {None}, "the token went to another host"
+    assert {token for _, path, token in hub.requests if path.startswith("/cdn/")} == {None}, (
+        "the token went to another host"
+    )
     assert fetch_model(str(run / "final")) == str(run / "final")
     for name, message in (
-        ("user/tiny", "no config.json"), ("user/nothing", "neither a folder here nor"), ("user/tiny@v9", "neither"), ("./no/where", "no such folder"),
-    ):  # fmt: skip
+        ("user/tiny", "no config.json"),
+        ("user/nothing", "neither a folder here nor"),
+        ("user/tiny@v9", "neither"),
+        ("./no/where", "no such folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             fetch_model(name)
     monkeypatch.setenv("HF_TOKEN", "")
@@ -225,13 +272,22 @@ def make_checkpoint(run, ranks):
 
 def test_checkpoints_travel_and_stale_ranks_do_not_stay(hub, run):
     assert push(run, submit={"checkpoint": make_checkpoint(run, 2)})
-    assert {"last-checkpoint/rank0.pt", "last-checkpoint/rank1.pt", "last-checkpoint/trainer.json"} <= hub.files("user/tiny").keys()
-    assert "rank0.pt" not in hub.files("user/tiny") and "--resume user/tiny" in hub.files("user/tiny")["README.md"].decode()
+    assert {"last-checkpoint/rank0.pt", "last-checkpoint/rank1.pt", "last-checkpoint/trainer.json"} <= hub.files(
+        "user/tiny"
+    ).keys()
+    assert (
+        "rank0.pt" not in hub.files("user/tiny")
+        and "--resume user/tiny" in hub.files("user/tiny")["README.md"].decode()
+    )
     assert push(run, submit={"checkpoint": make_checkpoint(run, 1)})
     assert "last-checkpoint/rank1.pt" not in hub.files("user/tiny")
     folder = Path(fetch_checkpoint("user/tiny"))
     assert hashes(folder) == hashes(run / "checkpoint-000004")
-    assert fetch_checkpoint(None) is None and fetch_checkpoint("auto") == "auto" and fetch_checkpoint(str(folder)) == str(folder)
+    assert (
+        fetch_checkpoint(None) is None
+        and fetch_checkpoint("auto") == "auto"
+        and fetch_checkpoint(str(folder)) == str(folder)
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,7 +303,9 @@ def test_the_callback_pushes_by_its_strategy(hub, run, strategy, titles, state):
     callback = Push(HubPusher("user/tiny", strategy=strategy, wait=0.01, say=print), run)
     for step in (2, 4, 8):  # nothing was saved at 2; the last step is left to finish
         callback(SimpleNamespace(num_steps=8, stopped=False), SimpleNamespace(step=step))
-    callback.pusher.jobs and callback.pusher.jobs[0][0].result()  # else the final push could take the waiting one's place
+    callback.pusher.jobs and callback.pusher.jobs[0][
+        0
+    ].result()  # else the final push could take the waiting one's place
     (run / "final" / "name.txt").write_text("final")
     callback.finish(run / "final", step=8)
     assert hub.repos["models", "user/tiny"].titles[1:] == titles
@@ -260,7 +318,9 @@ def test_a_run_that_is_stopped_pushes_what_it_saved(hub, run):
     callback = Push(HubPusher("user/tiny", strategy="checkpoint", wait=0.01, say=print), run)
     callback(SimpleNamespace(num_steps=4, stopped=True), SimpleNamespace(step=4))
     callback.finish()
-    assert hub.repos["models", "user/tiny"].titles[1:] == ["Step 4"] and "last-checkpoint/rank0.pt" in hub.files("user/tiny")
+    assert hub.repos["models", "user/tiny"].titles[1:] == ["Step 4"] and "last-checkpoint/rank0.pt" in hub.files(
+        "user/tiny"
+    )
     nothing = Push(None, run)  # without --push-to-hub, and on every process but the main one
     nothing(SimpleNamespace(num_steps=4, stopped=True), SimpleNamespace(step=4))
     nothing.finish(run / "final", step=4)

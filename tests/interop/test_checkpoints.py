@@ -16,7 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanochat_hf.cli import export_nanochat, import_nanochat
 from nanochat_hf.conversation import render
 from nanochat_hf.interop.checkpoints import config_to_nanochat, export_checkpoint, import_checkpoint
-from nanochat_hf.interop.encoding import encoding_from_tokenizer, read_encoding, split_in_merging, tokenizer_from_encoding
+from nanochat_hf.interop.encoding import (
+    encoding_from_tokenizer,
+    read_encoding,
+    split_in_merging,
+    tokenizer_from_encoding,
+)
 from nanochat_hf.model import NanochatConfig
 from nanochat_hf.tokenizer import train_tokenizer
 from tests.support.nanochat_checkpoints import FIELDS, TEXT, formula, state_dict, write
@@ -29,7 +34,9 @@ def test_imported_model_computes_the_formulas(tmp_path, encoding, pattern, prefi
     import_checkpoint(write(tmp_path / "c", encoding, state_dict(fields, prefix), fields), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = torch.randint(fields["vocab_size"], (16,), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(model(ids[None]).logits[0], formula(state_dict(fields), fields, ids), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(ids[None]).logits[0], formula(state_dict(fields), fields, ids), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_old_checkpoints_get_the_values_they_were_trained_with(tmp_path, encoding):
@@ -41,7 +48,10 @@ def test_old_checkpoints_get_the_values_they_were_trained_with(tmp_path, encodin
     ids = torch.arange(16)
     same = weights | {"resid_lambdas": torch.ones(4), "x0_lambdas": torch.zeros(4)}
     torch.testing.assert_close(
-        model(ids[None]).logits[0], formula(same, fields | {"n_kv_head": 4, "window_pattern": "L"}, ids), rtol=1e-4, atol=1e-4
+        model(ids[None]).logits[0],
+        formula(same, fields | {"n_kv_head": 4, "window_pattern": "L"}, ids),
+        rtol=1e-4,
+        atol=1e-4,
     )
     back = torch.load(export_checkpoint(tmp_path / "out", tmp_path / "back"), weights_only=True)
     assert back.keys() == weights.keys()
@@ -60,7 +70,9 @@ def test_round_trip_is_exact(tmp_path, encoding):
     assert back.keys() == weights.keys()
     for name, value in weights.items():
         assert back[name].dtype == value.dtype and torch.equal(back[name], value), name
-    assert json.loads((tmp_path / "back/meta_000007.json").read_text()) == json.loads((source / "meta_000007.json").read_text())
+    assert json.loads((tmp_path / "back/meta_000007.json").read_text()) == json.loads(
+        (source / "meta_000007.json").read_text()
+    )
     with open(tmp_path / "back/tokenizer.pkl", "rb") as file:
         assert pickle.load(file).__getstate__() == encoding.__getstate__()
     sizes = torch.load(tmp_path / "back/token_bytes.pt", weights_only=True)
@@ -71,7 +83,10 @@ def test_imported_folder_talks(tmp_path, encoding):
     import_checkpoint(write(tmp_path / "c", encoding, state_dict(FIELDS)), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
-    assert tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] == render(tokenizer, {"messages": messages})[0]
+    assert (
+        tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        == render(tokenizer, {"messages": messages})[0]
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
@@ -81,7 +96,9 @@ def test_imported_folder_talks(tmp_path, encoding):
 @given(
     st.one_of(
         st.text(max_size=80),
-        st.lists(st.sampled_from(" ".join(TEXT).split() + ["ſ", "'S", "\u2028", "\r\n", " ", "1234", "aaaa"])).map(" ".join),
+        st.lists(st.sampled_from(" ".join(TEXT).split() + ["ſ", "'S", "\u2028", "\r\n", " ", "1234", "aaaa"])).map(
+            " ".join
+        ),
     )
 )
 def test_rebuilt_tokenizer_says_what_tiktoken_says(encoding, text):
@@ -148,7 +165,9 @@ def test_damaged_pickles_raise_valueerror(tmp_path_factory, encoding, data):
     whole = pickle.dumps(encoding)
     cut = data.draw(st.integers(0, len(whole) - 1))
     damaged = data.draw(
-        st.sampled_from([whole[:cut], whole[:cut] + data.draw(st.binary(min_size=1, max_size=9)), data.draw(st.binary(max_size=30))])
+        st.sampled_from(
+            [whole[:cut], whole[:cut] + data.draw(st.binary(min_size=1, max_size=9)), data.draw(st.binary(max_size=30))]
+        )
     )
     path = tmp_path_factory.getbasetemp() / "damaged.pkl"
     path.write_bytes(damaged)
@@ -194,7 +213,12 @@ def test_unfit_checkpoints_say_why(tmp_path, encoding, spoil, reason):
 def test_models_that_nanochat_cannot_describe_are_refused():
     sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=16)
     assert config_to_nanochat(NanochatConfig(**sizes))["window_pattern"] == "SSSL"
-    for name, value in {"sliding_window": 4, "intermediate_size": 100, "rope_theta": 5e5, "final_logit_softcapping": 30.0}.items():
+    for name, value in {
+        "sliding_window": 4,
+        "intermediate_size": 100,
+        "rope_theta": 5e5,
+        "final_logit_softcapping": 30.0,
+    }.items():
         with pytest.raises(ValueError, match=f"{name}={value} cannot be told to nanochat"):
             config_to_nanochat(NanochatConfig(**sizes, **{name: value}))
 
@@ -202,19 +226,36 @@ def test_models_that_nanochat_cannot_describe_are_refused():
 def test_scripts_work_and_fail_in_one_line(tmp_path, encoding, capsys):
     source = write(tmp_path / "c", encoding, state_dict(FIELDS))
     arguments = ["--checkpoint-dir", str(source), "--output", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "scripts.import_nanochat", *arguments]  # once as a user does, the rest without the imports' seconds
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.import_nanochat",
+        *arguments,
+    ]  # once as a user does, the rest without the imports' seconds
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "300 tokens" in done.stdout, done.stderr
     export_nanochat.main(["--model", str(tmp_path / "out"), "--output", str(tmp_path / "back")])
     assert "model_000007.pt" in capsys.readouterr().out
     for script, flags, reason in (
         (import_nanochat, {"checkpoint-dir": source, "output": tmp_path / "out"}, "already holds something"),
-        (import_nanochat, {"checkpoint-dir": source, "output": tmp_path / "new", "step": 8}, "meta_000008.json: no such file"),
+        (
+            import_nanochat,
+            {"checkpoint-dir": source, "output": tmp_path / "new", "step": 8},
+            "meta_000008.json: no such file",
+        ),
         (import_nanochat, {"checkpoint-dir": source, "output": tmp_path / "new", "step": "x"}, "--step"),
-        (import_nanochat, {"checkpoint-dir": source, "output": tmp_path / "new", "tokenizer": tmp_path}, "no tokenizer.pkl in"),
+        (
+            import_nanochat,
+            {"checkpoint-dir": source, "output": tmp_path / "new", "tokenizer": tmp_path},
+            "no tokenizer.pkl in",
+        ),
         (import_nanochat, {"checkpoint-dir": tmp_path / "none", "output": tmp_path / "new"}, "no such folder"),
         (export_nanochat, {"model": tmp_path / "out", "output": tmp_path / "back"}, "exists already"),
-        (export_nanochat, {"model": tmp_path / "out", "output": tmp_path / "new", "step": -1}, "--step -1 must not be negative"),
+        (
+            export_nanochat,
+            {"model": tmp_path / "out", "output": tmp_path / "new", "step": -1},
+            "--step -1 must not be negative",
+        ),
         (export_nanochat, {"model": tmp_path / "none", "output": tmp_path / "new"}, "none"),
     ):
         with pytest.raises(SystemExit) as stopped:

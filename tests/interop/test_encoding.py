@@ -52,8 +52,21 @@ def test_on_a_real_shard_sampled_and_whole(pair, stride):
 
 def test_on_random_bytes_and_unicode(pair):
     generator = random.Random(0)
-    planes = [range(0x80), range(0x800), range(0xD800), range(0x10000, 0x11000), range(0x1F300, 0x1FB00), range(0xE000, 0x110000)]
-    texts = ["".join(chr(generator.choice(generator.choice(planes))) for _ in range(generator.randint(0, 300))) for _ in range(300)]
+    planes = [
+        range(0x80),
+        range(0x800),
+        range(0xD800),
+        range(0x10000, 0x11000),
+        range(0x1F300, 0x1FB00),
+        range(0xE000, 0x110000),
+    ]
+    texts = [
+        "".join(chr(generator.choice(generator.choice(planes))) for _ in range(generator.randint(0, 300)))
+        for _ in range(300)
+    ]
     # bytes as Latin-1 letters, and with what is not UTF-8 replaced: no str holds invalid UTF-8
     noise = [generator.randbytes(generator.randint(0, 300)) for _ in range(300)]
-    same(pair, texts + [b.decode("latin-1") for b in noise] + [b.decode("utf-8", "replace") for b in noise] + SPECIAL_TOKENS)
+    same(
+        pair,
+        texts + [b.decode("latin-1") for b in noise] + [b.decode("utf-8", "replace") for b in noise] + SPECIAL_TOKENS,
+    )

@@ -18,7 +18,9 @@ ROWS, POSITIONS, STEPS = 6, 16, 20
 
 def build():
     torch.manual_seed(0)
-    config = NanochatConfig(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=16)
+    config = NanochatConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=16
+    )
     model = NanochatForCausalLM(config)
     with torch.no_grad():
         for param in model.parameters():  # no matrix starts at zero, where a gradient is all rounding
@@ -34,7 +36,9 @@ def rows(step, rank, world):
     """This rank's rows of the global batch; rows differ in how many targets count."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(300, (ROWS, POSITIONS + 1), generator=generator)
-    targets = ids[:, 1:].masked_fill(torch.rand(ROWS, POSITIONS, generator=generator) < torch.rand(ROWS, 1, generator=generator), -100)
+    targets = ids[:, 1:].masked_fill(
+        torch.rand(ROWS, POSITIONS, generator=generator) < torch.rand(ROWS, 1, generator=generator), -100
+    )
     share = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
     return {"input_ids": ids[share, :-1], "shift_labels": targets[share]}, int((targets != -100).sum())
 
@@ -62,7 +66,10 @@ def ddp(rank, world, folder, precision):
     assert (type(trainer.model).__name__ == "DistributedDataParallel") == (world > 1)
     trainer.fit()
     held = sum(v.numel() * v.element_size() for values in optimizer.state.values() for v in values.values())
-    torch.save({"world": accelerator.num_processes, "params": dict(model.named_parameters()), "state_bytes": held}, f"{folder}/result_{rank}.pt")
+    torch.save(
+        {"world": accelerator.num_processes, "params": dict(model.named_parameters()), "state_bytes": held},
+        f"{folder}/result_{rank}.pt",
+    )
 
 
 def fsdp2(rank, world, folder, precision):
@@ -93,7 +100,11 @@ def fsdp2(rank, world, folder, precision):
             dist.broadcast_object_list(weights)
             load_whole_weights(model, weights[0])
     params = {name: param.full_tensor().detach() for name, param in model.named_parameters()}
-    held = sum((v.to_local() if hasattr(v, "to_local") else v).numel() * 4 for values in optimizer.state.values() for v in values.values())
+    held = sum(
+        (v.to_local() if hasattr(v, "to_local") else v).numel() * 4
+        for values in optimizer.state.values()
+        for v in values.values()
+    )
     torch.save({"world": world, "params": params, "state_bytes": held}, f"{folder}/result_{rank}.pt")
     dist.barrier()
 
@@ -117,9 +128,15 @@ def furthest(ours, expected):
 
 # float32: the order of a sum of gradients is all that differs. bfloat16: activations are rounded by shapes that differ with the rows of a
 # rank, each to 2^-9, and twenty steps of a rate of 0.02 carry that into matrices that began at zero.
-@pytest.mark.parametrize("function, world, precision, limit", [
-    (ddp, 2, "float32", 1e-5), (ddp, 3, "float32", 1e-5), (ddp, 2, "bfloat16", 0.05), (fsdp2, 2, "float32", 1e-5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "function, world, precision, limit",
+    [
+        (ddp, 2, "float32", 1e-5),
+        (ddp, 3, "float32", 1e-5),
+        (ddp, 2, "bfloat16", 0.05),
+        (fsdp2, 2, "float32", 1e-5),
+    ],
+)
 def test_twenty_steps_end_where_one_process_ends(alone, tmp_path, function, world, precision, limit):
     results = launch(function, world, tmp_path / "run", precision)
     expected = alone[precision]
@@ -128,7 +145,9 @@ def test_twenty_steps_end_where_one_process_ends(alone, tmp_path, function, worl
         assert all(torch.equal(value, results[0]["params"][name]) for name, value in result["params"].items())
         assert furthest(result["params"], expected["params"]) < limit
         assert result["state_bytes"] < expected["state_bytes"] / world * 1.3
-    print(f"state of the optimizer: {expected['state_bytes']} bytes alone, {[r['state_bytes'] for r in results]} on {world} ranks")
+    print(
+        f"state of the optimizer: {expected['state_bytes']} bytes alone, {[r['state_bytes'] for r in results]} on {world} ranks"
+    )
 
 
 def compiled_and_split(rank, world, folder, precision):
@@ -146,7 +165,9 @@ def compiled_and_split(rank, world, folder, precision):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    trainer = SimpleNamespace(model=model, raw_model=model, accelerator=SimpleNamespace(autocast=contextlib.nullcontext))
+    trainer = SimpleNamespace(
+        model=model, raw_model=model, accelerator=SimpleNamespace(autocast=contextlib.nullcontext)
+    )
     losses = []
     for step in range(3):
         batch, targets = rows(step, rank, world)
@@ -155,7 +176,9 @@ def compiled_and_split(rank, world, folder, precision):
         assert model.training and all(hasattr(p, "full_tensor") for p in model.model.layers.parameters())
         frames = compiled.frame_count
         loss = model(**batch, num_items_in_batch=targets).loss
-        assert compiled.frame_count == frames if step else compiled.frame_count > frames == 0  # in training alone, and once
+        assert (
+            compiled.frame_count == frames if step else compiled.frame_count > frames == 0
+        )  # in training alone, and once
         assert abs(loss.item() - losses[-1]) < 1e-5 * losses[-1]
         loss.backward()
         for parameter in model.parameters():

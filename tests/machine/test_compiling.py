@@ -12,11 +12,18 @@ from tests.support.training import STEPS, train, weights
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 
-@pytest.mark.parametrize(("device", "wanted", "num_steps", "trial", "expected", "reason"), [
-    (CPU, None, 1000, False, True, "it pays from 1,000 steps"), (CPU, None, 999, False, False, "999 steps on a CPU; at this size it pays from 1,000"),
-    (CPU, None, 1000, True, False, "a dry run"), (CPU, True, 1, True, True, "asked for"), (CPU, False, 10**6, False, False, "asked for"),
-    (CUDA, None, 1, True, True, "the default on cuda"), (MPS, None, 10**6, False, False, "the default on mps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "wanted", "num_steps", "trial", "expected", "reason"),
+    [
+        (CPU, None, 1000, False, True, "it pays from 1,000 steps"),
+        (CPU, None, 999, False, False, "999 steps on a CPU; at this size it pays from 1,000"),
+        (CPU, None, 1000, True, False, "a dry run"),
+        (CPU, True, 1, True, True, "asked for"),
+        (CPU, False, 10**6, False, False, "asked for"),
+        (CUDA, None, 1, True, True, "the default on cuda"),
+        (MPS, None, 10**6, False, False, "the default on mps"),
+    ],
+)
 def test_it_is_chosen_where_it_pays(monkeypatch, device, wanted, num_steps, trial, expected, reason):
     monkeypatch.setattr(compiling, "lacks", lambda: "")
     monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
@@ -40,7 +47,9 @@ def test_a_cpu_without_what_it_takes_says_what_is_missing(monkeypatch, tmp_path)
 
 def test_an_accelerator_compiles_though_the_process_made_another_before():
     """As the scripts do, whose first Accelerator counts the processes."""
-    model = NanochatForCausalLM(NanochatConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=1))
+    model = NanochatForCausalLM(
+        NanochatConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=1)
+    )
     build_accelerator(1)
     compiled = build_accelerator(1, compile=True).prepare_model(model)
     assert isinstance(compiled, torch._dynamo.OptimizedModule)
@@ -54,7 +63,9 @@ def test_a_compiled_run_resumes_bit_for_bit(start, tmp_path, world):
     whole = train(start, tmp_path / "whole", tmp_path / "log", world, **changed)
     assert whole.wait(240) == [0] * world, whole.text()
     assert "compiled    yes (asked for)" in whole.text()
-    again = train(start, tmp_path / "again", tmp_path / "log2", world, **changed, resume=tmp_path / "whole" / "checkpoint-000004")
+    again = train(
+        start, tmp_path / "again", tmp_path / "log2", world, **changed, resume=tmp_path / "whole" / "checkpoint-000004"
+    )
     assert again.wait(240) == [0] * world, again.text()
     assert f"at step 4 of {STEPS}" in again.text()
     expected = weights(tmp_path / "whole")

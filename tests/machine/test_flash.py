@@ -70,10 +70,14 @@ def test_the_stand_in_takes_the_parameters_of_the_package_where_it_is_installed(
         pytest.skip(f"{module} is not installed")
     package, stand_in = import_module(module), flash.FlashAttention(version)
     for function in ("flash_attn_func", "flash_attn_varlen_func"):
-        assert [*signature(getattr(package, function)).parameters] == [*signature(getattr(stand_in, function)).parameters]
+        assert [*signature(getattr(package, function)).parameters] == [
+            *signature(getattr(stand_in, function)).parameters
+        ]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(num_key_value_heads=1), dict(num_key_value_heads=4), dict(window_pattern="L")], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(num_key_value_heads=1), dict(num_key_value_heads=4), dict(window_pattern="L")], ids=str
+)
 def test_plain_rows_windows_and_shared_heads(monkeypatch, name, changes):
     ids = tokens(2, LENGTH)
     model, functions = flashing(monkeypatch, name, **changes)
@@ -101,11 +105,17 @@ def test_packed_documents_are_apart(monkeypatch, name, rows, checkpointing):
     for parameter, gradient in gradients.items():
         same(gradient, wanted[parameter])
     borders = [call["cu_seqlens_q"] for _, call in functions.calls[:4]]
-    assert borders[0].tolist() == [0, 11, 30, 35, 55, 60][: 3 * rows] and all(each is borders[0] for each in borders)  # made once a forward
+    assert borders[0].tolist() == [0, 11, 30, 35, 55, 60][: 3 * rows] and all(
+        each is borders[0] for each in borders
+    )  # made once a forward
     changed = ids.clone()
     changed[0, :11] = (changed[0, :11] + 1) % 100
     after = model.eval()(changed, position_ids=positions).logits
-    assert torch.equal(after[0, 11:], logits[0, 11:]) and torch.equal(after[1:], logits[1:]) and not torch.equal(after[0, :11], logits[0, :11])
+    assert (
+        torch.equal(after[0, 11:], logits[0, 11:])
+        and torch.equal(after[1:], logits[1:])
+        and not torch.equal(after[0, :11], logits[0, :11])
+    )
 
 
 def test_each_document_is_as_if_alone(monkeypatch, name):
@@ -124,7 +134,11 @@ def test_positions_that_restart_isolate_only_without_mask_and_cache(monkeypatch,
     model, _ = flashing(monkeypatch, name)
     outputs = []
     for each in (model, eager()):
-        more = dict(attention_mask=torch.ones_like(ids)) if given == "mask" else dict(past_key_values=DynamicCache(config=each.config))
+        more = (
+            dict(attention_mask=torch.ones_like(ids))
+            if given == "mask"
+            else dict(past_key_values=DynamicCache(config=each.config))
+        )
         outputs.append(each(ids, position_ids=positions, **more).logits)
     same(*outputs)
 
@@ -136,7 +150,9 @@ def test_padding(monkeypatch, name, side):
     same(model(ids, attention_mask=mask).logits[mask.bool()], eager()(ids, attention_mask=mask).logits[mask.bool()])
 
 
-@pytest.mark.parametrize("options", [{}, dict(prefill_chunk_size=7), dict(cache_implementation="static", disable_compile=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(prefill_chunk_size=7), dict(cache_implementation="static", disable_compile=True)], ids=str
+)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_generation_from_left_padded_prompts_past_the_window(monkeypatch, name, rows, options):
     ids, mask = tokens(3, LENGTH)[-rows:], padding("left")[-rows:]
@@ -146,16 +162,23 @@ def test_generation_from_left_padded_prompts_past_the_window(monkeypatch, name, 
     assert torch.equal(said, eager().generate(ids, **asked)) and functions.calls
     for row, length in enumerate(mask.sum(1).tolist()):
         alone = ids[row : row + 1, LENGTH - length :]
-        assert torch.equal(model.generate(alone, **asked | dict(attention_mask=torch.ones_like(alone)))[0, length:], said[row, LENGTH:])
+        assert torch.equal(
+            model.generate(alone, **asked | dict(attention_mask=torch.ones_like(alone)))[0, length:], said[row, LENGTH:]
+        )
 
 
-@pytest.mark.parametrize("sizes", [[1] * LENGTH, [12, *[1] * 18], [7, 7, 7, 9], [20, 10]], ids=["each", "decode", "chunks", "two"])
+@pytest.mark.parametrize(
+    "sizes", [[1] * LENGTH, [12, *[1] * 18], [7, 7, 7, 9], [20, 10]], ids=["each", "decode", "chunks", "two"]
+)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_cached_is_uncached_past_the_window(monkeypatch, name, rows, sizes):
     ids = tokens(2, LENGTH)[:rows]
     model, _ = flashing(monkeypatch, name)
     cache, positions = DynamicCache(config=model.config), torch.arange(LENGTH).expand(rows, -1).split(sizes, 1)
-    pieces = [model(part, position_ids=at, past_key_values=cache).logits for part, at in zip(ids.split(sizes, 1), positions, strict=True)]
+    pieces = [
+        model(part, position_ids=at, past_key_values=cache).logits
+        for part, at in zip(ids.split(sizes, 1), positions, strict=True)
+    ]
     same(torch.cat(pieces, 1), eager()(ids).logits)
     assert {layer.keys.shape[2] for layer in cache.layers[:3]} == {8} and cache.layers[3].keys.shape[2] == LENGTH
 
@@ -163,7 +186,9 @@ def test_cached_is_uncached_past_the_window(monkeypatch, name, rows, sizes):
 def test_other_numbers_of_documents_compile_nothing_anew():
     """For the whole model with real kernels, as operators: what reads the borders is compiled once, though shapes are said to be fixed."""
     counter = CompileCounter()
-    borders = torch.compile(lambda positions: modeling.varlen_arguments(positions, 1)["cu_seq_lens_q"] * 2, backend=counter, dynamic=False)
+    borders = torch.compile(
+        lambda positions: modeling.varlen_arguments(positions, 1)["cu_seq_lens_q"] * 2, backend=counter, dynamic=False
+    )
     for documents in range(1, 12):
         positions = torch.cat([torch.arange(13 - documents), torch.zeros(documents - 1, dtype=torch.long)])
         assert borders(positions[None]).tolist() == [0, *range(2 * (13 - documents), 25, 2)]
@@ -173,17 +198,49 @@ def test_other_numbers_of_documents_compile_nothing_anew():
 @pytest.mark.parametrize(
     "device, asked, precision, installed, message",
     [
-        ("cpu", "flash_attention_2", "bf16", True, "flash_attention_2 cannot run on cpu: its kernels need a CUDA device; use sdpa or auto"),
-        ("cpu", "kernels-community/flash-attn2", "bf16", True, "kernels-community/flash-attn2 cannot run on cpu: .* use sdpa"),
-        ("cuda", "flash_attention_3", "no", True, "cannot run on cuda: it computes in half precision and this run in float32; add --dtype bfloat16"),
-        ("cuda", "flash_attention_4", "bf16", False, "neither flash-attn-4 nor kernels is installed; pip install flash-attn-4"),
+        (
+            "cpu",
+            "flash_attention_2",
+            "bf16",
+            True,
+            "flash_attention_2 cannot run on cpu: its kernels need a CUDA device; use sdpa or auto",
+        ),
+        (
+            "cpu",
+            "kernels-community/flash-attn2",
+            "bf16",
+            True,
+            "kernels-community/flash-attn2 cannot run on cpu: .* use sdpa",
+        ),
+        (
+            "cuda",
+            "flash_attention_3",
+            "no",
+            True,
+            "cannot run on cuda: it computes in half precision and this run in float32; add --dtype bfloat16",
+        ),
+        (
+            "cuda",
+            "flash_attention_4",
+            "bf16",
+            False,
+            "neither flash-attn-4 nor kernels is installed; pip install flash-attn-4",
+        ),
         ("cuda", "kernels-community/flash-attn2", "bf16", False, "kernels is not installed; pip install kernels"),
-        ("cuda", "flash_attention_9", "bf16", True, "flash_attention_9 is unknown; choose from auto, .* flash_attention_2"),
+        (
+            "cuda",
+            "flash_attention_9",
+            "bf16",
+            True,
+            "flash_attention_9 is unknown; choose from auto, .* flash_attention_2",
+        ),
         ("cuda", "flash_attention_2", "bf16", True, None),
         ("cuda", "kernels-community/flash-attn2", "fp16", True, None),
     ],
 )
-def test_where_flash_cannot_run_the_flag_says_why_and_what_to_do(monkeypatch, device, asked, precision, installed, message):
+def test_where_flash_cannot_run_the_flag_says_why_and_what_to_do(
+    monkeypatch, device, asked, precision, installed, message
+):
     monkeypatch.setattr(attention, "is_kernels_available", lambda: installed)
     if message is None:
         assert attention.choose_attention(torch.device(device), asked, precision=precision) == (asked, "asked for")
@@ -193,5 +250,7 @@ def test_where_flash_cannot_run_the_flag_says_why_and_what_to_do(monkeypatch, de
 
 
 def test_what_transformers_cannot_load_is_one_error_of_the_flag():
-    with pytest.raises(ValueError, match="--attn flash_attention_3 cannot be loaded: .*(installed|CPU).*; use sdpa or auto"):
+    with pytest.raises(
+        ValueError, match="--attn flash_attention_3 cannot be loaded: .*(installed|CPU).*; use sdpa or auto"
+    ):
         attention.set_attention(build(), "flash_attention_3")

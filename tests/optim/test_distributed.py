@@ -8,7 +8,9 @@ from torch import nn
 from nanochat_hf.optim import MuonAdamW
 from tests.support.processes import on_ranks
 
-SHAPES = [(8, 4)] * 5 + [(4, 8)] + [(301, 64), (4,)]  # 5, 1 and 301 do not divide by 2, 3 or 4; of one matrix some processes own none
+SHAPES = (
+    [(8, 4)] * 5 + [(4, 8)] + [(301, 64), (4,)]
+)  # 5, 1 and 301 do not divide by 2, 3 or 4; of one matrix some processes own none
 MISSING = 2  # this matrix has no gradient at step 1
 STEPS = 4
 

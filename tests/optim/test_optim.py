@@ -76,7 +76,8 @@ def test_muon_is_the_float64_formula(shape, weight_decay):
     for step in range(4):
         set_grads(params, step)
         expected = [
-            reference_muon(p, param.grad.double(), b, s, 0.02, weight_decay, 0.9) for param, (p, b, s) in zip(params, expected, strict=True)
+            reference_muon(p, param.grad.double(), b, s, 0.02, weight_decay, 0.9)
+            for param, (p, b, s) in zip(params, expected, strict=True)
         ]
         optimizer.step()
     for param, (value, buffer, second) in zip(params, expected, strict=True):
@@ -291,7 +292,9 @@ def test_closure_is_evaluated_with_gradients():
 def test_ten_steps_on_a_whole_model_follow_the_formulas():
     """Every parameter of a d4, against float64 Muon and torch's AdamW, with fixed gradients and moving schedules."""
     torch.manual_seed(0)
-    model = NanochatForCausalLM(NanochatConfig(vocab_size=100, hidden_size=64, num_hidden_layers=4, num_attention_heads=2))
+    model = NanochatForCausalLM(
+        NanochatConfig(vocab_size=100, hidden_size=64, num_hidden_layers=4, num_attention_heads=2)
+    )
     groups = build_param_groups(model, OptimizerConfig(weight_decay=0.1))
     assert {name for group in groups for name in group["param_names"]} == {name for name, _ in model.named_parameters()}
     optimizer = MuonAdamW(groups, orthogonalize_dtype=torch.float32)
@@ -304,7 +307,14 @@ def test_ten_steps_on_a_whole_model_follow_the_formulas():
                 matrices[param] = param.detach().double(), *zeros
             else:
                 copy_ = nn.Parameter(param.detach().clone())
-                plain.append((group, param, copy_, torch.optim.AdamW([copy_], lr=group["lr"], betas=group["betas"], eps=1e-10, weight_decay=0.0)))
+                plain.append(
+                    (
+                        group,
+                        param,
+                        copy_,
+                        torch.optim.AdamW([copy_], lr=group["lr"], betas=group["betas"], eps=1e-10, weight_decay=0.0),
+                    )
+                )
     for step in range(10):
         apply_schedule(optimizer, 1 - step / 20, 0.85 + step / 100, 1 - step / 10)
         set_grads(model.parameters(), step)
@@ -359,11 +369,20 @@ def test_the_parameter_with_a_non_finite_gradient_is_named():
 
 def test_the_state_of_another_architecture_is_named():
     state = MuonAdamW(build_param_groups(tiny_model())).state_dict()
-    other = NanochatForCausalLM(NanochatConfig(vocab_size=100, hidden_size=128, num_hidden_layers=2, num_attention_heads=2))
+    other = NanochatForCausalLM(
+        NanochatConfig(vocab_size=100, hidden_size=128, num_hidden_layers=2, num_attention_heads=2)
+    )
     with pytest.raises(ValueError, match="group matrix_"):
         MuonAdamW(build_param_groups(other)).load_state_dict(state)
     deeper = NanochatForCausalLM(
-        NanochatConfig(vocab_size=100, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1)
+        NanochatConfig(
+            vocab_size=100,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
     )
     with pytest.raises(ValueError, match="has 1 parameters there and 2 here"):
         MuonAdamW(build_param_groups(deeper)).load_state_dict(state)

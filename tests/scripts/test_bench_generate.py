@@ -8,7 +8,22 @@ from scripts.benchmarks.generate import main
 
 
 def test_every_way_says_the_same_tokens(tmp_path, capsys):
-    run = ["--depth", "1", "--vocab-size", "300", "--positions", "64", "--batch", "1", "--batch", "3", "--prompt", "5", "--tokens", "4"]
+    run = [
+        "--depth",
+        "1",
+        "--vocab-size",
+        "300",
+        "--positions",
+        "64",
+        "--batch",
+        "1",
+        "--batch",
+        "3",
+        "--prompt",
+        "5",
+        "--tokens",
+        "4",
+    ]
     main([*run, "--repeats", "1", "--no-compile", "--json", str(tmp_path / "out.json")])
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [(r["batch"], r["way"]) for r in rows] == [(b, w) for b in (1, 3) for w in ("generate", "engine, eager")]

@@ -11,8 +11,16 @@ import torch
 
 SINGLE, DOUBLE, INT = torch.float32, torch.int64, torch.int32
 TYPES = SimpleNamespace(FLOAT=SINGLE, HALF=torch.float16, BFLOAT16=torch.bfloat16, INT32=INT, INT64=DOUBLE)
-BAND = dict(attn_scale=None, use_padding_mask=False, seq_len_q=None, seq_len_kv=None, diagonal_alignment="TOP_LEFT", diagonal_band_left_bound=None,
-            diagonal_band_right_bound=None, name="")  # fmt: skip
+BAND = dict(
+    attn_scale=None,
+    use_padding_mask=False,
+    seq_len_q=None,
+    seq_len_kv=None,
+    diagonal_alignment="TOP_LEFT",
+    diagonal_band_left_bound=None,
+    diagonal_band_right_bound=None,
+    name="",
+)
 
 
 class Tensor:
@@ -56,7 +64,12 @@ def sequence(tensor, pack, b, length):
     assert tensor.stride[3] == 1 and len(tensor.dim) == len(tensor.stride) == 4
     assert length <= tensor.dim[2], "longer than the graph was told"
     begin = b * tensor.stride[0] if tensor.offset is None else int(integers(tensor.offset, pack)[b])
-    return memory(pack[tensor.uid] + begin * tensor.type.itemsize, (tensor.dim[1], length, tensor.dim[3]), tensor.stride[1:], tensor.type)
+    return memory(
+        pack[tensor.uid] + begin * tensor.type.itemsize,
+        (tensor.dim[1], length, tensor.dim[3]),
+        tensor.stride[1:],
+        tensor.type,
+    )
 
 
 def integers(tensor, pack):
@@ -80,8 +93,25 @@ class Graph:
         assert generate_stats and band.keys() <= BAND.keys()
         return self.outputs
 
-    def sdpa_backward(self, q, k, v, o, dO, stats, use_deterministic_algorithm=False, max_total_seq_len_q=None, max_total_seq_len_kv=None, **band):
-        self.inputs, self.outputs, self.band, self.backward = (q, k, v, o, dO, stats), (Tensor(), Tensor(), Tensor()), BAND | band, True
+    def sdpa_backward(
+        self,
+        q,
+        k,
+        v,
+        o,
+        dO,
+        stats,
+        use_deterministic_algorithm=False,
+        max_total_seq_len_q=None,
+        max_total_seq_len_kv=None,
+        **band,
+    ):
+        self.inputs, self.outputs, self.band, self.backward = (
+            (q, k, v, o, dO, stats),
+            (Tensor(), Tensor(), Tensor()),
+            BAND | band,
+            True,
+        )
         assert band.keys() <= BAND.keys()
         return self.outputs
 
@@ -89,7 +119,9 @@ class Graph:
         assert modes == ["A", "FALLBACK"]
         tensors = (*self.inputs, *self.outputs)
         assert len({t.uid for t in tensors}) == len(tensors) and all(t.type and t.dim and t.stride for t in tensors)
-        assert self.band["use_padding_mask"] == (self.inputs[0].offset is not None) == (self.outputs[0].offset is not None)
+        assert (
+            self.band["use_padding_mask"] == (self.inputs[0].offset is not None) == (self.outputs[0].offset is not None)
+        )
         assert len({t.dim[0] for t in tensors}) == 1 and self.band["diagonal_alignment"] == "TOP_LEFT"
         Graph.built += 1
 
@@ -100,10 +132,15 @@ class Graph:
         assert handle == "handle" and workspace
         Graph.runs.append(self)
         used = [*self.inputs, *self.outputs]
-        used += [t.offset for t in used if t.offset is not None] + [t for t in (self.band["seq_len_q"], self.band["seq_len_kv"]) if t is not None]
+        used += [t.offset for t in used if t.offset is not None] + [
+            t for t in (self.band["seq_len_q"], self.band["seq_len_kv"]) if t is not None
+        ]
         assert {t.uid for t in used} == pack.keys()  # no pointer is missing, none without a tensor
         n, _, T, _ = self.inputs[0].dim
-        queries, keys = ([T] * n if self.band[name] is None else integers(self.band[name], pack).tolist() for name in ("seq_len_q", "seq_len_kv"))
+        queries, keys = (
+            [T] * n if self.band[name] is None else integers(self.band[name], pack).tolist()
+            for name in ("seq_len_q", "seq_len_kv")
+        )
         for b in range(n):
             if queries[b]:
                 assert queries[b] == keys[b]
@@ -133,6 +170,11 @@ def module():
     """The module to stand at sys.modules["cudnn"]."""
     Graph.built, Graph.runs = 0, []
     return SimpleNamespace(
-        pygraph=Graph, data_type=TYPES, heur_mode=SimpleNamespace(A="A", FALLBACK="FALLBACK"), create_handle=lambda: "handle",
-        diagonal_alignment=SimpleNamespace(TOP_LEFT="TOP_LEFT"), set_stream=lambda handle, stream: None, backend_version=lambda: 91900,
-    )  # fmt: skip
+        pygraph=Graph,
+        data_type=TYPES,
+        heur_mode=SimpleNamespace(A="A", FALLBACK="FALLBACK"),
+        create_handle=lambda: "handle",
+        diagonal_alignment=SimpleNamespace(TOP_LEFT="TOP_LEFT"),
+        set_stream=lambda handle, stream: None,
+        backend_version=lambda: 91900,
+    )

@@ -74,13 +74,19 @@ class FlashAttention:
         self.flash_attn_varlen_func = self._declared("flash_attn_varlen_func", PARAMETERS[version][1], self._documents)
 
     def _declared(self, name, parameters, compute):
-        optional = [Parameter(p, Parameter.POSITIONAL_OR_KEYWORD, default=None) for p in parameters.split() if p not in QKV.split()]
+        optional = [
+            Parameter(p, Parameter.POSITIONAL_OR_KEYWORD, default=None)
+            for p in parameters.split()
+            if p not in QKV.split()
+        ]
         signature = Signature([Parameter(p, Parameter.POSITIONAL_OR_KEYWORD) for p in QKV.split()] + optional)
 
         def function(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments  # TypeError for a keyword that the real one does not take
             self.calls.append((name, given))
-            assert not any(value for key, value in given.items() if key not in MEANT), "the stand-in computes no more than plain attention"
+            assert not any(value for key, value in given.items() if key not in MEANT), (
+                "the stand-in computes no more than plain attention"
+            )
             return compute(**{key: value for key, value in given.items() if key in MEANT})
 
         function.__signature__ = signature  # transformers asks it which keywords this version takes
@@ -130,10 +136,23 @@ def install(monkeypatch, name):
         vars(sys.modules[module]).update(members)
     for version in (2, 3, 4):
         monkeypatch.setattr(flash_utils, f"is_flash_attn_{version}_available", lambda: True)
-        there = dict(general_availability_check=lambda: True, pkg_availability_check=lambda: True, supported_devices=((lambda: True, "cpu"),))
-        monkeypatch.setitem(modeling_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX, version, dict(flash_attn_version=version, **there))
+        there = dict(
+            general_availability_check=lambda: True,
+            pkg_availability_check=lambda: True,
+            supported_devices=((lambda: True, "cpu"),),
+        )
+        monkeypatch.setitem(
+            modeling_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX, version, dict(flash_attn_version=version, **there)
+        )
     monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
     monkeypatch.setattr(hub_kernels, "get_kernel", lambda *args, **kwargs: SimpleNamespace(**public))
-    for loaded in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_pad_fn", "_unpad_fn", "_process_flash_kwargs_fn"):
+    for loaded in (
+        "_loaded_implementation",
+        "_flash_fn",
+        "_flash_varlen_fn",
+        "_pad_fn",
+        "_unpad_fn",
+        "_process_flash_kwargs_fn",
+    ):
         monkeypatch.setattr(flash_utils, loaded, None)
     return functions

@@ -18,22 +18,45 @@ from tests.support.hub_server import HubServer
 TOKEN = "hf_secretOfThisTest"
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
-    "output_dir": "/home/someone/runs/sft", "model": "org/base@v2", "num_steps": 4, "matrix_lr": 0.02, "num_processes": 2, "device_name": "H100", "mixed_precision": "bf16",
-    "torch_version": "2.13.0", "git_revision": "0123456789abcdef", "train_data": [{"path": "org/chats", "task": None}, {"path": None, "task": "spelling_bee"}],
-}  # fmt: skip
+    "output_dir": "/home/someone/runs/sft",
+    "model": "org/base@v2",
+    "num_steps": 4,
+    "matrix_lr": 0.02,
+    "num_processes": 2,
+    "device_name": "H100",
+    "mixed_precision": "bf16",
+    "torch_version": "2.13.0",
+    "git_revision": "0123456789abcdef",
+    "train_data": [{"path": "org/chats", "task": None}, {"path": None, "task": "spelling_bee"}],
+}
 METRICS = [
     {"step": 2, "train/loss": 3.0, "train/lr_multiplier": 1.0, "train/tokens_per_second": 90.0},
-    {"step": 2, "val/bpb": 1.25}, {"step": 4, "val/bpb": 1.5},
+    {"step": 2, "val/bpb": 1.25},
+    {"step": 4, "val/bpb": 1.5},
     {
-        "step": 4, "train/loss": 2.5, "train/lr_multiplier": 0.1, "train/tokens_per_second": 100.0, "train/tokens": 40960,
-        "train/total_flops": 3.2e12, "train/seconds": 125.0, "train/mfu": 0.42, "grad_norm/matrix": 0.5, "val/odd": float("nan"),
+        "step": 4,
+        "train/loss": 2.5,
+        "train/lr_multiplier": 0.1,
+        "train/tokens_per_second": 100.0,
+        "train/tokens": 40960,
+        "train/total_flops": 3.2e12,
+        "train/seconds": 125.0,
+        "train/mfu": 0.42,
+        "grad_norm/matrix": 0.5,
+        "val/odd": float("nan"),
     },
-]  # fmt: skip
+]
 
 
 def environment(hub, folder, token=TOKEN):
     """Variables for another process that knows only this Hub."""
-    own = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_TOKEN": token}
+    own = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_DATASETS_OFFLINE": "0",
+        "HF_TOKEN": token,
+    }
     return os.environ | own | {"HF_HOME": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -42,9 +65,13 @@ def hub(monkeypatch, tmp_path):
     """A Hub that this process's client talks to."""
     with HubServer({TOKEN: "user"}, multipart_above=100_000) as server:
         for name, value in {
-            "ENDPOINT": server.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN_PATH": "/no/token",
-        }.items():  # fmt: skip
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": "/no/token",
+        }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
@@ -67,7 +94,7 @@ def finished(tmp_path_factory):
             head_dim=32,
             max_position_embeddings=256,
             **ids,
-        )  # fmt: skip
+        )
     )
     run.mkdir()
     export(model, tokenizer, run / "final")

@@ -84,8 +84,12 @@ class Endpoints:
         if (kind, repo_id) in self.server.repos:
             self.answer({"error": "You already created this repo", "url": url}, 409)
             return
-        repo = self.server.repos[kind, repo_id] = Repo(private=asked.get("visibility") == "private" or bool(asked.get("private")))
-        repo.commit("main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        repo = self.server.repos[kind, repo_id] = Repo(
+            private=asked.get("visibility") == "private" or bool(asked.get("private"))
+        )
+        repo.commit(
+            "main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+        )
         self.answer({"url": url, "id": repo_id})
 
     def branch(self, body, kind, id, rev):
@@ -108,7 +112,9 @@ class Endpoints:
                     isinstance(m["value"], int | float) for m in result["metrics"]
                 ):
                     errors.append({"message": f"model-index of {entry['name']} is malformed"})
-        for base in [data.get("base_model")] if isinstance(data.get("base_model"), str) else data.get("base_model") or []:
+        for base in (
+            [data.get("base_model")] if isinstance(data.get("base_model"), str) else data.get("base_model") or []
+        ):
             if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
                 errors.append({"message": f"base_model {base!r} is no model id"})
         self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
@@ -120,7 +126,9 @@ class Endpoints:
         for file in json.loads(body)["files"]:
             lfs, data = file["path"].endswith(LFS_SUFFIXES), present.get(file["path"])
             oid = None if data is None else hashlib.sha256(data).hexdigest() if lfs else git_oid(data)
-            files.append({"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid})
+            files.append(
+                {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid}
+            )
         self.answer({"files": files})
 
     def batch(self, body, id, kind="models"):
@@ -133,8 +141,13 @@ class Endpoints:
                 upload = {"href": f"{server.endpoint}/lfs/{oid}?signature=secret"}
                 if size > server.multipart_above:
                     count = -(-size // server.multipart_above)
-                    upload = {"href": f"{server.endpoint}/lfs-complete/{oid}", "header": {"chunk_size": str(server.multipart_above)}}
-                    upload["header"] |= {f"{n:05d}": f"{server.endpoint}/lfs-part/{oid}/{n}" for n in range(1, count + 1)}
+                    upload = {
+                        "href": f"{server.endpoint}/lfs-complete/{oid}",
+                        "header": {"chunk_size": str(server.multipart_above)},
+                    }
+                    upload["header"] |= {
+                        f"{n:05d}": f"{server.endpoint}/lfs-part/{oid}/{n}" for n in range(1, count + 1)
+                    }
                 item["actions"] = {"upload": upload, "verify": {"href": f"{server.endpoint}/lfs-verify"}}
             objects.append(item)
         self.answer({"transfer": "basic", "objects": objects})
@@ -192,11 +205,23 @@ class Endpoints:
         """GET /api/models/ID[/revision/REV]"""
         oid, files = self.tree(kind, id, rev)
         siblings = [{"rfilename": path} for path in files]
-        self.answer({"id": id, "sha": oid, "private": self.repo(kind, id).private, "siblings": siblings, "tags": [], "downloads": 0})
+        self.answer(
+            {
+                "id": id,
+                "sha": oid,
+                "private": self.repo(kind, id).private,
+                "siblings": siblings,
+                "tags": [],
+                "downloads": 0,
+            }
+        )
 
     def refs(self, body, kind, id):
         """GET …/refs"""
-        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in self.repo(kind, id).branches.items()]
+        branches = [
+            {"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid}
+            for n, oid in self.repo(kind, id).branches.items()
+        ]
         self.answer({"branches": branches, "tags": [], "converts": []})
 
     @staticmethod
@@ -213,7 +238,9 @@ class Endpoints:
         inside = {name: data for name, data in files.items() if name.startswith(prefix)}
         if path and not inside:
             raise Refused(404, "EntryNotFound", f"{path} does not exist on {rev}")
-        folders = {str(name[: m.start()]) for name in inside for m in re.finditer("/", name) if m.start() >= len(prefix)}
+        folders = {
+            str(name[: m.start()]) for name in inside for m in re.finditer("/", name) if m.start() >= len(prefix)
+        }
         entries = [{"type": "directory", "path": f, "oid": git_oid(f.encode()), "size": 0} for f in sorted(folders)]
         entries += [self.entry(name, data) for name, data in inside.items()]
         if self.query.get("recursive", "").lower() not in ("true", "1"):
@@ -243,7 +270,11 @@ class Endpoints:
         if path.endswith(LFS_SUFFIXES):
             sha = hashlib.sha256(data).hexdigest()
             self.server.blobs[sha] = data
-            headers |= {"X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(len(data)), "Location": f"{self.server.cdn_endpoint}/cdn/{sha}"}
+            headers |= {
+                "X-Linked-Etag": f'"{sha}"',
+                "X-Linked-Size": str(len(data)),
+                "Location": f"{self.server.cdn_endpoint}/cdn/{sha}",
+            }
             self.answer(b"", 302, headers)
         else:
             self.ranged(data, headers | {"ETag": f'"{git_oid(data)}"'})

@@ -25,7 +25,9 @@ class HubServer(ThreadingHTTPServer):
         self.tokens, self.multipart_above = dict(tokens), multipart_above
         self.repos, self.blobs, self.parts, self.requests, self.faults = {}, {}, {}, [], []
         self.lock, self.endpoint = threading.RLock(), f"http://127.0.0.1:{self.server_port}"
-        self.cdn_endpoint = f"http://localhost:{self.server_port}"  # another host, to which a client must not send its token
+        self.cdn_endpoint = (
+            f"http://localhost:{self.server_port}"  # another host, to which a client must not send its token
+        )
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -118,7 +120,11 @@ class Handler(Endpoints, BaseHTTPRequestHandler):
         """Send JSON, or bytes as they are."""
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
-        for key, text in {"Content-Length": str(len(data)), "Content-Type": "application/json", **(headers or {})}.items():
+        for key, text in {
+            "Content-Length": str(len(data)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
             self.send_header(key, text)
         self.end_headers()
         if self.command != "HEAD":

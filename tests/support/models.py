@@ -5,9 +5,16 @@ import torch
 from nanochat_hf.model import NanochatConfig, NanochatForCausalLM
 
 SIZES = dict(
-    vocab_size=100, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
-    bos_token_id=1, eos_token_id=2, pad_token_id=3,
-)  # fmt: skip
+    vocab_size=100,
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=16,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=3,
+)
 
 
 def build(**changes):

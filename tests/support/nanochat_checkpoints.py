@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from nanochat_hf.conversation import SPECIAL_TOKENS
 from nanochat_hf.tokenizer import SPLIT_PATTERN
 
-TEXT = ["The cat sat on the mat, and it counted 12 letters; then the other cat sat there.", "naïve café 🙂 Zwölf Boxkämpfer"] * 4
+TEXT = [
+    "The cat sat on the mat, and it counted 12 letters; then the other cat sat there.",
+    "naïve café 🙂 Zwölf Boxkämpfer",
+] * 4
 FIELDS = dict(sequence_len=16, vocab_size=300, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSSL")
 
 
@@ -56,7 +59,8 @@ def state_dict(fields, prefix=""):
         shapes |= {f"transformer.h.{i}.attn.{name}.weight": shape for name, shape in attention.items()}
         shapes |= {f"transformer.h.{i}.mlp.c_fc.weight": (4 * C, C), f"transformer.h.{i}.mlp.c_proj.weight": (C, 4 * C)}
     weights = {
-        name: torch.randn(shape, generator=generator) * (1 if len(shape) == 1 else shape[-1] ** -0.5) for name, shape in shapes.items()
+        name: torch.randn(shape, generator=generator) * (1 if len(shape) == 1 else shape[-1] ** -0.5)
+        for name, shape in shapes.items()
     }
     return {prefix + n: w.bfloat16() if "wte" in n or "value_embeds" in n else w for n, w in weights.items()}
 
@@ -98,7 +102,12 @@ def formula(weights, fields, ids):
 
 def write(folder, encoding, weights, fields=FIELDS, step=7):
     folder.mkdir(parents=True)
-    meta = {"step": step, "val_bpb": 1.25, "model_config": fields, "user_config": {"depth": fields["n_layer"], "run": "naïve"}}
+    meta = {
+        "step": step,
+        "val_bpb": 1.25,
+        "model_config": fields,
+        "user_config": {"depth": fields["n_layer"], "run": "naïve"},
+    }
     torch.save(weights, folder / f"model_{step:06d}.pt")
     (folder / f"meta_{step:06d}.json").write_text(json.dumps(meta))
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))

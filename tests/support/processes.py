@@ -47,9 +47,13 @@ def _ranks(rank, world, port):
     if world == 1:
         return {}
     return {
-        "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _call(rank, function, world, port, args):
@@ -77,7 +81,9 @@ class Run:
         self.log, self.processes = Path(log), []
         for rank in range(world):
             own = base | _ranks(rank, world, port)
-            self.processes.append(CONTEXT.Process(target=_child, args=(module, [str(a) for a in argv], own, str(log), limit)))
+            self.processes.append(
+                CONTEXT.Process(target=_child, args=(module, [str(a) for a in argv], own, str(log), limit))
+            )
             self.processes[-1].start()
 
     def wait(self, timeout=120):

@@ -20,12 +20,21 @@ def start(tmp_path_factory):
     tokenizer = train_tokenizer(["The cat counted 12 letters, then 7 more."] * 3, 280)
     torch.manual_seed(0)
     config = NanochatConfig(
-        vocab_size=280, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=280,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     NanochatForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    rows = [[{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 7 + 1)}] for i in range(300)]
+    rows = [
+        [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 7 + 1)}]
+        for i in range(300)
+    ]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -43,11 +52,22 @@ def whole(start, tmp_path_factory):
 def flags(start, output, world=1, **changed):
     """Flags of a small run whose batch does not depend on the number of processes."""
     settings = {
-        "model": start / "model", "data": start / "chats.jsonl", "output_dir": output, "num_steps": STEPS, "max_seq_len": 64,
-        "device_batch_size": 6 // world, "total_batch_size": 6 * 64, "eval_every": 0, "eval_batches": 1, "save_every": 2, "log_every": 1,
+        "model": start / "model",
+        "data": start / "chats.jsonl",
+        "output_dir": output,
+        "num_steps": STEPS,
+        "max_seq_len": 64,
+        "device_batch_size": 6 // world,
+        "total_batch_size": 6 * 64,
+        "eval_every": 0,
+        "eval_batches": 1,
+        "save_every": 2,
+        "log_every": 1,
         "dtype": "float32",
-    } | changed  # fmt: skip
-    return [part for name, value in settings.items() if value is not None for part in (f"--{name.replace('_', '-')}", value)]
+    } | changed
+    return [
+        part for name, value in settings.items() if value is not None for part in (f"--{name.replace('_', '-')}", value)
+    ]
 
 
 def train(start, output, log, world=1, environment=None, limit=None, **changed):

@@ -29,37 +29,89 @@ def test_the_prompt_is_the_documented_one():
 
 
 LETTERS = [
-    ("B", True), (" B ", True), ("B.", True), ("B)", True), ("(B)", True), ("B:", True), ("\nB\n", True), ("b", False), ("A", False),
-    ("", False), (" ", False),
-    ("B or C", False), ("BB", False), ("The answer is B", False), ("Because", False), ("B B", False), (".", False), ("()", False),
-    ("B\0", False), ("Ｂ", False),
-]  # fmt: skip
+    ("B", True),
+    (" B ", True),
+    ("B.", True),
+    ("B)", True),
+    ("(B)", True),
+    ("B:", True),
+    ("\nB\n", True),
+    ("b", False),
+    ("A", False),
+    ("", False),
+    (" ", False),
+    ("B or C", False),
+    ("BB", False),
+    ("The answer is B", False),
+    ("Because", False),
+    ("B B", False),
+    (".", False),
+    ("()", False),
+    ("B\0", False),
+    ("Ｂ", False),
+]
 NUMBERS = [
-    ("#### 18", True), ("so #### 18.0", True), ("#### $18", True), ("#### 18.", True), ("####18", True), ("#### 18 dollars", True),
+    ("#### 18", True),
+    ("so #### 18.0", True),
+    ("#### $18", True),
+    ("#### 18.", True),
+    ("####18", True),
+    ("#### 18 dollars", True),
     ("#### 18\n\nQ: more", True),
-    ("#### 17 #### 18", True), ("#### 018", True), ("#### 18.00", True), ("#### 1,8", True), ("#### -18", False),
+    ("#### 17 #### 18", True),
+    ("#### 018", True),
+    ("#### 18.00", True),
+    ("#### 1,8", True),
+    ("#### -18", False),
     ("#### 18 #### 17", False),
-    ("#### 1.8.0", False), ("#### 180", False), ("#### 1800", False), ("#### 1 8", False), ("18", False), ("The answer is 18", False),
+    ("#### 1.8.0", False),
+    ("#### 180", False),
+    ("#### 1800", False),
+    ("#### 1 8", False),
+    ("18", False),
+    ("The answer is 18", False),
     ("### 18", False),
-    ("####", False), ("#### ", False), ("#### eighteen", False), ("", False), ("#### ,", False), ("#### $", False), ("#### x18", False),
+    ("####", False),
+    ("#### ", False),
+    ("#### eighteen", False),
+    ("", False),
+    ("#### ,", False),
+    ("#### $", False),
+    ("#### x18", False),
     ("#### 18,5", False),
-]  # fmt: skip
+]
 CODE = "def double(x):\n    return 2 * x"
 PROGRAMS = [
-    (f"```python\n{CODE}\n```", True), (f"```\n{CODE}\n```", True), (f"Here:\n\n```py\n{CODE}\n```\nIt doubles.", True), (CODE, True),
-    (f"```python\n{CODE}", True), (f"```python\n{CODE}\n```\n```python\ndef double(x): return 0\n```", True),
+    (f"```python\n{CODE}\n```", True),
+    (f"```\n{CODE}\n```", True),
+    (f"Here:\n\n```py\n{CODE}\n```\nIt doubles.", True),
+    (CODE, True),
+    (f"```python\n{CODE}", True),
+    (f"```python\n{CODE}\n```\n```python\ndef double(x): return 0\n```", True),
     (f"```python\ndef double(x): return 0\n```\n```python\n{CODE}\n```", False),
     ("```python\ndef double(x):\n    return Tuple[0]\n```", False),
-    ("def double(x: List[int]):\n    return x + x", True), ("```python\ndef twice(x): return 2 * x\n```", False), ("", False),
-    ("I cannot do that.", False), ("    return 2 * x", False), ("import sys\nsys.exit(0)", False), ("import os\nos._exit(0)", False),
-    ("```python\n```", False), (f"{CODE}\nif __name__ == '__main__':\n    raise SystemExit", True),
+    ("def double(x: List[int]):\n    return x + x", True),
+    ("```python\ndef twice(x): return 2 * x\n```", False),
+    ("", False),
+    ("I cannot do that.", False),
+    ("    return 2 * x", False),
+    ("import sys\nsys.exit(0)", False),
+    ("import os\nos._exit(0)", False),
+    ("```python\n```", False),
+    (f"{CODE}\nif __name__ == '__main__':\n    raise SystemExit", True),
     ("def double(x): return 2 * x  # é", True),
-]  # fmt: skip
+]
 SPELLED = [
-    ("apple:a,p,p,l,e", True), (" apple:a,p,p,l,e\n", True), ("apple:a,p,l,e", False), ("a,p,p,l,e", False),
+    ("apple:a,p,p,l,e", True),
+    (" apple:a,p,p,l,e\n", True),
+    ("apple:a,p,l,e", False),
+    ("a,p,p,l,e", False),
     ("apple: a, p, p, l, e", False),
-    ("Apple:A,P,P,L,E", False), ("apple:a,p,p,l,e,", False), ("apple:a,p,p,l,e and more", False), ("", False),
-]  # fmt: skip
+    ("Apple:A,P,P,L,E", False),
+    ("apple:a,p,p,l,e,", False),
+    ("apple:a,p,p,l,e and more", False),
+    ("", False),
+]
 SAID = [
     ("Hello, you!", True),
     ("  Hello, you!\n", True),
@@ -69,10 +121,18 @@ SAID = [
     ("", False),
 ]
 TABLES = {
-    "gsm8k": NUMBERS, "spelling_bee": NUMBERS, "calculator": NUMBERS, "mmlu": LETTERS, "arc_easy": LETTERS, "arc_challenge": LETTERS,
+    "gsm8k": NUMBERS,
+    "spelling_bee": NUMBERS,
+    "calculator": NUMBERS,
+    "mmlu": LETTERS,
+    "arc_easy": LETTERS,
+    "arc_challenge": LETTERS,
     "humaneval": PROGRAMS,
-    "simple_spelling": SPELLED, "identity": SAID, "smoltalk": SAID, "custom_json": SAID,
-}  # fmt: skip
+    "simple_spelling": SPELLED,
+    "identity": SAID,
+    "smoltalk": SAID,
+    "custom_json": SAID,
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +148,25 @@ def conversations():
     lettered = {"question": "q", "choices": list("wxyz"), "answer": 1}
     arced = {"question": "q", "choices": {"text": list("wxyz"), "label": list("ABCD")}, "answerKey": "B"}
     human = {
-        "prompt": "from typing import List\n\n\ndef double(x):\n    'Twice x.'\n", "canonical_solution": "    return 2 * x\n",
+        "prompt": "from typing import List\n\n\ndef double(x):\n    'Twice x.'\n",
+        "canonical_solution": "    return 2 * x\n",
         "entry_point": "double",
         "test": "def check(candidate):\n    assert candidate(3) == 6 and candidate(0) == 0\n",
-    }  # fmt: skip
+    }
     said = pair("hi", "Hello, you!")
     return {
-        "gsm8k": pair("q", parts), "spelling_bee": get_task("spelling_bee").to_conversation(bee), "calculator": pair("q", "9+9#### 18"),
-        "mmlu": mmlu(lettered), "arc_easy": arc(arced), "arc_challenge": arc(arced),
+        "gsm8k": pair("q", parts),
+        "spelling_bee": get_task("spelling_bee").to_conversation(bee),
+        "calculator": pair("q", "9+9#### 18"),
+        "mmlu": mmlu(lettered),
+        "arc_easy": arc(arced),
+        "arc_challenge": arc(arced),
         "humaneval": get_task("humaneval").to_conversation(human),
-        "simple_spelling": get_task("simple_spelling").to_conversation({"word": "apple"}), "identity": said, "smoltalk": said,
+        "simple_spelling": get_task("simple_spelling").to_conversation({"word": "apple"}),
+        "identity": said,
+        "smoltalk": said,
         "custom_json": said,
-    }  # fmt: skip
+    }
 
 
 def test_every_task_has_a_table():
@@ -114,25 +181,46 @@ def test_right_wrong_and_odd_answers(name, conversations):
         assert task.grade(conversation, answer) == right, (name, answer)
 
 
-@pytest.mark.parametrize("answer, number", [
-    ("so #### $1,200.0", "1200"), ("#### -3", "-3"), ("#### - 3", "-3"), ("#### $-3", "-3"), ("#### -$3", "-3"), ("#### .5", "0.5"),
-    ("#### 0", "0"),
-    ("#### -0", "0"), ("#### 1,000,000", "1000000"), ("#### 1\n#### 2", "2"), ("#### 70,000 km", "70000"), ("no mark 7", None),
-    ("#### none", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer, number",
+    [
+        ("so #### $1,200.0", "1200"),
+        ("#### -3", "-3"),
+        ("#### - 3", "-3"),
+        ("#### $-3", "-3"),
+        ("#### -$3", "-3"),
+        ("#### .5", "0.5"),
+        ("#### 0", "0"),
+        ("#### -0", "0"),
+        ("#### 1,000,000", "1000000"),
+        ("#### 1\n#### 2", "2"),
+        ("#### 70,000 km", "70000"),
+        ("no mark 7", None),
+        ("#### none", None),
+    ],
+)
 def test_the_number_behind_the_mark(answer, number):
     assert final_number(answer) == (None if number is None else Decimal(number))
 
 
-@pytest.mark.parametrize("name, split, expected", [
-    ("mmlu", "test", ("cais/mmlu", "all", "test")), ("mmlu", "validation", ("cais/mmlu", "all", "validation")),
-    ("mmlu", "auxiliary_train", ("cais/mmlu", "auxiliary_train", "train")), ("arc_easy", "test", ("allenai/ai2_arc", "ARC-Easy", "test")),
-    ("arc_challenge", "train", ("allenai/ai2_arc", "ARC-Challenge", "train")), ("gsm8k", "test", ("openai/gsm8k", "main", "test")),
-    ("humaneval", "test", ("openai/openai_humaneval", None, "test")), ("smoltalk", "test", ("HuggingFaceTB/smol-smoltalk", None, "test")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, split, expected",
+    [
+        ("mmlu", "test", ("cais/mmlu", "all", "test")),
+        ("mmlu", "validation", ("cais/mmlu", "all", "validation")),
+        ("mmlu", "auxiliary_train", ("cais/mmlu", "auxiliary_train", "train")),
+        ("arc_easy", "test", ("allenai/ai2_arc", "ARC-Easy", "test")),
+        ("arc_challenge", "train", ("allenai/ai2_arc", "ARC-Challenge", "train")),
+        ("gsm8k", "test", ("openai/gsm8k", "main", "test")),
+        ("humaneval", "test", ("openai/openai_humaneval", None, "test")),
+        ("smoltalk", "test", ("HuggingFaceTB/smol-smoltalk", None, "test")),
+    ],
+)
 def test_the_hub_is_asked_for_the_right_configuration_and_split(name, split, expected, monkeypatch):
     asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda name, config=None, split=None: asked.append((name, config, split)) or [])
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda name, config=None, split=None: asked.append((name, config, split)) or []
+    )
     TASKS[name].load(split)
     assert asked == [expected]
 
@@ -147,13 +235,17 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nand more")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"openai/gsm8k, split 'test': cannot be loaded \(Couldn't reach the Hub\); .* in a recipe$"):
+    with pytest.raises(
+        ValueError, match=r"openai/gsm8k, split 'test': cannot be loaded \(Couldn't reach the Hub\); .* in a recipe$"
+    ):
         get_task("gsm8k").load("test")
 
 
 def test_spelling_questions_vary_and_are_those_of_their_index(tmp_path):
     path = tmp_path / "words.txt"
-    path.write_text("".join(f"{a}{b}word\r\n" for a in "abcdefghijklmnopqrst" for b in "aeiouxyz") + "not-a-word\n\n", newline="")
+    path.write_text(
+        "".join(f"{a}{b}word\r\n" for a in "abcdefghijklmnopqrst" for b in "aeiouxyz") + "not-a-word\n\n", newline=""
+    )
     task, spelling = get_task("spelling_bee"), get_task("simple_spelling")
     rows, held_out = (task.load(split, path=str(path), limit=1500) for split in ("train", "test"))
     assert rows[:40] == task.load("train", path=str(path), limit=40) and rows[:40] != held_out[:40]
@@ -171,7 +263,10 @@ def test_spelling_questions_vary_and_are_those_of_their_index(tmp_path):
     for row in rows[:200]:
         parts = task.to_conversation(row)["messages"][1]["content"]
         assert parts[2]["text"] == str(row["word"].count(row["letter"])) == calculate(parts[1]["text"])
-        assert parts[0]["text"].startswith(f"{row['word']}:{','.join(row['word'])}\n") and parts[3]["text"] == f"\n#### {parts[2]['text']}"
+        assert (
+            parts[0]["text"].startswith(f"{row['word']}:{','.join(row['word'])}\n")
+            and parts[3]["text"] == f"\n#### {parts[2]['text']}"
+        )
     asked = spelling.to_conversation({"word": "apple"})["messages"]
     assert [m["content"] for m in asked] == ["Spell the word: apple", "apple:a,p,p,l,e"]
 
@@ -183,7 +278,10 @@ def test_held_out_questions_about_the_model_are_other_phrasings():
 
 
 def test_imports_and_blocks_of_a_completion():
-    assert imports("import math\nfrom typing import List\n\ndef f():\n    import os\n") == "import math\nfrom typing import List"
+    assert (
+        imports("import math\nfrom typing import List\n\ndef f():\n    import os\n")
+        == "import math\nfrom typing import List"
+    )
     assert imports("import math\nthis is not python") == "import math"
     assert first_code_block("so:\n```python\nx = 1\n```\nand\n```\ny\n```") == "x = 1"
 
@@ -215,10 +313,16 @@ def test_own_lines_are_read_and_named_when_wrong(tmp_path):
 
 
 @needs_data
-@pytest.mark.parametrize("name, path", [
-    ("mmlu", "mmlu/test.parquet"), ("arc_easy", "arc/ARC-Easy/test.parquet"), ("arc_challenge", "arc/ARC-Challenge/test.parquet"),
-    ("gsm8k", "gsm8k/test.jsonl.gz"), ("gsm8k", "gsm8k/train.jsonl.gz"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        ("mmlu", "mmlu/test.parquet"),
+        ("arc_easy", "arc/ARC-Easy/test.parquet"),
+        ("arc_challenge", "arc/ARC-Challenge/test.parquet"),
+        ("gsm8k", "gsm8k/test.jsonl.gz"),
+        ("gsm8k", "gsm8k/train.jsonl.gz"),
+    ],
+)
 def test_gold_answers_grade_as_right(name, path):
     task = TASKS[name]
     rows = task.load(path=str(DATA / path))
@@ -229,5 +333,7 @@ def test_gold_answers_grade_as_right(name, path):
 
 
 def test_an_unknown_task_is_told_with_the_one_it_resembles():
-    with pytest.raises(ValueError, match=r"task 'spellingbee' \(did you mean 'spelling_bee'\?\) is unknown; choose from arc_challenge"):
+    with pytest.raises(
+        ValueError, match=r"task 'spellingbee' \(did you mean 'spelling_bee'\?\) is unknown; choose from arc_challenge"
+    ):
         get_task("spellingbee")

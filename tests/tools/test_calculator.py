@@ -24,7 +24,9 @@ def joined(pair_and_sign):
 
 
 numbers = st.integers(0, 99).map(lambda n: (str(n), Fraction(n)))
-expressions = st.recursive(numbers, lambda e: st.tuples(e, st.sampled_from("+ - * / // %".split()), e).map(joined), max_leaves=6)
+expressions = st.recursive(
+    numbers, lambda e: st.tuples(e, st.sampled_from("+ - * / // %".split()), e).map(joined), max_leaves=6
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -41,7 +43,10 @@ def test_integers_are_exact_and_quotients_close(pair):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(exclude_characters="'\\\n\r\0", exclude_categories=["Cs"]), max_size=40), st.sampled_from("aeiou ß.é"))
+@given(
+    st.text(st.characters(exclude_characters="'\\\n\r\0", exclude_categories=["Cs"]), max_size=40),
+    st.sampled_from("aeiou ß.é"),
+)
 def test_counts_letters(word, letter):
     assert calculate(f"'{word}'.count('{letter}')") == str(word.count(letter))
 
@@ -49,7 +54,9 @@ def test_counts_letters(word, letter):
 pieces = st.sampled_from(
     "0 1 9 99999 1e9 1e999 9999999999999999999 .5 5. 0x1F 1_0 e . , + - * ** / // % ( ) ' \" count .count( 'aa'.count('a') "
     "and if else lambda [ ] { } : x _ \\ "
-    "~ not < = ; # \n \t \0 \ud800 \u202e é 𝟗 ² ∞ import __import__('os') eval( open( f' b' 1j True None @ ->".split(" ")
+    "~ not < = ; # \n \t \0 \ud800 \u202e é 𝟗 ² ∞ import __import__('os') eval( open( f' b' 1j True None @ ->".split(
+        " "
+    )
 )
 inputs = st.one_of(
     st.lists(pieces, max_size=24).map("".join),
@@ -86,18 +93,61 @@ def test_whatever_a_model_writes_a_hundred_thousand_times(part, expression):
     never_raises_and_answers_short_and_at_once(expression)
 
 
-@pytest.mark.parametrize("expression", [
-    "(" * 100 + "1" + ")" * 100, "(" * 10**6, "-" * 199 + "1", "9" * 10**6, "9*" * 99 + "9", "9**9**9**9", "1e999", "-1e999",
-    "1e308*1e308", "1e999-1e999",
-    "1/0", "1//0", "1%0", "1/0.0", "0.0//0", "1e-999/1e-999", "'" + "a" * 10**6 + "'.count('a')", "'a'.count('a'.count('a'))",
-    "''.count.count('a')", "\0", "1\0+1",
-    "'\0'.count('\0')", "\ud800", "'\ud800'.count('a')", "𝟗+", "²+1", "1" + "\u200b", "x" * 200, "[" * 200, "{" * 150 + "}" * 150,
-    "lambda: " * 20, "1 if " * 30,
-    "9" * 18 + "*" + "9" * 18, "0x" + "f" * 150, "0b" + "1" * 190, "9_" * 90 + "9", "1e18*1.1", "'a'.count(*'a')", "'a'.count(sub='a')",
-    "''.join('a')", "'a'.count.__self__",
-    "getattr('a','count')('a')", "().__class__", "'a'.count('a').real", "await 1", "yield", "print(1)", "exit()", "open('/etc/passwd')",
-    "__import__('os').system('id')",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "(" * 100 + "1" + ")" * 100,
+        "(" * 10**6,
+        "-" * 199 + "1",
+        "9" * 10**6,
+        "9*" * 99 + "9",
+        "9**9**9**9",
+        "1e999",
+        "-1e999",
+        "1e308*1e308",
+        "1e999-1e999",
+        "1/0",
+        "1//0",
+        "1%0",
+        "1/0.0",
+        "0.0//0",
+        "1e-999/1e-999",
+        "'" + "a" * 10**6 + "'.count('a')",
+        "'a'.count('a'.count('a'))",
+        "''.count.count('a')",
+        "\0",
+        "1\0+1",
+        "'\0'.count('\0')",
+        "\ud800",
+        "'\ud800'.count('a')",
+        "𝟗+",
+        "²+1",
+        "1" + "\u200b",
+        "x" * 200,
+        "[" * 200,
+        "{" * 150 + "}" * 150,
+        "lambda: " * 20,
+        "1 if " * 30,
+        "9" * 18 + "*" + "9" * 18,
+        "0x" + "f" * 150,
+        "0b" + "1" * 190,
+        "9_" * 90 + "9",
+        "1e18*1.1",
+        "'a'.count(*'a')",
+        "'a'.count(sub='a')",
+        "''.join('a')",
+        "'a'.count.__self__",
+        "getattr('a','count')('a')",
+        "().__class__",
+        "'a'.count('a').real",
+        "await 1",
+        "yield",
+        "print(1)",
+        "exit()",
+        "open('/etc/passwd')",
+        "__import__('os').system('id')",
+    ],
+)
 def test_expressions_that_mean_harm_give_nothing(expression, monkeypatch):
     def refuse(*arguments, **keywords):
         raise AssertionError("the calculator imported something")
@@ -110,17 +160,54 @@ def test_expressions_that_mean_harm_give_nothing(expression, monkeypatch):
 def test_edges_of_size_are_kept():
     assert calculate(str(MAX_SIZE)) == str(MAX_SIZE) and calculate(str(MAX_SIZE + 1)) is None
     assert calculate("'" + "a" * 180 + "'.count('a')") == "180" and calculate("1" * 19) is None
-    assert calculate("1e17*10") == "1000000000000000000" and calculate("0.0*-1") == "0" and calculate("0.1+0.2") == "0.30000000000000004"
+    assert (
+        calculate("1e17*10") == "1000000000000000000"
+        and calculate("0.0*-1") == "0"
+        and calculate("0.1+0.2") == "0.30000000000000004"
+    )
 
 
 def test_nothing_but_arithmetic_and_count():
     for refused in (
-        "2**3", "'a'*9", "'a'+'b'", "'a'.upper()", "'a'.count(1)", "'a'.count('a', 0)", "('a').count(x)", "len('a')", "abs(1)",
-        "__import__('os').getcwd()", "(1).real", "x", "[1][0]", "1 if 1 else 2", "1<2", "not 1", "~1", "1j", "True", "None", "lambda: 1",
+        "2**3",
+        "'a'*9",
+        "'a'+'b'",
+        "'a'.upper()",
+        "'a'.count(1)",
+        "'a'.count('a', 0)",
+        "('a').count(x)",
+        "len('a')",
+        "abs(1)",
+        "__import__('os').getcwd()",
+        "(1).real",
+        "x",
+        "[1][0]",
+        "1 if 1 else 2",
+        "1<2",
+        "not 1",
+        "~1",
+        "1j",
+        "True",
+        "None",
+        "lambda: 1",
         "f'{1}'",
-        "1;2", "a=1", "(a:=1)", "", " ", "()", "10**18*10", "9" * 19, "1e400", "1e400-1e400", "1/0", "1//0", "1%0", "\0", "(" * 199,
+        "1;2",
+        "a=1",
+        "(a:=1)",
+        "",
+        " ",
+        "()",
+        "10**18*10",
+        "9" * 19,
+        "1e400",
+        "1e400-1e400",
+        "1/0",
+        "1//0",
+        "1%0",
+        "\0",
+        "(" * 199,
         "-" * 200 + "1",
-    ):  # fmt: skip
+    ):
         assert calculate(refused) is None, refused
     assert calculate("1,234*2") == "2468"  # the thousands' commas of GSM8K
     assert calculate("-7%3") == "2" and calculate(" 7//2 ") == "3" and calculate('"banana".count("an")') == "2"

@@ -16,7 +16,9 @@ LINUX = sys.platform == "linux"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the sandbox needs POSIX")
 NAMESPACES = LINUX and sandbox.namespaces_work()
 MODES = [
-    pytest.param(True, marks=pytest.mark.skipif(not NAMESPACES, reason="this system gives no namespaces"), id="namespaces"),
+    pytest.param(
+        True, marks=pytest.mark.skipif(not NAMESPACES, reason="this system gives no namespaces"), id="namespaces"
+    ),
     pytest.param(False, id="plain"),
 ]
 each_mode = pytest.mark.parametrize("namespaces", MODES)
@@ -51,15 +53,30 @@ def none_left():
 
 
 @each_mode
-@pytest.mark.parametrize("source, error", [
-    ("assert sum(range(4)) == 6", None), ("import dataclasses, math, collections\n@dataclasses.dataclass\nclass A:\n    x: 'int'\nA(1)",
-    None),
-    ("open('mine', 'w').write('x'); assert open('mine').read() == 'x'", None), ("print('é' * 10**6)", None), ("", None),
-    ("1 / 0", "ZeroDivisionError: division by zero"), ("assert False", "AssertionError"), ("def f(:", "SyntaxError"), ("\0", "null bytes"),
-    ("import sys; sys.exit(0)", "SystemExit: 0"), ("import os; os._exit(0)", "killed"), ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-    ("input()", "EOFError"), ("def f(n): return f(n + 1)\nf(0)", "RecursionError"), ("raise ValueError('\\ud800' * 9999)", "ValueError"),
-    ("import os\nif os.fork() == 0: pass\nelse: os.wait(); assert False", "AssertionError" if not LINUX or os.geteuid() else "Error"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, error",
+    [
+        ("assert sum(range(4)) == 6", None),
+        ("import dataclasses, math, collections\n@dataclasses.dataclass\nclass A:\n    x: 'int'\nA(1)", None),
+        ("open('mine', 'w').write('x'); assert open('mine').read() == 'x'", None),
+        ("print('é' * 10**6)", None),
+        ("", None),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("assert False", "AssertionError"),
+        ("def f(:", "SyntaxError"),
+        ("\0", "null bytes"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("import os; os._exit(0)", "killed"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("input()", "EOFError"),
+        ("def f(n): return f(n + 1)\nf(0)", "RecursionError"),
+        ("raise ValueError('\\ud800' * 9999)", "ValueError"),
+        (
+            "import os\nif os.fork() == 0: pass\nelse: os.wait(); assert False",
+            "AssertionError" if not LINUX or os.geteuid() else "Error",
+        ),
+    ],
+)
 def test_only_a_program_that_reaches_its_end_passes(namespaces, source, error):
     outcome = run(source, limits(namespaces))
     assert outcome.passed == (error is None)
@@ -68,12 +85,16 @@ def test_only_a_program_that_reaches_its_end_passes(namespaces, source, error):
 
 
 @each_mode
-@pytest.mark.parametrize("source", [
-    "while True: pass", "import time; time.sleep(60)",
-    "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, 1)\n    except (OSError, ValueError): pass\nwhile True: pass",
-    "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-    "import os, time\nos.setsid()\nwhile True:\n    try:\n        if os.fork() == 0: os.setsid()\n    except OSError: time.sleep(0.01)",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, 1)\n    except (OSError, ValueError): pass\nwhile True: pass",
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        "import os, time\nos.setsid()\nwhile True:\n    try:\n        if os.fork() == 0: os.setsid()\n    except OSError: time.sleep(0.01)",
+    ],
+)
 def test_endless_programs_and_fork_bombs_end_with_the_time_and_leave_nothing(namespaces, source):
     start = time.monotonic()
     outcome = run(source, limits(namespaces, seconds=1))
@@ -84,14 +105,22 @@ def test_endless_programs_and_fork_bombs_end_with_the_time_and_leave_nothing(nam
 @pytest.mark.skipif(not LINUX, reason="stragglers are found through /proc")
 @each_mode
 def test_what_leaves_its_group_and_outlives_its_parent_is_killed(namespaces):
-    run("import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\n    os._exit(0)", limits(namespaces))
+    run(
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\n    os._exit(0)",
+        limits(namespaces),
+    )
     assert none_left()
 
 
 @pytest.mark.skipif(not LINUX, reason="macOS does not hold programs to a limit of memory")
 @each_mode
 def test_memory_files_and_processes_are_bounded(namespaces):
-    for source in ("x = bytearray(10**10)", "x = [0]\nwhile True: x = x * 2", "x = 'a' * 2**40", "import mmap; mmap.mmap(-1, 2**34)"):
+    for source in (
+        "x = bytearray(10**10)",
+        "x = [0]\nwhile True: x = x * 2",
+        "x = 'a' * 2**40",
+        "import mmap; mmap.mmap(-1, 2**34)",
+    ):
         outcome = run(source, limits(namespaces, seconds=10))
         assert not outcome.passed and ("Memory" in outcome.error or "memory" in outcome.error), source
     many = "import os\nfor i in range(%d):\n    with open(f'f{i}', 'wb') as f: f.write(b'x' * 2**20)"
@@ -99,7 +128,9 @@ def test_memory_files_and_processes_are_bounded(namespaces):
     assert not run("open('big', 'wb').write(b'x' * 2**22)", limits(namespaces, disk=2**21)).passed
     if namespaces:  # all files together
         assert "No space" in run(many % 20, limits(True)).error
-    started = run("import os, time\nfor i in range(50):\n    if os.fork() == 0: time.sleep(5); os._exit(0)", limits(namespaces))
+    started = run(
+        "import os, time\nfor i in range(50):\n    if os.fork() == 0: time.sleep(5); os._exit(0)", limits(namespaces)
+    )
     assert not started.passed and ("BlockingIOError" in started.error or "PermissionError" in started.error)
 
 
@@ -138,11 +169,20 @@ def test_nothing_outside_the_folder_is_written_and_no_home_is_read(namespaces, t
     secret.write_text("private")
     os.chmod(tmp_path, 0o777)
     for source in (
-        f"open({str(target)!r}, 'w').write('x')", f"import os; os.mkdir({str(target)!r})", f"import os; os.symlink('a', {str(target)!r})",
-        f"open({str(secret)!r}, 'a').write('x')", f"open({str(secret)!r}).read()", f"import os; os.remove({str(secret)!r})",
-        f"import os; os.rename({str(secret)!r}, 'mine')", "open('/etc/passwd').read()", "open('/usr/written', 'w')", "open('../x', 'w')",
-        f"open({sandbox.__file__!r}, 'a')", "import os; os.listdir(os.path.expanduser('~root'))", "import os; os.chroot('.')",
-    ):  # fmt: skip
+        f"open({str(target)!r}, 'w').write('x')",
+        f"import os; os.mkdir({str(target)!r})",
+        f"import os; os.symlink('a', {str(target)!r})",
+        f"open({str(secret)!r}, 'a').write('x')",
+        f"open({str(secret)!r}).read()",
+        f"import os; os.remove({str(secret)!r})",
+        f"import os; os.rename({str(secret)!r}, 'mine')",
+        "open('/etc/passwd').read()",
+        "open('/usr/written', 'w')",
+        "open('../x', 'w')",
+        f"open({sandbox.__file__!r}, 'a')",
+        "import os; os.listdir(os.path.expanduser('~root'))",
+        "import os; os.chroot('.')",
+    ):
         assert not run(source, limits(namespaces)).passed, source
     assert not target.exists() and secret.read_text() == "private" and not Path("/usr/written").exists()
     if namespaces:  # a mount cannot be undone
@@ -164,7 +204,7 @@ def test_no_network(namespaces):
             f"import socket; socket.create_connection(('127.0.0.1', {port}), 1)",
             "import socket; socket.create_connection(('1.1.1.1', 53), 1)",
             "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', 999)); s.sendto(b'x', ('8.8.8.8', 53))",
-        ):  # fmt: skip
+        ):
             assert not run(source, limits(namespaces)).passed, source
         server.settimeout(0.1)
         with pytest.raises(TimeoutError):
@@ -174,7 +214,13 @@ def test_no_network(namespaces):
 def test_folders_are_removed_and_several_run_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     deep = "import os\nfor i in range(3000):\n    os.mkdir('d'); os.chdir('d')"
-    sources = ["x = 1", "open('a', 'w')", "import time; time.sleep(0.3)", "1 / 0", "import os; os.mkdir('d'); os.chmod('d', 0)"]
+    sources = [
+        "x = 1",
+        "open('a', 'w')",
+        "import time; time.sleep(0.3)",
+        "1 / 0",
+        "import os; os.mkdir('d'); os.chmod('d', 0)",
+    ]
     with ThreadPoolExecutor(4) as pool:
         passed = [outcome.passed for outcome in pool.map(run, sources)]
     assert passed == [True, True, True, False, True]

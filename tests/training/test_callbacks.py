@@ -33,7 +33,12 @@ def entries(tmp_path, losses, *, late=False, every=1):
     """metrics.jsonl of a run of `losses`, one a step (None: a step without a target), each step of 0.01 host seconds."""
     optimizer = SimpleNamespace(param_groups=[], optimizer=SimpleNamespace(non_finite=lambda: (0, None)))
     trainer = SimpleNamespace(
-        accelerator=Accelerator(cpu=True), state=TrainState(), num_steps=len(losses), optimizer=optimizer, batches=SimpleNamespace(epoch=0), overflows=0
+        accelerator=Accelerator(cpu=True),
+        state=TrainState(),
+        num_steps=len(losses),
+        optimizer=optimizer,
+        batches=SimpleNamespace(epoch=0),
+        overflows=0,
     )
     log = Log(trainer, description="test", flops_per_token=1, every=every, output_dir=tmp_path)
     for step, loss in enumerate(losses, 1):

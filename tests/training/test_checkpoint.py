@@ -65,9 +65,12 @@ def share(rank, world, folder, where):
 
 @pytest.mark.parametrize(
     ("where", "said"),
-    [("run", ["--output-dir run: not all processes see it"] * 2), ("../run", ["shared"] * 2),
-     ("file/run", ["--output-dir file/run: cannot be written to"] * 2)],
-)  # fmt: skip
+    [
+        ("run", ["--output-dir run: not all processes see it"] * 2),
+        ("../run", ["shared"] * 2),
+        ("file/run", ["--output-dir file/run: cannot be written to"] * 2),
+    ],
+)
 def test_a_folder_that_one_process_does_not_see_ends_all_of_them(tmp_path, where, said):
     for rank in range(2):
         (tmp_path / f"machine{rank}").mkdir()
@@ -86,7 +89,9 @@ def test_a_disk_that_is_full_at_any_file_is_an_oserror(tmp_path):
         "except OSError as error:\n    print(error)"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "optimizer.pt")], capture_output=True, text=True, cwd=root)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "optimizer.pt")], capture_output=True, text=True, cwd=root
+    )
     assert done.returncode == 0 and done.stdout.startswith("optimizer.pt: "), done.stderr
 
 

@@ -13,17 +13,24 @@ from tests.support.training import train
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"max_seq_len": 0}, "--max-seq-len 0 must be at least 1"), ({"config": "none.yaml"}, "--config none.yaml: cannot be read"),
-        ({"devce_batch_size": 3}, "did you mean --device-batch-size?"), ({"num_steps": "x"}, "invalid int value: 'x'"),
-        ({"model": "nowhere"}, "--model nowhere"), ({"total_batch_size": 7}, "--total-batch-size 7 must be"), ({"data": "none.jsonl"}, "none.jsonl: no such file"),
-        ({"warmdown_ratio": 1, "warmup_steps": 4}, "overlap in a run of 8 steps"), ({"resume": "none"}, "--resume none"),
+        ({"max_seq_len": 0}, "--max-seq-len 0 must be at least 1"),
+        ({"config": "none.yaml"}, "--config none.yaml: cannot be read"),
+        ({"devce_batch_size": 3}, "did you mean --device-batch-size?"),
+        ({"num_steps": "x"}, "invalid int value: 'x'"),
+        ({"model": "nowhere"}, "--model nowhere"),
+        ({"total_batch_size": 7}, "--total-batch-size 7 must be"),
+        ({"data": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"warmdown_ratio": 1, "warmup_steps": 4}, "overlap in a run of 8 steps"),
+        ({"resume": "none"}, "--resume none"),
         ({"output_dir": "/proc/run"}, "--output-dir /proc/run: cannot be written to"),
     ],
-)  # fmt: skip
+)
 def test_several_processes_say_a_users_error_once(start, tmp_path, changed, said, world):
     run = train(start, tmp_path / "run", tmp_path / "log", world, **changed)
     assert run.wait(60) == [2] * world, run.text()
-    assert run.text().count(said) == 1 and run.text().count("error: ") == 1 and "Traceback" not in run.text(), run.text()
+    assert run.text().count(said) == 1 and run.text().count("error: ") == 1 and "Traceback" not in run.text(), (
+        run.text()
+    )
 
 
 def alone(rank, world, folder):

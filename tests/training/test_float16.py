@@ -57,13 +57,16 @@ def trained(steps, *, scale=None, max_grad_norm=None, watch=None):
     """A trainer after `steps` of two micro-batches, in float16 with a scaler that begins at `scale`, or in float32."""
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(
-        cpu=True, mixed_precision="fp16" if scale else "no",
+        cpu=True,
+        mixed_precision="fp16" if scale else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False),
-    )  # fmt: skip
+    )
     if scale:
         accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
     torch.manual_seed(0)
-    config = NanochatConfig(vocab_size=280, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+    config = NanochatConfig(
+        vocab_size=280, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64
+    )
     model = NanochatForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():  # nothing is zero, so that every path has a gradient
@@ -75,9 +78,16 @@ def trained(steps, *, scale=None, max_grad_norm=None, watch=None):
 
     optimizer = Seen(build_param_groups(model), orthogonalize_dtype=torch.float32)
     trainer = Trainer(
-        accelerator, model, optimizer, Rows(), num_steps=steps, schedule=schedule, max_grad_norm=max_grad_norm, norms_every=1,
+        accelerator,
+        model,
+        optimizer,
+        Rows(),
+        num_steps=steps,
+        schedule=schedule,
+        max_grad_norm=max_grad_norm,
+        norms_every=1,
         callbacks=[watch] if watch else [],
-    )  # fmt: skip
+    )
     trainer.fit()
     return trainer
 
@@ -86,16 +96,29 @@ def trained(steps, *, scale=None, max_grad_norm=None, watch=None):
 def test_gradients_are_unscaled_before_they_are_measured_clipped_and_used(max_grad_norm):
     seen = {}
     runs = [
-        trained(3, scale=scale, max_grad_norm=max_grad_norm, watch=lambda trainer, info, key=scale: seen.setdefault(key, []).append(info))
+        trained(
+            3,
+            scale=scale,
+            max_grad_norm=max_grad_norm,
+            watch=lambda trainer, info, key=scale: seen.setdefault(key, []).append(info),
+        )
         for scale in (None, 2.0**14)
     ]
     for ours, expected in zip(seen[2.0**14], seen[None], strict=True):
         assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=1e-3)
         for name, norm in expected.grad_norms.items():
-            assert ours.grad_norms[name].item() == pytest.approx(norm.item(), rel=0.1), name  # rounding; a scale left in would be a factor
-    stepped = [run.optimizer.optimizer.norms for run in runs]  # the update hardly depends on the gradient's size, so look at the gradient
-    assert stepped[1] == pytest.approx(stepped[0], rel=1e-2) and (max_grad_norm is None or max(stepped[1]) <= 0.5 + 1e-4)
-    for (name, ours), expected in zip(runs[1].raw_model.named_parameters(), runs[0].raw_model.parameters(), strict=True):
+            assert ours.grad_norms[name].item() == pytest.approx(norm.item(), rel=0.1), (
+                name
+            )  # rounding; a scale left in would be a factor
+    stepped = [
+        run.optimizer.optimizer.norms for run in runs
+    ]  # the update hardly depends on the gradient's size, so look at the gradient
+    assert stepped[1] == pytest.approx(stepped[0], rel=1e-2) and (
+        max_grad_norm is None or max(stepped[1]) <= 0.5 + 1e-4
+    )
+    for (name, ours), expected in zip(
+        runs[1].raw_model.named_parameters(), runs[0].raw_model.parameters(), strict=True
+    ):
         assert (ours - expected).norm() <= 5e-2 * expected.norm(), name
     assert runs[1].state.overflowed == 0
 
@@ -130,7 +153,11 @@ def test_float16_trains_on_the_gpu(tmp_path):
 
     AcceleratorState._reset_state(True)
     accelerator = build_accelerator(2, dtype="float16")
-    model = NanochatForCausalLM(NanochatConfig(vocab_size=280, hidden_size=256, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=64))
+    model = NanochatForCausalLM(
+        NanochatConfig(
+            vocab_size=280, hidden_size=256, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=64
+        )
+    )
 
     def schedule(optimizer, step):
         apply_schedule(optimizer.optimizer, 1.0, 0.9)
@@ -138,9 +165,15 @@ def test_float16_trains_on_the_gpu(tmp_path):
 
     losses = []
     trainer = Trainer(
-        accelerator, model, MuonAdamW(build_param_groups(model)), Again(), num_steps=30, schedule=schedule, norms_every=1,
+        accelerator,
+        model,
+        MuonAdamW(build_param_groups(model)),
+        Again(),
+        num_steps=30,
+        schedule=schedule,
+        norms_every=1,
         callbacks=[lambda trainer, info: losses.append(info.loss.item())],
-    )  # fmt: skip
+    )
     trainer.fit()
     assert trainer.state.overflowed <= 5 and trainer.optimizer.optimizer.skipped_steps == 0, trainer.state
     assert losses[-1] < losses[0] - 1  # the same rows at each step, which a model soon knows

@@ -23,7 +23,10 @@ DTYPES = (torch.float32, torch.float64)
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
     path = tmp_path_factory.mktemp("gradient") / "chats.jsonl"
-    rows = [[{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 7 + 1)}] for i in range(60)]
+    rows = [
+        [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 7 + 1)}]
+        for i in range(60)
+    ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
@@ -31,20 +34,30 @@ def chats(tmp_path_factory):
 def gradient(chats, rows, accumulation, dtype):
     """{name: the gradient that the optimizer would see} of one step, on this process of however many there are."""
     accelerator = Accelerator(
-        cpu=True, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
+        cpu=True,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
     )
     tokenizer = train_tokenizer(["The cat sat on the mat and counted 12 letters."] * 9, 270)
     torch.manual_seed(0)
     model = NanochatForCausalLM(
-        NanochatConfig(vocab_size=270, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+        NanochatConfig(
+            vocab_size=270, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64
+        )
     )
     with torch.no_grad():
         for parameter in model.parameters():  # nothing is zero, so that every path matters
             parameter.add_(torch.randn_like(parameter) * 0.1)
     rank, world = accelerator.process_index, accelerator.num_processes
-    batches = SFTBatches([SourceConfig(path=str(chats))], tokenizer, rows=rows, positions=48, rank=rank, world_size=world, prefetch=0)
+    batches = SFTBatches(
+        [SourceConfig(path=str(chats))], tokenizer, rows=rows, positions=48, rank=rank, world_size=world, prefetch=0
+    )
     trainer = Trainer(
-        accelerator, model.to(dtype), MuonAdamW(build_param_groups(model)), batches, num_steps=1, schedule=lambda optimizer, step: 1.0
+        accelerator,
+        model.to(dtype),
+        MuonAdamW(build_param_groups(model)),
+        batches,
+        num_steps=1,
+        schedule=lambda optimizer, step: 1.0,
     )
     assert (type(trainer.model).__name__ == "DistributedDataParallel") == (world > 1)
     trainer.optimizer.step = trainer.optimizer.zero_grad = lambda **how: None

@@ -55,10 +55,14 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(start, whole, tmp_path, wor
 
 
 def test_two_processes_train_the_same_model_as_one(whole):
-    losses = [[e["train/loss"] for e in read_metrics(whole / str(w) / "metrics.jsonl") if "train/loss" in e] for w in (1, 2)]
+    losses = [
+        [e["train/loss"] for e in read_metrics(whole / str(w) / "metrics.jsonl") if "train/loss" in e] for w in (1, 2)
+    ]
     # the step's loss, not the weights: bfloat16 products in Muon part them by a rounding or two, which matrices that start at zero magnify, from
     # 2e-4 in the second step to some 3e-3 in the last
-    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-3) and losses[0] == pytest.approx(losses[1], rel=1e-2), losses
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-3) and losses[0] == pytest.approx(
+        losses[1], rel=1e-2
+    ), losses
     saved = json.loads((whole / "2" / f"checkpoint-{STEPS:06d}" / "trainer.json").read_text())
     assert saved["num_processes"] == 2 and (whole / "2" / f"checkpoint-{STEPS:06d}" / "rank1.pt").is_file()
 
@@ -110,7 +114,9 @@ def test_checkpoints_of_another_run_in_the_folder_are_neither_mixed_nor_lost(sta
     older = tmp_path / "run" / f"checkpoint-{STEPS - 2:06d}"
     for name, resume, said in (("anew", None, "starts anew"), ("older", older, "goes on from another")):
         run = train(start, tmp_path / "run", tmp_path / name, resume=resume, num_steps=2 * STEPS)
-        assert run.wait() == [2] and said in run.text() and "--resume auto" in run.text() and "Traceback" not in run.text(), run.text()
+        assert (
+            run.wait() == [2] and said in run.text() and "--resume auto" in run.text() and "Traceback" not in run.text()
+        ), run.text()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
     run = train(start, tmp_path / "dry", tmp_path / "dry.log", resume="auto", num_steps=1, dry_run=True)
     assert run.wait() == [0] and "no checkpoint in" in run.text(), run.text()
@@ -118,7 +124,15 @@ def test_checkpoints_of_another_run_in_the_folder_are_neither_mixed_nor_lost(sta
 
 def test_what_a_resumed_run_does_otherwise_is_said(start, whole, tmp_path):
     newest = whole / "1" / f"checkpoint-{STEPS:06d}"
-    run = train(start, tmp_path / "run", tmp_path / "log", resume=newest, matrix_lr=0.01, warmdown_ratio=0.5, num_steps=STEPS + 1)
+    run = train(
+        start,
+        tmp_path / "run",
+        tmp_path / "log",
+        resume=newest,
+        matrix_lr=0.01,
+        warmdown_ratio=0.5,
+        num_steps=STEPS + 1,
+    )
     assert run.wait() == [0], run.text()
     said = sorted(line for line in run.text().splitlines() if line.startswith("warning: resumed"))
     assert said == [
@@ -127,12 +141,19 @@ def test_what_a_resumed_run_does_otherwise_is_said(start, whole, tmp_path):
         "warning: resumed with warmdown_ratio 0.5, the checkpoint has 0.2",
     ]
     last = [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in e][-1]
-    assert last["lr/" + next(n[3:] for n in last if n.startswith("lr/matri"))] == pytest.approx(0.02 * last["train/lr_multiplier"])
+    assert last["lr/" + next(n[3:] for n in last if n.startswith("lr/matri"))] == pytest.approx(
+        0.02 * last["train/lr_multiplier"]
+    )
 
 
 def test_damaged_and_foreign_checkpoints_are_named(start, whole, tmp_path):
     newest = whole / "1" / f"checkpoint-{STEPS:06d}"
-    cases = {"weights": "damaged", "optimizer": "damaged", "other": "another architecture", "empty": "no whole checkpoint"}
+    cases = {
+        "weights": "damaged",
+        "optimizer": "damaged",
+        "other": "another architecture",
+        "empty": "no whole checkpoint",
+    }
     for case, reason in cases.items():
         folder = tmp_path / case
         shutil.copytree(newest, folder)
@@ -141,7 +162,9 @@ def test_damaged_and_foreign_checkpoints_are_named(start, whole, tmp_path):
         elif case == "optimizer":
             (folder / "optimizer.pt").write_bytes(b"cut short")
         elif case == "other":
-            NanochatForCausalLM(NanochatConfig(vocab_size=280, hidden_size=128, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(folder)
+            NanochatForCausalLM(
+                NanochatConfig(vocab_size=280, hidden_size=128, num_hidden_layers=1, num_attention_heads=2)
+            ).save_pretrained(folder)
         else:
             (folder / "trainer.json").unlink()
         run = train(start, tmp_path / "out", tmp_path / f"{case}.log", resume=folder)
@@ -154,11 +177,15 @@ def test_streams_on_two_processes_stop_together_and_resume_to_the_same_bits(star
     assert one.wait() == [0, 0], one.text()
     assert "documents" not in one.text()  # nothing is read whole, also not for validation
     assert "1 streams, packed window by window" in one.text() and f"step {STEPS}/{STEPS}" in one.text()
-    again = train(start, tmp_path / "again", tmp_path / "log2", 2, **changed, resume=tmp_path / "run" / "checkpoint-000004")
+    again = train(
+        start, tmp_path / "again", tmp_path / "log2", 2, **changed, resume=tmp_path / "run" / "checkpoint-000004"
+    )
     assert again.wait() == [0, 0], again.text()
     expected = weights(tmp_path / "run")
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "again").items())
-    other = train(start, tmp_path / "other", tmp_path / "log3", **changed, resume=tmp_path / "run" / "checkpoint-000004")
+    other = train(
+        start, tmp_path / "other", tmp_path / "log3", **changed, resume=tmp_path / "run" / "checkpoint-000004"
+    )
     assert other.wait() == [2] and "split over 2 processes, this run has 1; resume with 2" in other.text()
     endless = train(start, tmp_path / "endless", tmp_path / "log4", streaming=True, num_steps=None)
     assert endless.wait() == [2] and "give --num-steps" in endless.text()

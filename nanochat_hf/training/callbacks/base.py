@@ -23,4 +23,3 @@ def evaluating(trainer):
     finally:
         model.set_attn_implementation(kernel)
         model.train()
-

@@ -31,7 +31,11 @@ class CoreConfig:
         if not self.core_every:
             return []
         tasks, missing = load_bundle(self.core_data, self.core_max_per_task)
-        return [EvaluateCore(tasks, missing, tokenizer, every=self.core_every, limit=self.core_max_per_task, output_dir=output_dir)]
+        return [
+            EvaluateCore(
+                tasks, missing, tokenizer, every=self.core_every, limit=self.core_max_per_task, output_dir=output_dir
+            )
+        ]
 
 
 class EvaluateCore:
@@ -47,9 +51,16 @@ class EvaluateCore:
         accelerator = trainer.accelerator
         with evaluating(trainer) as model:
             self.last = evaluate_core(
-                model, self.tokenizer, self.tasks, self.missing, limit=self.limit, rank=accelerator.process_index,
-                world_size=accelerator.num_processes, reduce=sum_over_ranks(accelerator), progress=False,
-            )  # fmt: skip
+                model,
+                self.tokenizer,
+                self.tasks,
+                self.missing,
+                limit=self.limit,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                reduce=sum_over_ranks(accelerator),
+                progress=False,
+            )
         values = {"core/core": self.last.core} | {f"core/{row['task']}": row["centred"] for row in self.last.rows}
         accelerator.log(values, step=info.step)
         if accelerator.is_main_process:

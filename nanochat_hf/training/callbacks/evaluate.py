@@ -24,7 +24,13 @@ class Evaluate:
     """Bits per byte on fixed validation batches, every `every` steps and at the end; keeps the minimum, and its model in `best_dir`."""
 
     def __init__(self, batches, token_bytes, tokenizer, *, every, output_dir=None, best_dir=None):
-        self.batches, self.token_bytes, self.tokenizer, self.every, self.output_dir = batches, token_bytes, tokenizer, every, output_dir
+        self.batches, self.token_bytes, self.tokenizer, self.every, self.output_dir = (
+            batches,
+            token_bytes,
+            tokenizer,
+            every,
+            output_dir,
+        )
         self.best, self.last, self.first, self.best_dir = float("inf"), float("nan"), None, best_dir
 
     def remember(self, entries):
@@ -41,11 +47,16 @@ class Evaluate:
         self.first = self.last if self.first is None else self.first
         accelerator, step = trainer.accelerator, trainer.state.step
         if self.last > 1.02 * self.best:
-            say(accelerator, f"warning: step {step}: validation rose to {self.last:.4f} bpb from {self.best:.4f}; the run may be diverging")
+            say(
+                accelerator,
+                f"warning: step {step}: validation rose to {self.last:.4f} bpb from {self.best:.4f}; the run may be diverging",
+            )
         better, self.best = self.last < self.best, min(self.best, self.last)
         accelerator.log({"val/bpb": self.last}, step=step)
         if accelerator.is_main_process:
-            MetricsFile(f"{self.output_dir}/metrics.jsonl" if self.output_dir else None).write(step=step, **{"val/bpb": self.last})
+            MetricsFile(f"{self.output_dir}/metrics.jsonl" if self.output_dir else None).write(
+                step=step, **{"val/bpb": self.last}
+            )
         say(accelerator, f"step {step}: validation {self.last:.4f} bpb")
         # only the main process knows what was measured before a resume, and gathering split weights needs all of them
         if self.best_dir and agree(accelerator, better and accelerator.is_main_process) and step:
@@ -57,4 +68,3 @@ class Evaluate:
     def __call__(self, trainer, info):
         if due(info.step, self.every) or info.step == trainer.num_steps:
             self.run(trainer)
-

@@ -20,4 +20,3 @@ class CollectGarbage:
         if info.step == trainer.num_steps or trainer.stopped:
             self.gc.enable()
             self.gc.unfreeze()
-

@@ -13,12 +13,6 @@ from nanochat_hf.training.tracking import Ema, MetricsFile, Progress, say
 SETTLING_STEPS, ESTIMATE_AT = 3, 10  # the steps that compile, and the one after which the rest of the run is foretold
 
 
-
-
-
-
-
-
 class Log:
     """Every step the bar; every `every` steps the trackers and metrics.jsonl. Ends the run when gradients stay non-finite."""
 
@@ -68,11 +62,17 @@ class Log:
         each = (state.seconds - self.before.seconds) / (state.step - self.before.step)
         self.clock, self.before = now, replace(state)
         values = {
-            "train/loss": loss, "train/lr_multiplier": info.lr_multiplier, "train/tokens_per_second": rate,
-            "train/step_seconds": each, "train/tokens": state.tokens, "train/targets": targets,
-            "train/skipped_steps": state.skipped, "train/total_flops": self.flops * state.tokens, "train/seconds": state.seconds,
+            "train/loss": loss,
+            "train/lr_multiplier": info.lr_multiplier,
+            "train/tokens_per_second": rate,
+            "train/step_seconds": each,
+            "train/tokens": state.tokens,
+            "train/targets": targets,
+            "train/skipped_steps": state.skipped,
+            "train/total_flops": self.flops * state.tokens,
+            "train/seconds": state.seconds,
             "train/epoch": trainer.batches.epoch,
-        }  # fmt: skip
+        }
         if accelerator.scaler is not None:
             values |= {"train/loss_scale": accelerator.scaler.get_scale(), "train/overflowed_steps": state.overflowed}
         values |= {f"grad_norm/{name}": norm.item() for name, norm in (info.grad_norms or {}).items()}
@@ -98,13 +98,5 @@ class Log:
         if row or not math.isfinite(loss):
             say(
                 trainer.accelerator,
-                f"warning: step {info.step}: loss {loss:.4g}, {row} steps in a row skipped for non-finite gradients ({name or 'elsewhere'})"
+                f"warning: step {info.step}: loss {loss:.4g}, {row} steps in a row skipped for non-finite gradients ({name or 'elsewhere'})",
             )
-
-
-
-
-
-
-
-

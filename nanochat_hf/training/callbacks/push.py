@@ -37,5 +37,7 @@ class Push:
         if self.pusher is None:
             return
         if final:
-            self.pusher.submit(final, run_dir=self.output_dir, checkpoint=self._state(), message=f"Final model, step {step}")
+            self.pusher.submit(
+                final, run_dir=self.output_dir, checkpoint=self._state(), message=f"Final model, step {step}"
+            )
         self.pusher.finish()
