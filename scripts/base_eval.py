@@ -35,7 +35,7 @@ class BaseEvalConfig:
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     max_texts: int | None = field(default=None, metadata={"help": "texts for bpb, from the beginning of the data (default: all)"})
     batch_tokens: int = field(default=8192, metadata={"help": "positions in a forward pass; lower it when memory runs out"})
-    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's)"})
+    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16 (default: the launcher's; on a CPU the faster one, measured)"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run the code that comes with a model of another architecture"})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results, a CSV beside it (default: base_eval.json beside the model's folder)"})
 

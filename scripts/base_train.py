@@ -8,7 +8,7 @@ from nanochat_hf.callback_core import CoreConfig
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data import SourceConfig, TextBatches, load_source
 from nanochat_hf.hub import HubConfig, HubPusher
-from nanochat_hf.runtime import build_accelerator
+from nanochat_hf.runtime import process_count
 from nanochat_hf.sources import load_stream
 from nanochat_hf.texts import is_remote
 from nanochat_hf.tokenizer import load_tokenizer
@@ -69,9 +69,9 @@ def main(argv=None):
         base.depth, len(tokenizer), config.max_seq_len, aspect_ratio=base.aspect_ratio, head_dim=base.head_dim, window_pattern=base.window_pattern,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    processes = build_accelerator(1, dtype=config.dtype).num_processes
+    processes = process_count()
     accumulation = scaling.accumulation_steps(config.total_batch_size, config.device_batch_size, config.max_seq_len, processes)
-    accelerator = accelerate(config, accumulation)
+    accelerator = accelerate(config, accumulation, model_config.hidden_size)
     tokens = accumulation * processes * config.device_batch_size * config.max_seq_len
     num_steps = horizon(base, config, model_config, tokens)
     shape = dict(

@@ -13,7 +13,7 @@ from nanochat_hf.config import parse, user_errors
 from nanochat_hf.conversation import render_prompt
 from nanochat_hf.data import OVERLONG, SFTBatches, SourceConfig, StreamedConversations
 from nanochat_hf.hub import HubConfig, HubPusher, fetch_model
-from nanochat_hf.runtime import build_accelerator
+from nanochat_hf.runtime import process_count
 from nanochat_hf.tasks.base import pair
 from nanochat_hf.tokenizer import load_tokenizer
 from scripts.training import TrainConfig, accelerate, data_workers, divided, run, smoke
@@ -66,9 +66,9 @@ def main(argv=None):
         model = NanochatForCausalLM.from_pretrained(start)
     except OSError as error:
         raise ValueError(f"--model {sft.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    processes = build_accelerator(1, dtype=config.dtype).num_processes
+    processes = process_count()
     accumulation = scaling.accumulation_steps(config.total_batch_size, config.device_batch_size, config.max_seq_len, processes)
-    accelerator = accelerate(config, accumulation)
+    accelerator = accelerate(config, accumulation, model.config.hidden_size)
     shape = dict(
         rows=config.device_batch_size, positions=config.max_seq_len, rank=accelerator.process_index, world_size=processes,
         isolate=sft.isolate, train_on_all_tokens=sft.train_on_all_tokens, overlong=sft.overlong,

@@ -12,6 +12,7 @@ from nanochat_hf.attention import choose_attention, set_attention
 from nanochat_hf.callbacks import CollectGarbage, Evaluate, Log, Sample, Save
 from nanochat_hf.compiling import choose_compile, compile_prepared
 from nanochat_hf.config import SMALLER, dump, resolved
+from nanochat_hf.machine import cpu
 from nanochat_hf.optim import MATRIX_OPTIMIZERS, MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
 from nanochat_hf.report import write_report
 from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, memory_per_gpu, shown_hours, training_hours
@@ -20,7 +21,7 @@ from nanochat_hf.stopping import StopSignal
 from nanochat_hf.tokenizer import token_bytes
 from nanochat_hf.tracking import environment, read_metrics
 from nanochat_hf.trainer import Trainer
-from scripts.resuming import changed_settings, restore
+from scripts.resuming import changed_settings, measured_before, restore
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class TrainConfig:
     device_batch_size: int = field(default=32, metadata={"help": "rows a process takes at once"})
     total_batch_size: int | None = field(default=None, metadata={"help": "tokens of an optimizer step (default: one micro-batch)"})
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
-    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16, float16, or float8: bfloat16 with float8 products in training (default: the launcher's; bfloat16 on XLA)"})
+    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16, float16, or float8: bfloat16 with float8 products in training (default: the launcher's; on a CPU the faster one, measured; bfloat16 on XLA)"})
     attn: str = field(default="auto", metadata={"help": "auto, flex_attention, cudnn, pallas, sdpa, eager, flash_attention_2 to 4, or a flash kernel of the Hub"})
     kernels: bool | None = field(default=None, metadata={"help": "fused Triton kernels in training (default: on CUDA)"})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile the model (default: on CUDA; on a CPU where a C++ compiler and Python's headers are found and the run is long enough, see the plan)"})
@@ -98,11 +99,15 @@ def data_workers(wanted):
     return wanted if wanted is not None else 4 if runtime.on_cuda() else 0
 
 
-def accelerate(config, accumulation):
-    """The Accelerator for `config`; transformers' own bars are silenced, since the run has its one."""
+def accelerate(config, accumulation, width=cpu.WIDTH):
+    """The Accelerator for `config` and a model `width` channels wide; transformers' own bars are silenced, since the run has its one.
+
+    On a CPU a resumed run keeps the precision and the threads of its checkpoint: what a new measurement says may differ, and so would the sums.
+    """
     disable_progress_bar()
+    dtype, threads = measured_before(config.output_dir, config.resume)
     accelerator = runtime.build_accelerator(
-        accumulation, dtype=config.dtype, trackers=None if config.report_to == "none" else config.report_to,
+        accumulation, dtype=config.dtype or dtype, width=width, threads=threads, trackers=None if config.report_to == "none" else config.report_to,
         output_dir=config.output_dir, seed=config.seed, compile=bool(config.compile),
     )  # fmt: skip
     if config.report_to != "none" and not accelerator.log_with:  # Accelerate only warns
@@ -139,12 +144,23 @@ def announce(config, accelerator, model, description, num_steps, reason, details
         f"{accelerator.device}, {accelerator.distributed_type.value}, mixed precision {accelerator.mixed_precision}, "
         f"attention {model.config._attn_implementation} ({reason})"
     )
+    if accelerator.device.type == "cpu":
+        lines |= cpu_lines(config, accelerator, model.config.hidden_size, flops * tokens * num_steps / processes)
     accelerator.print(f"{description}:", *(f"  {name:<11} {text}" for name, text in (lines | details).items()), sep="\n")
     if "memory" in lines and accelerator.distributed_type.value != "FSDP":
         there, needed = runtime.device_memory(accelerator.device), memory_per_gpu(model, rows, positions, processes)["total"]
         if needed > there:
             accelerator.print(f"warning: about {needed:.0f} GiB are needed and the device has {there:.0f}; {SMALLER}")
     return flops
+
+
+def cpu_lines(config, accelerator, width, flops):
+    """Lines of the plan for a CPU: time for so many FLOPs of one process, precision and threads, each with what was measured."""
+    speed, threads = cpu.measure("cpu", width), cpu.set_threads(measured_before(config.output_dir, config.resume)[1])
+    chosen = {"no": "float32", "bf16": "bfloat16"}[accelerator.mixed_precision]
+    reason = speed.describe() if chosen == speed.best else f"{chosen}, as asked for; measured: {speed.describe()}"
+    lines = {"time": f"about {shown_hours(cpu.training_seconds(flops, speed) / 3600)}", "precision": reason, "threads": threads.describe()}
+    return lines | ({"warning": cpu.too_slow(speed)} if cpu.too_slow(speed) else {})
 
 
 def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay):
@@ -212,6 +228,8 @@ def run(
     if resume:
         accelerator.print(*changed_settings(checkpoint.settings_of(resume), settings), sep="", end="")
     settings |= environment(accelerator)
+    if accelerator.device.type == "cpu":
+        settings["cpu_threads"] = torch.get_num_threads()
     if runtime.chose_float8(config.dtype):
         settings["mixed_precision"] += " with float8 products"
     if accelerator.is_main_process and output:

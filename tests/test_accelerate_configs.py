@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 
 FOLDER = Path(__file__).parents[1] / "accelerate_configs"
 SELECTS = {
-    "cpu": (DistributedType.NO, "bf16", True), "single_gpu": (DistributedType.NO, "bf16", False), "mps": (DistributedType.NO, "no", False),
+    "cpu": (DistributedType.NO, None, True), "single_gpu": (DistributedType.NO, "bf16", False), "mps": (DistributedType.NO, "no", False),
     "multi_gpu": (DistributedType.MULTI_GPU, "bf16", False), "multi_node": (DistributedType.MULTI_GPU, "bf16", False),
     "fsdp2": (DistributedType.FSDP, "bf16", False), "fp8": (DistributedType.NO, "fp8", False), "tpu": (DistributedType.XLA, "no", False),
 }  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "nanochat_hf"
 LAYERS = [
     "model tokenizer formats conversation packing schedules config calculator sandbox_jail once bad_rows __about__",
-    "scaling optim tasks data collate generation sandbox runtime stopping compiling attention kernels streaming sources identity texts tokenised loading windows",
+    "scaling optim tasks data collate generation sandbox runtime stopping compiling attention kernels streaming sources identity texts tokenised loading windows machine",
     "evals rollouts tracking report checkpoint hub hub_folder hub_dataset model_card model_card_text interop",
     "trainer callbacks callback_core callback_push",
 ]
