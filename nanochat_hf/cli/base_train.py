@@ -9,7 +9,7 @@ from nanochat_hf.data.sources import SourceConfig, load_source, load_stream
 from nanochat_hf.data.streamed import TextBatches
 from nanochat_hf.data.texts import is_remote
 from nanochat_hf.hub.push import HubConfig, HubPusher, fetch_checkpoint
-from nanochat_hf.machine.accelerator import build_accelerator
+from nanochat_hf.machine.accelerator import process_count
 from nanochat_hf.tokenizer import load_tokenizer
 from nanochat_hf.training.callbacks.core import CoreConfig
 from nanochat_hf.training.config import TrainConfig, smoke
@@ -108,11 +108,11 @@ def main(argv=None):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    processes = build_accelerator(1, dtype=config.dtype).num_processes
+    processes = process_count()
     accumulation = scaling.accumulation_steps(
         config.total_batch_size, config.device_batch_size, config.max_seq_len, processes
     )
-    accelerator = accelerate(config, accumulation)
+    accelerator = accelerate(config, accumulation, model_config.hidden_size)
     tokens = accumulation * processes * config.device_batch_size * config.max_seq_len
     num_steps = horizon(base, config, model_config, tokens)
     shape = dict(

@@ -16,7 +16,7 @@ from nanochat_hf.data.reports import check_policy
 from nanochat_hf.data.sources import SourceConfig
 from nanochat_hf.data.streamed import StreamedConversations
 from nanochat_hf.hub.push import HubConfig, HubPusher, fetch_checkpoint, fetch_model
-from nanochat_hf.machine.accelerator import build_accelerator
+from nanochat_hf.machine.accelerator import process_count
 from nanochat_hf.tasks.base import pair
 from nanochat_hf.tokenizer import load_tokenizer
 from nanochat_hf.training.config import TrainConfig, smoke
@@ -94,11 +94,11 @@ def main(argv=None):
         model = NanochatForCausalLM.from_pretrained(start)
     except OSError as error:
         raise ValueError(f"--model {sft.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    processes = build_accelerator(1, dtype=config.dtype).num_processes
+    processes = process_count()
     accumulation = scaling.accumulation_steps(
         config.total_batch_size, config.device_batch_size, config.max_seq_len, processes
     )
-    accelerator = accelerate(config, accumulation)
+    accelerator = accelerate(config, accumulation, model.config.hidden_size)
     shape = dict(
         rows=config.device_batch_size,
         positions=config.max_seq_len,

@@ -3,9 +3,10 @@
 import os
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, is_torch_xla_available, set_seed
 
+from . import cpu
 from .compiling import compile_prepared
 from .xla import XLAAccelerator
 
@@ -16,24 +17,40 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16", "float8": 
 REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
-def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=None, seed=0, compile=False):
-    """An Accelerator for `accumulation` micro-batches a step. `dtype`: None (the launcher's), float32, bfloat16, float16 or float8.
+def refuse_other_optimizers():
+    """ValueError where the launcher asks for a launch type that brings an optimizer of its own; before Accelerate asks for its package."""
+    for variable, kind in REFUSED.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"{kind} keeps its own optimizer and cannot run Muon; launch with DDP (multi_gpu.yaml) or FSDP2 (fsdp2.yaml)"
+            )
+
+
+def process_count():
+    """Processes of this run, before an Accelerator is made. ValueError as `refuse_other_optimizers`."""
+    refuse_other_optimizers()
+    return PartialState(cpu=not on_accelerator()).num_processes
+
+
+def build_accelerator(
+    accumulation, *, dtype=None, trackers=None, output_dir=None, seed=0, compile=False, width=cpu.WIDTH, threads=None
+):
+    """An Accelerator for `accumulation` micro-batches a step. `dtype`: float32, bfloat16, float16 or float8; None is the launcher's, and
+    where that is silent on a CPU or mps the one that is fastest there for a model `width` channels wide; on a CPU `threads` threads, None for
+    as many as are fastest now (see machine/cpu.py).
 
     float8, and mixed_precision fp8 of the launcher, are bfloat16 to Accelerate; who trains asks `chose_float8` and installs the products.
     `compile` lets Accelerate compile the prepared model, for fixed shapes.
     ValueError where `dtype` contradicts the launcher, the CPU lacks it, or the launch type is one that does not carry this optimizer.
     On XLA None is bfloat16, for there the launcher cannot say it (see XLAAccelerator).
     """
-    for variable, kind in REFUSED.items():  # before Accelerate asks for their packages
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
-            raise ValueError(
-                f"{kind} keeps its own optimizer and cannot run Muon; launch with DDP (multi_gpu.yaml) or FSDP2 (fsdp2.yaml)"
-            )
+    refuse_other_optimizers()
     if dtype not in (None, *PRECISIONS):
         raise ValueError(f"--dtype {dtype} must be float32, bfloat16, float16 or float8")
     launched, float8 = os.environ.get("ACCELERATE_MIXED_PRECISION"), chose_float8(dtype)
     precision = "bf16" if float8 else PRECISIONS.get(dtype)
-    if dtype is not None and launched not in (None, "", precision, *(["fp8"] if float8 else [])):
+    # "no" is what Accelerate fills in where nobody chose
+    if dtype is not None and launched not in (None, "", "no", precision, *(["fp8"] if float8 else [])):
         raise ValueError(f"--dtype {dtype} disagrees with the launcher's mixed_precision={launched}; drop one of them")
     if float8:
         os.environ.pop(
@@ -48,7 +65,12 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
     if is_torch_xla_available():  # wherever it is importable Accelerate takes it, whatever is asked
         accelerator = XLAAccelerator(dtype=dtype, compile=compile, **shared)
     else:
-        accelerator = Accelerator(**shared, mixed_precision=precision, cpu=not on_accelerator())
+        host = not on_accelerator()
+        if host:
+            cpu.set_threads(threads)
+        if precision is None and launched in (None, "", "no"):
+            precision = machine_precision(host, width)
+        accelerator = Accelerator(**shared, mixed_precision=precision, cpu=host)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError(
             "float16 needs a GPU: on the CPU Accelerate would silently train in float32; use --dtype bfloat16 or float32"
@@ -56,6 +78,15 @@ def build_accelerator(accumulation, *, dtype=None, trackers=None, output_dir=Non
     compile_prepared(accelerator, compile)
     set_seed(seed)
     return accelerator
+
+
+def machine_precision(host, width):
+    """Accelerate's name of the precision that this machine is best at; None on GPUs, whose precision the launcher's YAML states."""
+    kind = "cpu" if host else torch.accelerator.current_accelerator().type
+    if kind not in ("cpu", "mps"):
+        return None
+    PartialState(cpu=host)  # all processes get one answer
+    return PRECISIONS[cpu.best_dtype(torch.device(kind), width)]
 
 
 def chose_float8(dtype=None):

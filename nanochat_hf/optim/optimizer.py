@@ -6,6 +6,7 @@ from itertools import chain
 import torch
 
 from nanochat_hf import kernels
+from nanochat_hf.machine.cpu import best_dtype
 from nanochat_hf.optim.adamw import SHARD_FROM, AdamWTensor, adamw_update
 from nanochat_hf.optim.muon import MuonStack
 from nanochat_hf.optim.sharding import Shard, all_agree, local
@@ -14,7 +15,8 @@ from nanochat_hf.optim.sharding import Shard, all_agree, local
 class MuonAdamW(torch.optim.Optimizer):
     """Muon on groups of kind "muon" (equal-shaped matrices), AdamW on those of kind "adamw".
 
-    `orthogonalize_dtype`: the dtype of Muon's matrix products. `compile`: None compiles the updates on CUDA only, True
+    `orthogonalize_dtype`: the dtype of Muon's matrix products; None is the one of a loaded state, else bfloat16 on GPUs and TPUs, and on a
+    CPU or mps whichever is faster there, measured at the first step. `compile`: None compiles the updates on CUDA only, True
     and False force it. `fused`: None uses Triton's kernels for Muon's passes over memory where they can run, unless
     `compile` is False. State is float32 whatever the parameters' dtype. A step whose gradients are not all finite
     changes nothing, is decided on the device, and is counted in `skipped_steps`. Parameters without a gradient are
@@ -26,7 +28,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         groups,
-        orthogonalize_dtype: torch.dtype = torch.bfloat16,
+        orthogonalize_dtype: torch.dtype | None = None,
         compile: bool | None = None,
         fused: bool | None = None,
     ):
@@ -82,18 +84,13 @@ class MuonAdamW(torch.optim.Optimizer):
         self._skipped = (self._skipped if self._skipped is not None else torch.zeros((), device=device)).to(device)
         self._skipped.add_(1.0 - ok.to(torch.float32))
         scalars = {id(group): self._scalars(group, device) for group in self.param_groups}
+        products = self._products(device)
         fused = self.fused if self.fused is not None else self.compile is not False and kernels.available(device)[0]
         waits = []
         for unit in self._units:  # compute of one unit overlaps the gathering of those before it
             if isinstance(unit, MuonStack):
                 waits.append(
-                    unit.step(
-                        scalars[id(unit.group)],
-                        ok,
-                        partial(self._kernel, device=device),
-                        self.orthogonalize_dtype,
-                        fused,
-                    )
+                    unit.step(scalars[id(unit.group)], ok, partial(self._kernel, device=device), products, fused)
                 )
             else:
                 # lambdas are too small to be worth a graph of their own
@@ -103,6 +100,15 @@ class MuonAdamW(torch.optim.Optimizer):
             if wait is not None:
                 wait()
         return loss
+
+    def _products(self, device) -> torch.dtype:
+        # settled once, and part of the state: a resumed run must not depend on what a second measurement says
+        if self.orthogonalize_dtype is None:
+            widths = [
+                param.shape[-1] for group in self.param_groups if group["kind"] == "muon" for param in group["params"]
+            ]
+            self.orthogonalize_dtype = getattr(torch, best_dtype(device, min(widths, default=256)))
+        return self.orthogonalize_dtype
 
     def state_dict(self) -> dict:
         """This process's state; with several processes it is a share that only the same rank of as many can load."""
@@ -114,6 +120,8 @@ class MuonAdamW(torch.optim.Optimizer):
             result["skipped_steps"] = self._skipped.clone()
         if shard.world > 1 and self.state:
             result["shard"] = (shard.rank, shard.world)
+        if self.orthogonalize_dtype is not None:
+            result["orthogonalize_dtype"] = str(self.orthogonalize_dtype).removeprefix("torch.")
         return result
 
     def full_state_dict(self, rank0_only: bool = False) -> dict:
@@ -155,6 +163,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for i, param in zip(ids, params, strict=True):
             if i in state_dict["state"]:  # stays where it lies until the first step takes its share of it
                 self.state[param] = {key: value.detach() for key, value in state_dict["state"][i].items()}
+        if self.orthogonalize_dtype is None and state_dict.get("orthogonalize_dtype"):
+            self.orthogonalize_dtype = getattr(torch, state_dict["orthogonalize_dtype"])
         skipped = state_dict.get("skipped_steps")
         self._skipped = None if skipped is None else skipped.clone()
         self._units = None

@@ -1,6 +1,7 @@
 """Going on from a checkpoint: which one, and what the run does otherwise than the one that wrote it."""
 
 import json
+from pathlib import Path
 
 from nanochat_hf.tokenizer import load_tokenizer
 
@@ -53,6 +54,20 @@ def restore(config, trainer, tokenizer, output, fetch=None):
     elif config.resume:
         trainer.accelerator.print(f"no checkpoint in {config.output_dir} to resume from: the run starts anew")
     return resume
+
+
+def measured_before(output_dir, resume):
+    """(dtype, threads) that were measured and chosen when the checkpoint to resume from was written; (None, None) for other runs.
+
+    Known of checkpoints of this machine's folders alone; one on the Hub was most likely written on another machine.
+    """
+    if resume is None or resume != "auto" and not Path(resume).is_dir():
+        return None, None
+    folder = checkpoint.resolve(output_dir, resume)
+    settings = checkpoint.settings_of(folder) if folder else {}
+    threads = settings.get("cpu_threads")
+    dtype = {"no": "float32", "bf16": "bfloat16"}.get(settings.get("mixed_precision")) if threads else None
+    return dtype, threads
 
 
 def changed_settings(saved, own):

@@ -10,6 +10,7 @@ from nanochat_hf import kernels
 from nanochat_hf.config import SMALLER, dump, resolved
 from nanochat_hf.interop.folder import export
 from nanochat_hf.kernels import cudnn_attention, float8
+from nanochat_hf.machine import cpu
 from nanochat_hf.machine.accelerator import build_accelerator, chose_float8, on_cuda
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.machine.compiling import choose_compile, compile_prepared
@@ -28,7 +29,7 @@ from .callbacks.push import attach
 from .callbacks.sample import Sample
 from .callbacks.save import Save
 from .report import write_report
-from .resuming import changed_settings, restore
+from .resuming import changed_settings, measured_before, restore
 from .schedules import base_lr, muon_momentum
 from .stopping import StopSignal
 from .tracking import environment, read_metrics
@@ -40,12 +41,18 @@ def data_workers(wanted):
     return wanted if wanted is not None else 4 if on_cuda() else 0
 
 
-def accelerate(config, accumulation):
-    """The Accelerator for `config`; transformers' own bars are silenced, since the run has its one."""
+def accelerate(config, accumulation, width=cpu.WIDTH):
+    """The Accelerator for `config` and a model `width` channels wide; transformers' own bars are silenced, since the run has its one.
+
+    On a CPU a resumed run keeps the precision and the threads of its checkpoint: what a new measurement says may differ, and so would the sums.
+    """
     disable_progress_bar()
+    dtype, threads = measured_before(config.output_dir, config.resume)
     accelerator = build_accelerator(
         accumulation,
-        dtype=config.dtype,
+        dtype=config.dtype or dtype,
+        width=width,
+        threads=threads,
         trackers=None if config.report_to == "none" else config.report_to,
         output_dir=config.output_dir,
         seed=config.seed,
@@ -95,6 +102,8 @@ def announce(config, accelerator, model, description, num_steps, reason, details
         f"{accelerator.device}, {accelerator.distributed_type.value}, mixed precision {accelerator.mixed_precision}, "
         f"attention {model.config._attn_implementation} ({reason})"
     )
+    if accelerator.device.type == "cpu":
+        lines |= cpu_lines(config, accelerator, model.config.hidden_size, flops * tokens * num_steps / processes)
     accelerator.print(
         f"{description}:", *(f"  {name:<11} {text}" for name, text in (lines | details).items()), sep="\n"
     )
@@ -103,6 +112,19 @@ def announce(config, accelerator, model, description, num_steps, reason, details
         if needed > there:
             accelerator.print(f"warning: about {needed:.0f} GiB are needed and the device has {there:.0f}; {SMALLER}")
     return flops
+
+
+def cpu_lines(config, accelerator, width, flops):
+    """Lines of the plan for a CPU: time for so many FLOPs of one process, precision and threads, each with what was measured."""
+    speed, threads = cpu.measure("cpu", width), cpu.set_threads(measured_before(config.output_dir, config.resume)[1])
+    chosen = {"no": "float32", "bf16": "bfloat16"}[accelerator.mixed_precision]
+    reason = speed.describe() if chosen == speed.best else f"{chosen}, as asked for; measured: {speed.describe()}"
+    lines = {
+        "time": f"about {shown_hours(cpu.training_seconds(flops, speed) / 3600)}",
+        "precision": reason,
+        "threads": threads.describe(),
+    }
+    return lines | ({"warning": cpu.too_slow(speed)} if cpu.too_slow(speed) else {})
 
 
 def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay):
@@ -212,6 +234,8 @@ def run(
     if resume:
         accelerator.print(*changed_settings(checkpoint.settings_of(resume), settings), sep="", end="")
     settings |= environment(accelerator)
+    if accelerator.device.type == "cpu":
+        settings["cpu_threads"] = torch.get_num_threads()
     if chose_float8(config.dtype):
         settings["mixed_precision"] += " with float8 products"
     if accelerator.is_main_process and output:

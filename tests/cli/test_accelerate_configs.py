@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 
 FOLDER = Path(__file__).parents[2] / "accelerate_configs"
 SELECTS = {
-    "cpu": (DistributedType.NO, "bf16", True),
+    "cpu": (DistributedType.NO, None, True),
     "single_gpu": (DistributedType.NO, "bf16", False),
     "mps": (DistributedType.NO, "no", False),
     "multi_gpu": (DistributedType.MULTI_GPU, "bf16", False),
