@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.kernels.lib import cudnn_attention
 from tests.kernels.test_cudnn_attention import both, eager, inputs, learned, model_of
 from tests.support.models import tokens
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of soft-capped logits and its gradient, in one kernel that reads and writes the logits once, or twice where a row is long.
+"""Soft-capped cross-entropy and its gradient in one kernel, which reads and writes the logits once, or twice where a row is long.
 
 Letters: n tokens of a chunk, V vocabulary. The cap bounds the logits, so the sum of exponentials needs no maximum first.
 """
@@ -8,8 +8,25 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ..lib.devices import lacks_triton
+
+OP = "nll_and_slope"
+HIGHEST_CAP = 40.0  # the sum is of exp(capped logit − cap): float32 holds exp(−80)
 
 COLUMNS = 32768  # logits that a program holds at a time
+
+
+def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None on a GPU with Triton, for caps that float32 has room for."""
+    cap = config.final_logit_softcapping
+    return f"final_logit_softcapping={cap} is above {HIGHEST_CAP}" if cap > HIGHEST_CAP else lacks_triton(device)
+
+
+def run(logits: Tensor, target: Tensor, weight: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """weight·nll (n), and the slope in the logits' own memory."""
+    return softcapped_nll_(logits, target, weight, cap), logits
 
 
 @triton.jit
@@ -81,7 +98,7 @@ def _kernel(logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, ou
 
 
 @torch.library.custom_op("nanochat_hf::softcapped_nll_", mutates_args=("logits",))
-def softcapped_nll_(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, cap: float) -> torch.Tensor:
+def softcapped_nll_(logits: Tensor, target: Tensor, weight: Tensor, cap: float) -> Tensor:
     """Uncapped logits (n, V), targets (n) with −100 ignored, weights (n) float32 → weight·nll (n) float32.
 
     The logits become the gradient of Σ weight·nll with respect to them.
@@ -99,14 +116,3 @@ def softcapped_nll_(logits: torch.Tensor, target: torch.Tensor, weight: torch.Te
 @softcapped_nll_.register_fake
 def _(logits, target, weight, cap):
     return torch.empty_like(weight)
-
-
-@torch.library.custom_op("nanochat_hf::add_product_", mutates_args=("total",))
-def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total (n, m) float32 += a (n, k) · b (k, m) of half precision, in the product itself: neither rounded nor read and written once more."""
-    torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-
-
-@add_product_.register_fake
-def _(total, a, b):
-    return None

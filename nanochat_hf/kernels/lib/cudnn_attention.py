@@ -142,6 +142,9 @@ def attend(module, query, key, value, attention_mask, scaling=None, sliding_wind
     return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs)
 
 
+attend.takes_borders = True  # so the model hands it the borders of documents, and no mask of them
+
+
 def register():
     """Make `attend` known to transformers; returns its name there. Masks, where there are any, are SDPA's."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend)

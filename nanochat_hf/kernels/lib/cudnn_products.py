@@ -10,7 +10,6 @@ import torch
 
 from .cudnn_attention import missing
 from .cudnn_graph import handle_of, held
-from .sums import add_weight_gradient
 
 TILE = 192  # columns of a tile of the kernel that serves widths best which it divides
 UID = {"a": 1, "w": 2, "kept": 3, "result": 4}
@@ -91,22 +90,3 @@ def _(a, w, kept):
 def serves(device):
     """Whether product_plus is worth its while on `device`: on Hopper, with cuDNN's frontend."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and missing(device) is None
-
-
-class LinearPlus(torch.autograd.Function):
-    """y (…, K), weight (W, K), stream (…, W) of y's dtype → stream + y·weightᵀ. The weight's gradient goes into its sum, where given."""
-
-    @staticmethod
-    def forward(ctx, y, weight, stream, total=None):
-        flat, w = y.reshape(-1, y.shape[-1]), weight.to(y.dtype)
-        ctx.save_for_backward(flat, w, total)
-        ctx.dtype = weight.dtype
-        return product_plus(flat, w, stream.reshape(-1, stream.shape[-1])).view(stream.shape)
-
-    @staticmethod
-    def backward(ctx, d):
-        flat, w, total = ctx.saved_tensors
-        with torch.autocast(d.device.type, enabled=False):
-            d_flat = d.reshape(-1, d.shape[-1])
-            dw = (d_flat.mT @ flat).to(ctx.dtype) if total is None else add_weight_gradient(total, d_flat, flat)
-            return (d_flat @ w).view(*d.shape[:-1], -1), dw, d, None

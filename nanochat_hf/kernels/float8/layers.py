@@ -1,4 +1,4 @@
-"""The float8 forms of a layer's parts, from the casts and products of float8.py. Same letters; each keeps for backward transposed float8 copies alone.
+"""The float8 forms of a layer's parts, from the casts and products of products.py. Same letters; each keeps for backward transposed float8 copies alone.
 
 x of a layer is normed: no element exceeds √C and no row is longer, so that x and, by Cauchy and Schwarz, what the products make of it have bounds that
 cost no pass over memory. Bounds serve as well as maxima where float8's range has room: e5m2 always, e4m3 for the squared ReLU (docs/log.md).
@@ -6,8 +6,8 @@ cost no pass over memory. Bounds serve as well as maxima where float8's range ha
 
 import torch
 
-from .float8 import E4M3, E5M2, cast, largest, longest, product, scaled, slope, squared_relu, transposed, unit_of
-from .sums import computing
+from ..lib.weights import computing
+from .products import E4M3, E5M2, cast, largest, longest, product, scaled, slope, squared_relu, transposed, unit_of
 
 
 def _normed(x):

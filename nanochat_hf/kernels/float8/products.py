@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 try:
-    from . import float8_matmul as matmul  # wants Triton's tensor descriptors
+    from . import matmul  # wants Triton's tensor descriptors
 except ImportError:
     matmul = None
 
@@ -20,22 +20,9 @@ TINY = 2.0**-100  # in place of the maximum of a tensor of zeros
 INSIDE = True  # the MLP's casts inside its products where the GPU can; False: a product of cuBLAS, then a cast, to compare
 
 
-def capable(device) -> tuple[bool, str]:
-    """Whether `device` has float8 products, and the reason."""
-    if device.type != "cuda":
-        return False, f"{device.type} has no float8 products"
-    major, minor = torch.cuda.get_device_capability(device)
-    return (major, minor) >= (8, 9), f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, float8 begins with 8.9"
-
-
 def inside(x) -> bool:
     """Whether products and casts of the MLP are one kernel for tensors like `x`."""
     return INSIDE and matmul is not None and matmul.suits(x)
-
-
-def fits(*modules) -> bool:
-    """Whether the shapes of these linear layers are ones that float8 products take."""
-    return all(side % MULTIPLE == 0 for module in modules for side in module.weight.shape)
 
 
 def unit_of(largest, dtype):
@@ -84,14 +71,14 @@ def cast(parts: Sequence[torch.Tensor], unit: torch.Tensor, dtype: torch.dtype, 
     if not parts[0].is_cuda:
         joined = scaled(torch.cat(parts, axis), unit, dtype)
         return joined, joined.t().contiguous()
-    from . import float8_casts
+    from . import casts
 
     n, c = _joined(parts, axis)
     out, turned = parts[0].new_empty(n, c, dtype=dtype), parts[0].new_empty(c, n, dtype=dtype)
     start = 0
     for part in parts:
         size = part.shape[axis]
-        float8_casts.launch(float8_casts.CAST, part, out.narrow(axis, start, size), turned.narrow(1 - axis, start, size), unit)
+        casts.launch(casts.CAST, part, out.narrow(axis, start, size), turned.narrow(1 - axis, start, size), unit)
         start += size
     return out, turned
 
@@ -113,9 +100,9 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
     """A float8 matrix (n, c) → (c, n). An operator, so that the compiler keeps it for backward and never writes byte by byte."""
     out = x.new_empty(x.shape[::-1])
     if x.is_cuda:
-        from . import float8_casts
+        from . import casts
 
-        float8_casts.launch(float8_casts.TRANSPOSE, x, None, out)
+        casts.launch(casts.TRANSPOSE, x, None, out)
     else:
         out.copy_(x.t())
     return out
@@ -136,10 +123,10 @@ def squared_relu(
     if not x.is_cuda:
         a = scaled(torch.relu(product(x, up, (x_unit, up_unit), torch.float32)).square(), unit, E4M3)
         return a, a.t().contiguous()
-    from . import float8_casts
+    from . import casts
 
     a, a_t = x.new_empty(x.shape[0], up.shape[0], dtype=E4M3), x.new_empty(up.shape[0], x.shape[0], dtype=E4M3)
-    float8_casts.launch(float8_casts.SQUARE, product(x, up, (x_unit, up_unit), torch.bfloat16), a, a_t, unit)
+    casts.launch(casts.SQUARE, product(x, up, (x_unit, up_unit), torch.bfloat16), a, a_t, unit)
     return a, a_t
 
 
@@ -158,10 +145,10 @@ def slope(
     if not g.is_cuda:
         s = scaled(product(g, down_t, (g_unit, down_unit), torch.float32) * (2 * (a_t.t().float() * a_unit).sqrt()), unit, E5M2)
         return s, s.t().contiguous()
-    from . import float8_casts
+    from . import casts
 
     s, s_t = g.new_empty(a_t.shape[::-1], dtype=E5M2), g.new_empty(a_t.shape, dtype=E5M2)
-    float8_casts.launch(float8_casts.SLOPE, product(g, down_t, (g_unit, down_unit), torch.bfloat16), s, s_t, unit, a_t, a_unit)
+    casts.launch(casts.SLOPE, product(g, down_t, (g_unit, down_unit), torch.bfloat16), s, s_t, unit, a_t, a_unit)
     return s, s_t
 
 

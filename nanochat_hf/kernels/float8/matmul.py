@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .matmul import _halves
+from ..lib.hopper import halves
 
 ROWS, COLUMNS, DEPTH = 128, 256, 128  # a tile of the result, and how much of the inner axis a step multiplies
 
@@ -42,7 +42,7 @@ def _wide(
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, C, DEPTH):
             product = tl.dot(a_desc.load([row, start]), b_desc.load([column, start]).T, product)
-        left, right = _halves(product, ROWS, COLUMNS)
+        left, right = halves(product, ROWS, COLUMNS)
         _finish(left, kept_desc, out_desc, turned_desc, factor, kept_unit, inverse, row, column, SLOPE, HIGHEST)
         _finish(right, kept_desc, out_desc, turned_desc, factor, kept_unit, inverse, row, column + COLUMNS // 2, SLOPE, HIGHEST)
 

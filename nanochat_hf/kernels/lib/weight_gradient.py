@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .matmul import COLUMNS, DEPTH, ROWS, _halves, suits
+from .devices import hopper_takes, multiprocessors
+from .hopper import COLUMNS, DEPTH, ROWS, halves
 
 CUTS = 4  # of a tile, at most
 OVERHEAD = 15  # steps that a piece's way into the sum costs, at most
@@ -31,7 +32,7 @@ def _pieces(
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(begin, end, DEPTH):
             product = tl.dot(g_desc.load([start, row]).T, x_desc.load([start, column]), product)
-        left, right = _halves(product, ROWS, COLUMNS)
+        left, right = halves(product, ROWS, COLUMNS)
         if APART:  # for _sum
             out_desc.store([piece * ROWS, 0], left)
             out_desc.store([piece * ROWS, COLUMNS // 2], right)
@@ -98,10 +99,6 @@ def _tables(pieces, G, K, device):
     return [torch.tensor(table, dtype=torch.int32).to(device) for table in (entries, corners, first.tolist(), list(chain(*lists)))]
 
 
-def _programs(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def by_pieces(g, x, total, pieces, programs):
     """Add gᵀ·x of contiguous g (N, G) and x (N, K) to contiguous total (G, K) float32, by `programs` that take `pieces`.
 
@@ -122,8 +119,8 @@ def by_pieces(g, x, total, pieces, programs):
 
 
 def _pieces_of(g, K):
-    programs = _programs(g.device)
-    return plan(len(g), g.shape[1], K, programs) if suits(g, g.shape[1], K) else None, programs
+    programs = multiprocessors(g.device)
+    return plan(len(g), g.shape[1], K, programs) if hopper_takes(g, g.shape[1], K) else None, programs
 
 
 def add_by_pieces(total, g, x):

@@ -5,7 +5,6 @@ Letters: N tokens, V rows of the table, K heads, D elements of each, C = K·D.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -124,18 +123,3 @@ def gradients(d, gate, table, order, ids, starts, total):
         return add_gated_rows_backward(total, d, table, gate, order, ids, starts).to(gate.dtype), None
     d_table, d_gate = gated_rows_backward(d, table, gate, order, ids, starts)
     return d_gate.to(gate.dtype), d_table.to(table.dtype)
-
-
-class GatedRows(torch.autograd.Function):
-    """gate (B, T, K), table (V, K·D), ids (B, T) and their order → gate·table[ids] (B, T, K, D) of gate's dtype. The table's gradient goes into its
-    sum, where given."""
-
-    @staticmethod
-    def forward(ctx, gate, table, ids, order, sorted_ids, starts, total=None):
-        ctx.save_for_backward(gate, table, order, sorted_ids, starts, total)
-        rows = F.embedding(ids, table).unflatten(-1, (gate.shape[-1], -1))
-        return gate.unsqueeze(-1) * rows.to(gate.dtype)
-
-    @staticmethod
-    def backward(ctx, d):
-        return *gradients(d, *ctx.saved_tensors), *[None] * 5

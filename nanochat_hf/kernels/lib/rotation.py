@@ -129,6 +129,15 @@ def _(dq, dk, q, k, scale, rope):
     return q.new_empty(B, T, (q_heads + k.shape[2]) * D)
 
 
+def lacks_formula(config) -> str | None:
+    """Why these kernels do not compute what models of this configuration do."""
+    if not config.rope_in_bfloat16:
+        return "rope tables are not rounded to bfloat16"
+    if config.rms_norm_eps is not None:
+        return f"rms_norm_eps={config.rms_norm_eps} is not the dtype's own"
+    return None if config.head_dim & (config.head_dim - 1) == 0 else f"head_dim={config.head_dim} is no power of 2"
+
+
 class RopeNorm(torch.autograd.Function):
     """Rotated, then normed queries and keys; keeps those and one float a head for backward."""
 

@@ -8,13 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .cudnn_attention import attention, write_gradients
-from .matmul import COLUMNS, _halves, descriptors_and_programs
-from .rope import write_gradient
-from .sums import add_weight_gradient, computing
-from .value_embedding import gradients
+from nanochat_hf.model.ops_nanochat_hf import Heads
 
-WIDEST = 128  # head_dim: half a tile holds whole heads
+from .hopper import COLUMNS, descriptors_and_tiles, halves
+from .rotation import write_gradient
+from .weights import add_weight_gradient, computing
+
 GROUP = 4  # tiles of rows that share the weights' tiles, for the cache
 
 
@@ -63,7 +62,7 @@ def _product_of(x_desc, w_desc, row, column, C, ROWS: tl.constexpr, COLUMNS: tl.
     product = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, C, DEPTH):
         product = tl.dot(x_desc.load([row, start]), w_desc.load([column, start]).T, product)
-    return _halves(product, ROWS, COLUMNS)
+    return halves(product, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -120,7 +119,7 @@ def rotated_projections(
     B, T, C = x.shape
     out, scale = x.new_empty(B, T, w.shape[0]), x.new_empty(B, T, rotated, dtype=torch.float32)
     flat = x.reshape(-1, C)
-    descriptors, tiles = descriptors_and_programs(flat, w.contiguous(), out.view(-1, w.shape[0]))
+    descriptors, tiles = descriptors_and_tiles(flat, w.contiguous(), out.view(-1, w.shape[0]))
     eps = torch.finfo(torch.float32).eps  # F.rms_norm's own: that of the dtype it computes in
     period = rope.shape[1] * T
     kinds = dict(MIXED=not adds(rotated, head_dim), WHOLE=period % tiles["ROWS"] == 0, GATED=gate is not None)
@@ -160,36 +159,26 @@ def _(dq, dk, dv, qkv, scale, rope, heads):
     return qkv.new_empty(qkv.shape)
 
 
-@torch.library.custom_op("nanochat_hf::rotated_attention_backward", mutates_args=())
-def rotated_attention_backward(
-    do: torch.Tensor, qkv: torch.Tensor, v: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, borders: torch.Tensor | None, scale: torch.Tensor,
-    rope: torch.Tensor, scaling: float, window: int,
-) -> torch.Tensor:  # fmt: skip
-    """Gradient (B, T, W) of the product within `rotated_projections`, from that of cuDNN's attention upon qkv with values v: each kernel writes
-    its part of one tensor, so that nothing is copied or summed."""
-    q, k, _ = parts(qkv, out.shape[2], v.shape[2])
-    gradient = torch.empty_like(qkv)
-    dq, dk, dv = parts(gradient, out.shape[2], v.shape[2])
-    write_gradients((dq, dk, dv), do, q, k, v, out, stats, borders, scaling, window)
-    write_gradient(gradient, dq, dk, None, q, k, scale, rope)
-    return gradient
+def head_counts(heads: Heads) -> tuple[int, int]:
+    """Query heads and key/value heads."""
+    return tuple(layer.weight.shape[0] // heads.head_dim for layer in (heads.q_proj, heads.k_proj))
 
 
-@rotated_attention_backward.register_fake
-def _(do, qkv, v, out, stats, borders, scale, rope, scaling, window):
-    return qkv.new_empty(qkv.shape)
+def forward_product(ctx, x, weights, rope, counts, *lookup):
+    """(x, w, result, 1/rms) of `rotated_projections` in autocast's dtype; ctx keeps what `backward_product` needs.
 
-
-def _product(ctx, x, weights, rope, heads, key_heads, *lookup):
-    # the product of forward, in autocast's dtype, and what backward needs of it
+    weights: those of q, k and v, or the joint one and None; counts: query heads, key/value heads.
+    """
     dtype, weights = computing(x), [weight for weight in weights if weight is not None]
-    ctx.dtypes, ctx.heads, ctx.sizes = (x.dtype, weights[0].dtype), heads, [weight.shape[0] for weight in weights]
+    ctx.dtypes, ctx.heads = (x.dtype, weights[0].dtype), counts[0]
+    ctx.sizes = [weight.shape[0] for weight in weights]
     x, w = x.to(dtype), (torch.cat(weights) if len(weights) > 1 else weights[0]).to(dtype)
-    return x, w, *rotated_projections(x, w, rope, heads + key_heads, w.shape[0] // (heads + 2 * key_heads), *lookup)
+    head_dim = w.shape[0] // (counts[0] + 2 * counts[1])
+    return x, w, *rotated_projections(x, w, rope, sum(counts), head_dim, *lookup)
 
 
-def _through_product(ctx, gradient, x, w, total):
-    # gradients of x and of the weights from that of their product; the weights' go into their total, where given
+def backward_product(ctx, gradient, x, w, total):
+    """Gradients of x and of the weights of q, k and v from that of their product; the weights' go into `total`, where given."""
     with torch.autocast(x.device.type, enabled=False):
         factors = gradient.flatten(0, -2), x.flatten(0, -2)
         dx = (gradient @ w).to(ctx.dtypes[0])
@@ -197,43 +186,3 @@ def _through_product(ctx, gradient, x, w, total):
             return dx, *(factors[0].mT @ factors[1]).to(ctx.dtypes[1]).split(ctx.sizes)
         add_weight_gradient(total, *factors)
         return dx, None, None, None
-
-
-class QueriesKeysValues(torch.autograd.Function):
-    """x (B, T, C), weights of q, k and v, or all three in the first and None, angles → q (B, T, H, D), k and v (B, T, K, D), q and k rotated and normed. The weights' gradients go into
-    their sum (W, C), where given."""
-
-    @staticmethod
-    def forward(ctx, x, q, k, v, rope, heads, key_heads, total=None):
-        x, w, qkv, scale = _product(ctx, x, (q, k, v), rope, heads, key_heads)
-        ctx.save_for_backward(x, w, qkv, scale, rope, total)
-        return parts(qkv, heads, key_heads)
-
-    @staticmethod
-    def backward(ctx, dq, dk, dv):
-        x, w, qkv, scale, rope, total = ctx.saved_tensors
-        return *_through_product(ctx, rotated_backward(dq, dk, dv, qkv, scale, rope, ctx.heads), x, w, total), *[None] * 4
-
-
-class Attention(torch.autograd.Function):
-    """As QueriesKeysValues, then cuDNN's attention → (B, T, H, D). To v goes `value` (B, T, K, D), where given, or, where `adds`, what GatedRows would give
-    for `lookup`: gate, table, ids, their order, and the sum of the table's gradients."""
-
-    @staticmethod
-    def forward(ctx, x, q, k, v, value, rope, borders, heads, key_heads, scaling, window, total=None, *lookup):
-        x, w, qkv, scale = _product(ctx, x, (q, k, v), rope, heads, key_heads, *lookup[:3])
-        queries, keys, values = parts(qkv, heads, key_heads)
-        values = values if value is None else values + value.to(values.dtype)
-        out, stats = attention(queries, keys, values, borders, scaling, window)
-        ctx.save_for_backward(x, w, qkv, values, out, stats, borders, scale, rope, total, *lookup[:2], *lookup[3:])
-        ctx.options, ctx.value = (scaling, window), None if value is None else value.dtype
-        return out
-
-    @staticmethod
-    def backward(ctx, do):
-        x, w, qkv, values, out, stats, borders, scale, rope, total, *lookup = ctx.saved_tensors
-        gradient = rotated_attention_backward(do, qkv, values, out, stats, borders, scale, rope, *ctx.options)
-        d_values = parts(gradient, ctx.heads, values.shape[2])[2]
-        value = None if ctx.value is None else d_values.to(ctx.value)
-        rows = (*gradients(d_values, *lookup), *[None] * 5) if lookup else ()
-        return *_through_product(ctx, gradient, x, w, total), value, *[None] * 7, *rows
