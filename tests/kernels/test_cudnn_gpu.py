@@ -4,16 +4,13 @@ import pytest
 import torch
 
 from nanochat_hf.kernels.lib import cudnn_attention
-from tests.kernels.test_cudnn_attention import both, eager, inputs, learned, model_of
+from tests.support.cudnn import both, eager, inputs, learned, model_of
+from tests.support.kernels import relative
 from tests.support.models import tokens
 
 MISSING = cudnn_attention.missing(torch.device("cuda")) if torch.cuda.is_available() else ("no CUDA device",)
 gpu = pytest.mark.skipif(MISSING is not None, reason=f"cuDNN's attention does not run here: {MISSING and MISSING[0]}")
 LISTS = {"rows": None, "few": [0, 1, 130, 384, 400, 767, 768], "as many as a graph has": [*range(0, 756, 12), 757, 768]}
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @gpu

@@ -6,21 +6,18 @@ through two roundings to e5m2.
 """
 
 from importlib.metadata import version
-from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat_hf.kernels import float8, float8_layers
+from nanochat_hf.kernels.float8 import capable
+from nanochat_hf.kernels.float8 import layers as float8_layers
+from nanochat_hf.kernels.float8 import products as float8
+from tests.support.kernels import FLOAT8_DEVICES as DEVICES
+from tests.support.kernels import relative, triton
 
-CAPABLE = torch.cuda.is_available() and float8.capable(torch.device("cuda"))[0]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CAPABLE, reason="no CUDA device with float8 products"))]
-triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+CAPABLE = torch.cuda.is_available() and capable(torch.device("cuda"))[0]
 
 
 def plain_projections(x, q, k, v):
@@ -114,7 +111,7 @@ def test_rows_longer_than_any_row_before_still_fit_their_bound():
 @pytest.mark.parametrize("shape", [(48, 16), (128, 64), (272, 80)])
 def test_the_casting_kernel_writes_both_layouts(shape):
     """Of numbers that float8 holds exactly, since Triton's interpreter rounds others wrongly where a carry reaches the exponent."""
-    from nanochat_hf.kernels import float8_casts
+    from nanochat_hf.kernels.float8 import casts as float8_casts
 
     device = "cuda" if CAPABLE else "cpu"
     generator = torch.Generator().manual_seed(0)
@@ -163,7 +160,7 @@ def test_the_products_with_casts_inside_are_those_with_casts_after(shape):
     pytest.importorskip("triton.tools.tensor_descriptor")
     if not CAPABLE and version("triton") < "3.7":
         pytest.skip("the interpreter of Triton before 3.7 cannot loop to a number that is computed, under numpy 2.4")
-    from nanochat_hf.kernels import float8_matmul
+    from nanochat_hf.kernels.float8 import matmul as float8_matmul
 
     device = "cuda" if CAPABLE else "cpu"
     N, C, W = shape

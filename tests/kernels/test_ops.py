@@ -21,6 +21,7 @@ from tests.kernels.cases import CASES, in_float64
 from tests.support import cudnn_stand_in
 from tests.support.kernels import DEVICE, HALF, KIND, TOLERANCE, relative
 
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # the first product of a thread
 NAMES = sorted(path.stem for path in Path(folder.__file__).parent.glob("*.py") if path.stem != "__init__")
 
 
@@ -66,8 +67,8 @@ def alike(ours, formulas, tolerance):
     for a, b in zip(ours, formulas, strict=True):
         if b.count_nonzero() == 0:
             assert a.count_nonzero() == 0
-        elif b.numel() <= 2:  # sums over everything that cancel: their own size says nothing
-            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=40 * tolerance)
+        elif b.numel() <= 2:  # sums over all elements that cancel: the terms' size counts, not the sum's
+            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * max(t.numel() for t in ours) ** 0.5)
         else:
             assert relative(a, b) < tolerance, relative(a, b)
 

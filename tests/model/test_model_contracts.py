@@ -1,8 +1,6 @@
 """What transformers asks of any causal language model: loading, resizing, outputs, attention implementations. See docs/model.md."""
 
 import json
-import sys
-from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -12,7 +10,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import find_labels
 
-from nanochat_hf import kernels
 from nanochat_hf.model import NanochatConfig, NanochatForCausalLM
 from tests.support.models import build, tokens
 
@@ -283,15 +280,6 @@ def test_flex_attention_isolates_packed_documents_too(compiled):
     model.set_attn_implementation("flex_attention")
     with torch.no_grad(), torch.compiler.set_stance("default") if compiled else eagerly():
         same(model(ids, position_ids=packed_positions()).logits, expected, 1e-4)
-
-
-def test_fused_kernels_leave_attention_alone_whose_formulas_they_do_not_know(monkeypatch):
-    """Without Triton here: the module of the loss, which needs it, is a stand-in."""
-    monkeypatch.setitem(sys.modules, "nanochat_hf.kernels.cross_entropy", SimpleNamespace(softcapped_nll_=None))
-    for settings, fits in (({}, True), (dict(rms_norm_eps=1e-6), False), (dict(rope_in_bfloat16=False), False), (dict(head_dim=24), False)):
-        model = build(**settings)
-        assert ("rope and norm of queries and keys" in kernels.install(model)) == fits
-        assert all((layer.self_attn.fused is not None) == fits for layer in model.model.layers)
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ import nanochat_hf  # noqa: F401  (registers the classes)
 from nanochat_hf.model import NanochatConfig, NanochatForCausalLM, NanochatModel
 from tests.support.models import build, tokens
 
-CODE = {"configuration_nanochat_hf.py", "modeling_nanochat_hf.py", "loss_nanochat_hf.py"}
+PARTS = ("configuration", "modeling", "ops", "loss", "masks", "resizing")
+CODE = {f"{part}_nanochat_hf.py" for part in PARTS}
 AUTO = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
 

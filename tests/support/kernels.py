@@ -8,12 +8,18 @@ import torch
 
 from nanochat_hf import NanochatConfig, NanochatForCausalLM, kernels
 from nanochat_hf.kernels.dispatch import kernel_of, name_of
+from nanochat_hf.kernels.float8 import capable
 from nanochat_hf.model.ops_nanochat_hf import PLAIN
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = DEVICE == "cuda"  # there the products are for half precision; Triton's interpreter computes them in float32
 KIND, TOLERANCE = (torch.bfloat16, 1e-2) if HALF else (torch.float32, 1e-5)
 IDS = 300
+CAPABLE = torch.cuda.is_available() and capable(torch.device("cuda"))[0]
+FLOAT8_DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not CAPABLE, reason="no CUDA device with float8")),
+]
 triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make test-kernels")
 # kernels that run wherever Triton or its interpreter does
 ANYWHERE = ("mix_and_norm", "stream_and_norm", "rope_norm", "gated_rows", "squared_relu", "softcapped_nll")

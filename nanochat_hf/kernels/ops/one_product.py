@@ -19,7 +19,7 @@ SUMMED = (("q_proj", "k_proj", "v_proj"),)
 def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on Hopper in half precision, for the formulas that the kernel knows and heads that half a tile holds."""
     wide = f"head_dim={config.head_dim} is above {COLUMNS // 2}" if config.head_dim > COLUMNS // 2 else None
-    return lacks_hopper(device, dtype) or lacks_formula(config) or wide
+    return lacks_formula(config) or wide or lacks_hopper(device, dtype)
 
 
 def serves(x: Tensor, heads: Heads, rope: Tensor) -> bool:

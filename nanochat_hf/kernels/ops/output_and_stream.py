@@ -20,8 +20,8 @@ def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
         return "float8 has no such product"
     if config.hidden_size % 8:
         return f"8 does not divide hidden_size={config.hidden_size}"
-    missing = lacks_hopper(device, dtype) or cudnn_attention.missing(device)
-    return missing[0] if isinstance(missing, tuple) else missing
+    missing = cudnn_attention.missing(device)
+    return lacks_hopper(device, dtype) or (missing and missing[0])
 
 
 def serves(y: Tensor, o_proj: nn.Module, stream: Tensor) -> bool:

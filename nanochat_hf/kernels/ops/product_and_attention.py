@@ -23,12 +23,10 @@ def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
         return "projections are float8"
     if config._attn_implementation != cudnn_attention.NAME:
         return f"attention is {config._attn_implementation}, not {cudnn_attention.NAME}"
-    if lacks_hopper(device, dtype) or lacks_formula(config):
-        return lacks_hopper(device, dtype) or lacks_formula(config)
     if config.head_dim > COLUMNS // 2:
         return f"head_dim={config.head_dim} is above {COLUMNS // 2}"
     missing = cudnn_attention.missing(device)
-    return missing and missing[0]
+    return lacks_formula(config) or lacks_hopper(device, dtype) or (missing and missing[0])
 
 
 def serves(ops: Ops, x: Tensor, heads: Heads, value: ValueEmbedding | None, rope: Tensor, attend: Attend) -> bool:

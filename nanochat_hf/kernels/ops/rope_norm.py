@@ -14,7 +14,7 @@ OP = "queries_keys_values"
 
 def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on a GPU with Triton, for the formulas that the kernel knows."""
-    return lacks_triton(device) or lacks_formula(config)
+    return lacks_formula(config) or lacks_triton(device)
 
 
 def serves(x: Tensor, heads: Heads, rope: Tensor) -> bool:

@@ -1,27 +1,19 @@
-"""Gradients of weights and tables by kernels of their own, and products with more inside by cuDNN, against the formulas.
-On a GPU, or by Triton's interpreter where triton is installed without one."""
+"""Gradients of weights by pieces, and products with more inside by cuDNN, against the formulas.
 
-from importlib.util import find_spec
+On a GPU, or by Triton's interpreter where triton is installed without one.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat_hf import kernels
-from nanochat_hf.kernels import cudnn_products
-from tests.kernels.test_kernels import DEVICE, batch, gradients, relative, tiny
+from nanochat_hf.kernels.lib import cudnn_attention, cudnn_products, weights
+from nanochat_hf.kernels.lib.devices import lacks_hopper
+from nanochat_hf.kernels.ops.output_and_stream import LinearPlus
+from tests.support.kernels import DEVICE, HALF, KIND, TOLERANCE, randoms, relative, triton
 
-triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-hopper = pytest.mark.skipif(
-    DEVICE == "cpu" or not cudnn_products.serves(torch.device(DEVICE)), reason="needs a Hopper GPU with nvidia-cudnn-frontend"
-)
-HALF = DEVICE == "cuda"
-KIND, TOLERANCE = (torch.bfloat16, 5e-3) if HALF else (torch.float32, 1e-5)
-
-
-def randoms(*shapes, dtype=KIND):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+SERVES = HALF and not lacks_hopper(torch.device(DEVICE), KIND) and not cudnn_attention.missing(torch.device(DEVICE))
+hopper = pytest.mark.skipif(not SERVES, reason="needs a Hopper GPU with nvidia-cudnn-frontend")
 
 
 @pytest.fixture(params=[False, True], ids=["as they are done", "in one order"])
@@ -40,7 +32,7 @@ def one_order(request):
 ])  # fmt: skip
 def test_a_weight_gradient_is_added_by_pieces(shape, programs, cuts, one_order):
     pytest.importorskip("triton.tools.tensor_descriptor")
-    from nanochat_hf.kernels import weight_gradient as module
+    from nanochat_hf.kernels.lib import weight_gradient as module
 
     N, G, K = shape
     g, x = randoms((N, G), (N, K))
@@ -57,7 +49,7 @@ def test_a_weight_gradient_is_added_by_pieces(shape, programs, cuts, one_order):
 @pytest.mark.parametrize("tiles", [1, 5, 68, 133, 200, 400])
 def test_all_steps_of_a_tile_are_in_its_pieces_once(tiles):
     pytest.importorskip("triton.tools.tensor_descriptor")
-    from nanochat_hf.kernels import weight_gradient as module
+    from nanochat_hf.kernels.lib import weight_gradient as module
 
     for cuts in (1, 2, 3, 4):
         pieces = module.cut(tiles, 1024, 132, cuts)
@@ -70,7 +62,7 @@ def test_all_steps_of_a_tile_are_in_its_pieces_once(tiles):
 @triton
 def test_tiles_are_cut_where_programs_come_near_to_equal_shares():
     pytest.importorskip("triton.tools.tensor_descriptor")
-    from nanochat_hf.kernels.weight_gradient import plan
+    from nanochat_hf.kernels.lib.weight_gradient import plan
 
     assert len(plan(65536, 5120, 1280, 132)) > 200  # tiles for 132 multiprocessors
     assert len(plan(131072, 2304, 768, 132)) > 54
@@ -81,7 +73,7 @@ def test_tiles_are_cut_where_programs_come_near_to_equal_shares():
 @triton
 def test_the_operator_of_weight_gradients_is_the_product():
     pytest.importorskip("triton.tools.tensor_descriptor")
-    from nanochat_hf.kernels.weight_gradient import weight_gradient
+    from nanochat_hf.kernels.lib.weight_gradient import weight_gradient
 
     wide, narrow = randoms((256, 5120 if HALF else 80), (256, 1280 if HALF else 48))
     for g, x in ((wide, narrow), (narrow, wide)):
@@ -89,61 +81,11 @@ def test_the_operator_of_weight_gradients_is_the_product():
         assert got.dtype == torch.float32 and relative(got, expected) < TOLERANCE
 
 
-@triton
-@pytest.mark.parametrize("ids", ["all", "few", "one", "long"])
-def test_gated_rows(ids):
-    """Ids that all occur, of which many do not, that are one alone, and one with more tokens than a program takes."""
-    from nanochat_hf.kernels import value_embedding
-
-    generator, (B, T, K, D), rows = torch.Generator().manual_seed(0), (2, 170, 3, 32), {"few": 500}.get(ids, 40)
-    index = torch.randint(rows, (B, T), generator=generator)
-    if ids == "one":
-        index[:] = 7
-    elif ids == "long":
-        index[1, 10:], index[0, 40:60] = 3, 3
-    index = index.to(DEVICE)
-    table, gate = torch.randn(rows, K * D, generator=generator).to(DEVICE), torch.rand(B, T, K, generator=generator).to(DEVICE, KIND)
-    d = torch.randn(B, T, 3 * K * D, generator=generator).to(DEVICE, KIND)[..., 2 * K * D :].unflatten(-1, (K, D))  # values' part of one tensor
-    runs = []
-    for fused in (True, False):
-        weight, strength = table.clone().requires_grad_(), gate.clone().float().requires_grad_()
-        if fused:
-            result = value_embedding.GatedRows.apply(strength.to(KIND), weight, index, *value_embedding.order_of_ids(index, rows))
-        else:
-            result = strength.unsqueeze(-1) * F.embedding(index, weight).unflatten(-1, (K, D))
-        result.backward(d.to(result.dtype))
-        runs.append((result.float(), weight.grad, strength.grad))
-    for a, b in zip(*runs, strict=True):
-        assert relative(a, b) < TOLERANCE
-
-
-@triton
-def test_gated_rows_are_the_same_every_time():
-    model, inputs = tiny(DEVICE), batch(DEVICE)
-    kernels.install(model)
-    first, second = (gradients(model, inputs)[1] for _ in range(2))
-    for name in first:
-        if "value_embeds" in name or "ve_gate" in name:
-            assert torch.equal(first[name], second[name])
-
-
-@triton
-def test_tables_in_parts_or_replaced_are_looked_up_as_ever():
-    model = tiny(DEVICE)
-    tables, ids = model.model.value_embeds, batch(DEVICE)["input_ids"]
-    assert kernels.ordered_tables(tables, ids, KIND).keys() == {int(name) for name in tables}
-    name, table = next(iter(tables.items()))
-    table.weight.device_mesh = None  # as FSDP2's have one
-    assert kernels.ordered_tables(tables, ids, KIND) == {}
-    tables[name] = torch.nn.Sequential(table)
-    assert kernels.ordered_tables(tables, ids, KIND) == {}
-
-
 def test_the_stream_and_a_product():
     """LinearPlus: by cuDNN on Hopper, elsewhere by torch."""
     y, weight, stream, slope = randoms((2, 70, 64), (48, 64), (2, 70, 48), (2, 70, 48))
     runs = []
-    for function in (cudnn_products.LinearPlus.apply, lambda y, w, x: x + F.linear(y, w)):
+    for function in (LinearPlus.apply, lambda y, w, x: x + F.linear(y, w)):
         dtype = None if runs else KIND
         leaves = [t.clone().to(dtype or torch.float32).requires_grad_() for t in (y, weight, stream)]
         out = function(*leaves)
@@ -164,3 +106,12 @@ def test_cudnns_products(dtype, N, C):
     assert relative(cudnn_products.slope(dy, down, kept), (dy.float() @ down.float()) * 2 * kept.float().sqrt()) < 5e-3
     weight = down[:, :C].contiguous()
     assert relative(cudnn_products.product_plus(dy, weight, stream), dy.float() @ weight.float().mT + stream.float()) < 5e-3
+
+
+@pytest.mark.parametrize("shape", [(5120, 1280), (1280, 5120)] if HALF else [(80, 48)])
+def test_the_operator_adds_the_product(shape):
+    g, x = randoms((256, shape[0]), (256, shape[1]))
+    expected = g.float().mT @ x.float()
+    total = torch.ones_like(expected)
+    weights.add_weight_gradient(total, g, x)
+    assert relative(total - 1, expected) < 1e-5
