@@ -73,6 +73,7 @@ def with_kernels(model, *names):
 
 def compiled(model):
     """As one graph; the interpreter's kernels run between operators that are not compiled further."""
+    torch._dynamo.reset()  # each model is one more version of the same code, and there is a limit
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     return torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
 

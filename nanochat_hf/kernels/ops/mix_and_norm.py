@@ -22,7 +22,8 @@ def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def run(x: Tensor, update: Tensor, x0: Tensor, lambdas: Tensor, eps: float | None, channels: int):
     """The stream, its norm, the norm's first channels, and x0."""
-    return MixAndNorm.apply(x, update, x0, lambdas, epsilon(eps), channels)
+    # a view, since before the first layer x is x0: torch.compile takes no tensor twice (2.11 drops one of its gradients)
+    return MixAndNorm.apply(x, update, x0.view_as(x0), lambdas, epsilon(eps), channels)
 
 
 
