@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
-.PHONY: test test-kernels test-xla quickstart quickstart-clean lint
+.PHONY: test test-kernels test-xla quickstart quickstart-clean lint docs
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,15 @@ $(XLA)/.installed: constraints-xla.txt setup.cfg
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check nanochat_hf scripts tests
 	$(VENV)/bin/ruff format --check nanochat_hf scripts tests
+	$(VENV)/bin/ty check
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -c constraints.txt mkdocs-material
+	touch $@
+
+# the site, in build/site; a broken link is an error
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -q -d build/site
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
