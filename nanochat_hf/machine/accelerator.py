@@ -49,7 +49,7 @@ class Tracking:
 
 
 def refuse_other_optimizers() -> None:
-    """Raise ValueError if the launcher asks for DeepSpeed or Megatron-LM; to be called before Accelerate imports them."""
+    """Raise ValueError if the launcher asks for DeepSpeed or Megatron-LM, before Accelerate looks for them."""
     for variable, kind in REFUSED.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise ValueError(

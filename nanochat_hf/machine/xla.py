@@ -34,7 +34,8 @@ class XLAAccelerator(Accelerator):
             if os.environ.get(name, "0") not in ("", "0"):
                 raise ValueError(
                     f"{name}={os.environ[name]} makes bfloat16 of the float32 master weights; unset it, set "
-                    "mixed_precision: no in Accelerate's YAML (accelerate_configs/tpu.yaml does), and choose with --dtype"
+                    "mixed_precision: no in Accelerate's YAML, as accelerate_configs/tpu.yaml does, "
+                    "and choose with --dtype"
                 )
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launched not in ("", "no"):
@@ -107,8 +108,8 @@ def as_input(number: float | torch.Tensor, device: torch.device) -> float | torc
     """A number that changes from step to step, in the form that does not recompile the program.
 
     On XLA that is a 0-d float32 tensor on the device, taken from a vector: XLA builds the scalars 0 and 1 into its
-    program and merges inputs of equal value, so a plain scalar would give a new program now and then. Elsewhere, and for a
-    tensor, the number is returned as it is.
+    program and merges inputs of equal value, so a plain scalar would give a new program now and then. Elsewhere, and
+    for a tensor, the number is returned as it is.
     """
     if device.type != "xla" or isinstance(number, torch.Tensor):
         return number

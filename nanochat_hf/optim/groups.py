@@ -146,7 +146,7 @@ def _group(kind: str, name: str, named: Mapping[str, nn.Parameter], lr: float) -
 
 
 def gradient_norms(optimizer: HasGroups) -> dict[str, torch.Tensor]:
-    """Norm of each group's gradient, {group's name: 0-d tensor on the device}; a collective if parameters are DTensors."""
+    """Norm of each group's gradient by the group's name, 0-d on the device; a collective if parameters are DTensors."""
     norms = {}
     for group in optimizer.param_groups:
         grads = [param.grad for param in group["params"] if param.grad is not None]

@@ -25,7 +25,7 @@ POLAR_EXPRESS = (
 
 
 class MuonState(NamedTuple):
-    """What Muon remembers of a stack, in float32: `buffer` (n, r, c); `second` (n, r, 1) if r >= c, else (n, 1, c)."""
+    """What Muon remembers of a stack, float32: `buffer` (n, r, c); `second` (n, r, 1) if r >= c, else (n, 1, c)."""
 
     buffer: torch.Tensor
     second: torch.Tensor
@@ -49,8 +49,8 @@ def orthogonalize(
 ) -> torch.Tensor:
     """Approximate polar factor of each matrix: (n, r, c) → (n, r, c) of `dtype`, with singular values near 1.
 
-    `norm`: the Frobenius norms (n, 1, 1), if they are known. Source: Polar Express, arXiv:2505.16932; the norm is raised
-    by 2 %, so that rounding cannot push a singular value above 1.
+    `norm`: the Frobenius norms (n, 1, 1), if they are known. Source: Polar Express, arXiv:2505.16932; the norm is
+    raised by 2 %, so that rounding cannot push a singular value above 1.
     """
     if norm is None:
         norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
@@ -59,8 +59,8 @@ def orthogonalize(
     exact = torch.promote_types(dtype, torch.float32)
     identity = torch.eye(min(x.shape[-2:]), dtype=exact, device=x.device)
     for a, b, c in POLAR_EXPRESS:
-        # The polynomial is computed on the Gram matrix of the shorter side, whose products are the cheapest. Only two of
-        # the three products of a step touch the whole matrices.
+        # The polynomial is computed on the Gram matrix of the shorter side, whose products are the cheapest. Only two
+        # of the three products of a step touch the whole matrices.
         gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
         poly = (a * identity + b * gram.to(exact) + c * torch.bmm(gram, gram).to(exact)).to(dtype)
         x = torch.bmm(x, poly) if tall else torch.bmm(poly, x)
@@ -100,9 +100,9 @@ def muon_update(
 ) -> torch.Tensor:
     """One Muon step on a stack: returns the new parameters (n, r, c); `state` changes in place.
 
-    param and grad: (n, r, c). Where the 0-d bool `ok` is false nothing changes: gradients and rates read as zero, so the
-    host need not wait for the device to know.
-    Sources: Muon (Jordan et al. 2024), NorMuon (arXiv:2510.05491), cautious weight decay (arXiv:2510.12402).
+    param and grad: (n, r, c). Where the 0-d bool `ok` is false nothing changes: gradients and rates read as zero, so
+    the host need not wait for the device to know. Sources: Muon (Jordan et al. 2024), NorMuon (arXiv:2510.05491),
+    cautious weight decay (arXiv:2510.12402).
     """
     live = ok.to(torch.float32)
     grad = torch.where(ok, grad.float(), 0.0)
@@ -144,7 +144,8 @@ class MuonStack:
         for param in self.params:
             if tuple(param.shape) != shape or len(shape) != 2:
                 raise ValueError(
-                    f"group {group['name']} mixes {tuple(param.shape)} with {shape}; Muon takes one matrix shape a group"
+                    f"group {group['name']} mixes {tuple(param.shape)} with {shape}; "
+                    "Muon takes one matrix shape a group"
                 )
         low, high = shard.span(len(self.params))
         self.owned = self.params[low:high]

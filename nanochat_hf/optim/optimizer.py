@@ -17,10 +17,10 @@ from nanochat_hf.optim.sharding import Shard, all_agree, local
 class MuonAdamW(torch.optim.Optimizer):
     """Muon on groups of kind "muon" (equal-shaped matrices), AdamW on those of kind "adamw".
 
-    `orthogonalize_dtype` is the dtype of Muon's matrix products. None takes that of a loaded state; otherwise bfloat16 on
-    GPUs and TPUs, and on a CPU or mps the faster one, measured at the first step. `compile`: True and False compile the
-    updates or not; None compiles them on CUDA only. `fused`: whether Triton's kernels do Muon's elementwise work; None
-    uses them if they can run and `compile` is not False.
+    `orthogonalize_dtype` is the dtype of Muon's matrix products. None takes that of a loaded state; otherwise bfloat16
+    on GPUs and TPUs, and on a CPU or mps the faster one, measured at the first step. `compile`: True and False compile
+    the updates or not; None compiles them on CUDA only. `fused`: whether Triton's kernels do Muon's elementwise work;
+    None uses them if they can run and `compile` is not False.
 
     State is float32, whatever the parameters' dtype. A step whose gradients are not all finite changes nothing; that is
     decided on the device, and counted in `skipped_steps`. Parameters without a gradient are left alone.

@@ -57,14 +57,10 @@ def all_agree(ok: torch.Tensor, shard: Shard) -> torch.Tensor:
 
 
 class Gathering:
-    """Shares along axis 0 that are on their way: call it to wait, and to get the whole."""
+    """Shares along axis 0 on their way, (share, …) on each of several processes: call it to wait for (count, …)."""
 
     def __init__(self, mine: torch.Tensor, count: int, shard: Shard):
-        """Begin to gather: (share, …) on each process becomes (count, …)."""
-        self.count, self.work = count, None
-        if shard.world == 1:
-            self.received = mine
-            return
+        self.count = count
         chunk = shard.chunk(count)
         self.sent = mine.contiguous()  # the collective reads it until it is done
         if self.sent.shape[0] != chunk:  # collectives want equal shares; the padding is cut off again
@@ -75,14 +71,14 @@ class Gathering:
         self.work = gather(self.received, self.sent, async_op=True)
 
     def __call__(self) -> torch.Tensor:
-        if self.work is not None:
-            self.work.wait()
+        """Wait, and return the whole (count, …)."""
+        self.work.wait()
         return self.received[: self.count]
 
 
 def start_gather(mine: torch.Tensor, count: int, shard: Shard) -> Callable[[], torch.Tensor]:
     """Begin to gather shares along axis 0, (share, …) on each process; the result waits and returns (count, …)."""
-    return Gathering(mine, count, shard)
+    return Gathering(mine, count, shard) if shard.world > 1 else lambda: mine
 
 
 def fit_rows(saved: torch.Tensor, shape: Sequence[int], span: tuple[int, int], name: str) -> torch.Tensor:

@@ -15,7 +15,7 @@ from nanochat_hf import NanochatForCausalLM
 from nanochat_hf.config import user_errors
 from nanochat_hf.evals.bpb import beginning, encode_texts
 from nanochat_hf.evals.core import BUNDLE_HELP, load_bundle, prompts, spans
-from nanochat_hf.evals.core_scoring import evaluate_core_task
+from nanochat_hf.evals.core_scoring import CoreOptions, evaluate_core_task
 from nanochat_hf.scaling import model_config
 from nanochat_hf.tokenizer import train_tokenizer
 from scripts.benchmarks.measure import report, wait
@@ -94,7 +94,7 @@ def main(argv=None):
             ways = (
                 one_at_a_time,
                 lambda m, t, task, n: evaluate_core_task(
-                    m, t, task, limit=n, batch_tokens=args.batch_tokens, progress=False
+                    m, t, task, options=CoreOptions(n, args.batch_tokens, progress=False)
                 ).tolist(),
             )
             for way, seconds in zip(ways, times[task.label], strict=True):
