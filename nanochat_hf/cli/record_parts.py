@@ -198,7 +198,11 @@ def claim_text(claim: Claim, tables: dict[str, Table]) -> str:
         return figures_text(claim, table, rows)
     texts = []
     for value in dict.fromkeys(row[claim.by] for row in rows):
-        name = value if isinstance(value, str) else f"{label(claim.by)} {number(value)}{unit_text(table.columns[claim.by])}"
+        name = (
+            value
+            if isinstance(value, str)
+            else f"{label(claim.by)} {number(value)}{unit_text(table.columns[claim.by])}"
+        )
         texts.append(f"{name}: {figures_text(claim, table, [row for row in rows if row[claim.by] == value])}")
     return "; ".join(texts)
 

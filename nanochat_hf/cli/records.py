@@ -1,7 +1,8 @@
 """Check the records in docs/records and rebuild the pages that come from them: python -m scripts.records [--check]
 
-The pages are docs/results.md, docs/negative_results.md and the figures in each record's README.md. Each fault is one line:
-which record, what is wrong, what to do. `--check` writes nothing and fails where a page is not what the records make of it.
+The pages are docs/results.md, docs/negative_results.md and the figures in each record's README.md. Each fault is one
+line: which record, what is wrong, what to do. `--check` writes nothing and fails where a page is not what the records
+make of it.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def results_page(records: list[Record]) -> str:
         "",
     ]
     lines += [
-        "What did not help: [negative results](negative_results.md). How a record is made: [records](records/README.md).",
+        "What did not help: [negative results](negative_results.md). How to make a record: [records](records/README.md).",
         "",
     ]
     header, found = ["claim", "figures", "hardware", "date", "commit", "command"], newest(records)

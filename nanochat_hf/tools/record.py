@@ -1,4 +1,4 @@
-"""A record: what was measured, by which command, on what. A script that measures writes one; `scripts.records` reads it.
+"""A record: what was measured, by which command, on what. A script that measures writes one, `scripts.records` reads it.
 
 A record is a folder `docs/records/DATE-name/`; docs/records/README.md describes its files. This module knows the three
 that a program can write: `command`, `env.json` and `table.json` (or `metrics.jsonl`). The words in README.md and
@@ -160,7 +160,7 @@ def write_record(
 
 
 def command_line() -> str:
-    """How this process was started, for a shell; the interpreter's folder is left out, since it is nobody's business."""
+    """How this process was started, for a shell; the interpreter's folder is left out, as private."""
     first, *others = sys.orig_argv
     return shlex.join([Path(first).name, *others])
 
