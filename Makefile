@@ -17,6 +17,7 @@ $(XLA)/.installed: constraints-xla.txt setup.cfg
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check nanochat_hf scripts tests
+	$(VENV)/bin/ruff format --check nanochat_hf scripts tests
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
@@ -24,7 +25,7 @@ test: lint
 # the kernels of CUDA on a GPU, or without one by Triton's interpreter; Triton comes with torch's builds for CUDA alone, and takes 700 MB
 test-kernels: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q triton
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_kernels.py tests/test_kernels_layer.py tests/test_kernels_gradients.py tests/test_kernels_sums.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/kernels/test_kernels.py tests/kernels/test_kernels_layer.py tests/kernels/test_kernels_gradients.py tests/kernels/test_kernels_sums.py
 
 test-xla: $(VENV)/.installed $(XLA)/.installed
 	PLAIN_PYTHON=$(VENV)/bin/python $(XLA)/bin/python -m pytest -o timeout=1200 tests/xla

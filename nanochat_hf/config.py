@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from .once import say_error
+from nanochat_hf.errors import say_error
 
 SMALLER = (
     "it does not fit; lower --device-batch-size (with --total-batch-size the step stays the same), give --gradient-checkpointing true, lower "
@@ -43,7 +43,9 @@ def parse(types, argv=None, *, lists=(), description=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(types, description=description, allow_abbrev=False)
     parser.error = functools.partial(_refuse, parser)
-    parser.add_argument("--config", default=None, help="recipe (YAML) whose keys are the flags' names; flags win over it")
+    parser.add_argument(
+        "--config", default=None, help="recipe (YAML) whose keys are the flags' names; flags win over it"
+    )
     extras = {}
     config_path = _config_argument(argv)
     if config_path is not None:
@@ -55,12 +57,16 @@ def parse(types, argv=None, *, lists=(), description=None):
         known = {field.name for kind in types for field in dataclasses.fields(kind)}
         unknown = sorted(set(recipe) - known)
         if unknown:
-            parser.error(f"--config {config_path}: unknown keys {guessed(unknown, known | set(lists))}; known are {', '.join(sorted(known | set(lists)))}")
+            parser.error(
+                f"--config {config_path}: unknown keys {guessed(unknown, known | set(lists))}; known are {', '.join(sorted(known | set(lists)))}"
+            )
         single = {key: value for key, value in recipe.items() if value is not None}  # null: the default
         for key, value in single.items():
             if isinstance(value, list | dict):
                 parser.error(f"--config {config_path}: {key}: {value!r} must be a single value, as after its flag")
-        recipe = {key: str(value) for key, value in single.items()}  # argparse then reads and refuses them as it does a flag's
+        recipe = {
+            key: str(value) for key, value in single.items()
+        }  # argparse then reads and refuses them as it does a flag's
         for action in parser._actions:  # a recipe answers required flags
             if action.dest in recipe:
                 action.required = False
@@ -69,7 +75,9 @@ def parse(types, argv=None, *, lists=(), description=None):
     given = {word.partition("=")[0] for word in argv if word.startswith("--")}
     mistyped = sorted(given - set(parser._option_string_actions))
     if mistyped and any(action.required and given.isdisjoint(action.option_strings) for action in parser._actions):
-        parser.error(f"unknown flags: {guessed(mistyped, flags, ' ')}; see --help")  # argparse would say only that one is missing
+        parser.error(
+            f"unknown flags: {guessed(mistyped, flags, ' ')}; see --help"
+        )  # argparse would say only that one is missing
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown flags: {guessed(unknown, flags, ' ')}; see --help")

@@ -4,61 +4,40 @@ import hashlib
 import json
 from itertools import chain
 from os.path import commonprefix
+from pathlib import Path
 
 import numpy as np
 
-from .formats import PARTS, ConversationError, convert_row, row_format
-
-__all__ = [
-    "CHAT_TEMPLATE", "SPECIAL_TOKENS", "ConversationError", "PlainEncoder", "convert_row", "encode_plain", "render", "render_prompt",
-    "row_format", "validate",
-]  # fmt: skip
-
 SPECIAL_TOKENS = [
-    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
-    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
-]  # fmt: skip
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+]
+
+# The kinds of an assistant's parts, and the special tokens around each
+PARTS = {
+    "text": None,
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
 
 # What the assistant says is collected in ns.run and marked in one piece, which ends in a special token wherever it can: transformers marks by
 # characters, and of a last character that takes several tokens it marks only the first. ns.text holds adjacent text parts, which are one text.
 # ns.next is what may come: user, assistant, tool (a call is open), or more (the tool answered, the same turn goes on).
-CHAT_TEMPLATE = (
-    "{%- macro plain(text) -%}"
-    "{%- for s in [" + ", ".join(repr(t) for t in SPECIAL_TOKENS) + "] -%}{%- if s in text -%}"
-    "{{ raise_exception('special token ' ~ s ~ ' inside a message; encode it with nanochat_hf.conversation.render') }}"
-    "{%- endif -%}{%- endfor -%}{{ text }}{%- endmacro -%}"
-    "{%- macro code(call) -%}{%- set a = call['function']['arguments'] if 'function' in call else call['arguments'] -%}"
-    "{%- if a is mapping and a['code'] is string -%}{{ plain(a['code']) }}"
-    "{%- elif a is mapping and a['expression'] is string -%}{{ plain(a['expression']) }}"
-    "{%- else -%}{{ raise_exception('a tool call must have an argument code or expression, as an object') }}{%- endif -%}{%- endmacro -%}"
-    "{%- set system = messages[0]['content'] ~ '\\n\\n' if messages[0]['role'] == 'system' else '' -%}"
-    "{%- set turns = messages[1:] if messages[0]['role'] == 'system' else messages -%}"
-    "{%- set ns = namespace(run='', text='', next='user') -%}"
-    "{{ '<|bos|>' }}{%- for m in turns -%}"
-    "{%- if m['role'] == 'user' and ns.next == 'user' -%}{%- set ns.next = 'assistant' -%}"
-    "{{ '<|user_start|>' }}{{ plain((system if loop.first else '') ~ m['content']) }}{{ '<|user_end|>' }}"
-    "{%- elif m['role'] == 'tool' and ns.next == 'tool' -%}{%- set ns.next = 'more' -%}"
-    "{{ '<|output_start|>' }}{{ plain(m['content']) }}{{ '<|output_end|>' }}"
-    "{%- elif m['role'] == 'assistant' and ns.next in ['assistant', 'more'] -%}"
-    "{%- if ns.next == 'assistant' -%}{{ '<|assistant_start|>' }}{%- endif -%}"
-    "{%- if m['content'] is string -%}{%- set ns.text = m['content'] -%}"
-    "{%- elif m['content'] -%}{%- for p in m['content'] -%}"
-    "{%- if p['type'] == 'text' -%}{%- set ns.text = ns.text ~ p['text'] -%}"
-    "{%- else -%}{%- set ns.run = ns.run ~ plain(ns.text) -%}{%- set ns.text = '' -%}"
-    "{%- if p['type'] == 'python' -%}{%- set ns.run = ns.run ~ '<|python_start|>' ~ plain(p['text']) ~ '<|python_end|>' -%}"
-    "{%- else -%}{% generation %}{{ ns.run }}{% endgeneration %}{%- set ns.run = '' -%}"
-    "{{ '<|output_start|>' }}{{ plain(p['text']) }}{{ '<|output_end|>' }}{%- endif -%}"
-    "{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{%- set ns.run = ns.run ~ plain(ns.text) -%}{%- set ns.text = '' -%}"
-    "{%- if m['tool_calls'] -%}{%- if m['tool_calls'] | length > 1 -%}{{ raise_exception('one tool call at a time') }}{%- endif -%}"
-    "{%- set ns.run = ns.run ~ '<|python_start|>' ~ code(m['tool_calls'][0]) ~ '<|python_end|>' -%}{%- set ns.next = 'tool' -%}"
-    "{%- else -%}{%- set ns.run = ns.run ~ '<|assistant_end|>' -%}{%- set ns.next = 'user' -%}{%- endif -%}"
-    "{% generation %}{{ ns.run }}{% endgeneration %}{%- set ns.run = '' -%}"
-    "{%- else -%}{{ raise_exception('roles must alternate user, assistant after an optional system message') }}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{%- if ns.next != 'more' -%}{{ '<|assistant_start|>' }}{%- endif -%}"
-    "{%- elif ns.next in ['tool', 'more'] -%}{% generation %}{{ '<|assistant_end|>' }}{% endgeneration %}{%- endif -%}"
+# The file's lines are joined without their indentation, so that none of it reaches the model.
+CHAT_TEMPLATE = "".join(
+    line.strip() for line in Path(__file__).with_name("chat_template.jinja").read_text("utf-8").splitlines()
 )
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be rendered; the message says where and why."""
 
 
 def validate(conversation, where="conversation"):
@@ -68,11 +47,15 @@ def validate(conversation, where="conversation"):
         raise ConversationError(f"{where}: no messages; give {{'messages': [{{'role', 'content'}}, …]}}")
     turns = messages[1:] if isinstance(messages[0], dict) and messages[0].get("role") == "system" else messages
     if turns is not messages and not isinstance(messages[0].get("content"), str):
-        raise ConversationError(f"{where}: the system message has content of type {type(messages[0].get('content')).__name__}; give text")
+        raise ConversationError(
+            f"{where}: the system message has content of type {type(messages[0].get('content')).__name__}; give text"
+        )
     for i, message in enumerate(turns):
         role, expected = message.get("role") if isinstance(message, dict) else None, ("user", "assistant")[i % 2]
         if role != expected:
-            raise ConversationError(f"{where}: turn {i + 1} has role {role!r}, must be {expected!r} (user and assistant alternate)")
+            raise ConversationError(
+                f"{where}: turn {i + 1} has role {role!r}, must be {expected!r} (user and assistant alternate)"
+            )
         content = message.get("content")
         if role == "assistant" and isinstance(content, list):
             wrong = next((part for part in content if not _is_part(part)), None)
@@ -89,7 +72,12 @@ def validate(conversation, where="conversation"):
 
 
 def _is_part(part):
-    return isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] in PARTS and isinstance(part.get("text"), str)
+    return (
+        isinstance(part, dict)
+        and isinstance(part.get("type"), str)
+        and part["type"] in PARTS
+        and isinstance(part.get("text"), str)
+    )
 
 
 def encode_plain(tokenizer, text):
@@ -179,7 +167,11 @@ class PlainEncoder:
                 sizes.append(len(ids) - start)
                 trained.append(learned)
             lengths.append(len(ids) - before)
-        return np.array(ids, dtype=np.int32), np.repeat(np.array(trained, dtype=np.uint8), sizes), np.array(lengths, dtype=np.int64)
+        return (
+            np.array(ids, dtype=np.int32),
+            np.repeat(np.array(trained, dtype=np.uint8), sizes),
+            np.array(lengths, dtype=np.int64),
+        )
 
 
 def layout(conversation):

@@ -18,10 +18,14 @@ PEAK_FLOPS = (
     ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("L4", 121e12), ("4090", 165e12), ("3090", 71e12),
 )  # fmt: skip
 GIB = 2**30
-PLANNED_MFU = 0.4  # what plans assume: 41 % at d12 and 46 % at d20 were measured on one H100, before evaluation and saving
+PLANNED_MFU = (
+    0.4  # what plans assume: 41 % at d12 and 46 % at d20 were measured on one H100, before evaluation and saving
+)
 
 
-def model_config(depth, vocab_size, sequence_len=2048, *, aspect_ratio=64, head_dim=128, window_pattern="SSSL", **overrides):
+def model_config(
+    depth, vocab_size, sequence_len=2048, *, aspect_ratio=64, head_dim=128, window_pattern="SSSL", **overrides
+):
     """depth → NanochatConfig: width = depth·aspect_ratio rounded up to whole heads of head_dim.
 
     model_config(12, 32768).hidden_size → 768, with 6 heads of 128.
@@ -32,9 +36,14 @@ def model_config(depth, vocab_size, sequence_len=2048, *, aspect_ratio=64, head_
     heads = width // head_dim
     settings = dict(num_key_value_heads=heads) | overrides
     return NanochatConfig(
-        vocab_size=vocab_size, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
-        max_position_embeddings=sequence_len, window_pattern=window_pattern, **settings,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        max_position_embeddings=sequence_len,
+        window_pattern=window_pattern,
+        **settings,
+    )
 
 
 def skeleton(config):
@@ -76,7 +85,9 @@ def training_horizon(num_params, flops, batch_tokens, *, num_steps=None, target_
         steps = num_steps
     elif target_flops is not None:
         if not 0 < target_flops < math.inf:
-            raise ValueError(f"--target-flops {target_flops:g} must be above 0; 1e18 is about an hour of an H100 at a third of its peak")
+            raise ValueError(
+                f"--target-flops {target_flops:g} must be above 0; 1e18 is about an hour of an H100 at a third of its peak"
+            )
         steps = round(target_flops / (flops * batch_tokens))
     else:
         steps = int(ratio * num_params) // batch_tokens
@@ -126,7 +137,11 @@ def shown_hours(hours):
 
 def describe(model, rows, positions, gpus, batch_tokens, num_steps):
     """{"parameters", "compute", "steps", "memory"} → a line each, as the plan and the training scripts print them."""
-    counts, flops, memory = parameter_counts(model), flops_per_token(model, positions), memory_per_gpu(model, rows, positions, gpus)
+    counts, flops, memory = (
+        parameter_counts(model),
+        flops_per_token(model, positions),
+        memory_per_gpu(model, rows, positions, gpus),
+    )
     micro = max(1, batch_tokens // (rows * positions * gpus))
     return {
         "parameters": f"{counts['total']:,} ({', '.join(f'{kind} {n:,}' for kind, n in counts.items() if kind != 'total')})",

@@ -9,7 +9,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from .conversation import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 # GPT-4's pattern with at most two digits together: small vocabularies cannot afford a thousand numbers
-SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(texts, vocab_size, max_length=2048, progress=False):
@@ -24,10 +26,14 @@ def train_tokenizer(texts, vocab_size, max_length=2048, progress=False):
         )
     backend = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), byte_level])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), byte_level]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=progress
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=progress,
     )
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() != vocab_size - len(SPECIAL_TOKENS):
@@ -36,9 +42,13 @@ def train_tokenizer(texts, vocab_size, max_length=2048, progress=False):
         )
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|assistant_end|>", pad_token="<|output_end|>",
-        model_max_length=max_length, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=backend,
+        bos_token="<|bos|>",
+        eos_token="<|assistant_end|>",
+        pad_token="<|output_end|>",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -9,7 +9,11 @@ from nanochat_hf.config import user_errors
 
 def names():
     """The benchmarks there are: one file each in scripts/benchmarks."""
-    return sorted(path.stem for path in (Path(__file__).parent / "benchmarks").glob("*.py") if path.stem not in ("__init__", "measure"))
+    return sorted(
+        path.stem
+        for path in (Path(__file__).parent / "benchmarks").glob("*.py")
+        if path.stem not in ("__init__", "measure")
+    )
 
 
 @user_errors

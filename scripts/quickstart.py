@@ -13,7 +13,18 @@ from nanochat_hf.tasks.generated import spell
 
 ROOT = Path("runs/quickstart")
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
-SHAPE = ["--device-batch-size", "8", "--max-seq-len", "320", "--embedding-lr", "0.2", "--warmup-steps", "10", "--warmdown-ratio", "0.6"]
+SHAPE = [
+    "--device-batch-size",
+    "8",
+    "--max-seq-len",
+    "320",
+    "--embedding-lr",
+    "0.2",
+    "--warmup-steps",
+    "10",
+    "--warmdown-ratio",
+    "0.6",
+]
 PROMPTS = ("Spell the word: elephant", "How many r are in strawberry?", "What is 123*45?")
 
 
@@ -64,21 +75,69 @@ def main():
         "4000000",
     )
     stage(
-        "base", "base/final", *LAUNCH, "-m", "scripts.base_train", "--data", str(text), "--validation", str(ROOT / "validation.jsonl"),
-        "--tokenizer", str(ROOT / "tokenizer"), "--depth", "4", "--aspect-ratio", "48", "--head-dim", "64", "--num-steps", "200",
-        "--eval-every", "0", "--scale-lr-to-batch", "false", "--weight-decay", "0", "--resume", "auto", "--output-dir", str(ROOT / "base"),
+        "base",
+        "base/final",
+        *LAUNCH,
+        "-m",
+        "scripts.base_train",
+        "--data",
+        str(text),
+        "--validation",
+        str(ROOT / "validation.jsonl"),
+        "--tokenizer",
+        str(ROOT / "tokenizer"),
+        "--depth",
+        "4",
+        "--aspect-ratio",
+        "48",
+        "--head-dim",
+        "64",
+        "--num-steps",
+        "200",
+        "--eval-every",
+        "0",
+        "--scale-lr-to-batch",
+        "false",
+        "--weight-decay",
+        "0",
+        "--resume",
+        "auto",
+        "--output-dir",
+        str(ROOT / "base"),
         *SHAPE,
-    )  # fmt: skip
+    )
     stage(
-        "sft", "sft/final", *LAUNCH, "-m", "scripts.chat_sft", "--config", "scripts/recipes/quickstart.yaml",
-        "--model", str(ROOT / "base/final"), "--num-steps", "900", "--resume", "auto", "--output-dir", str(ROOT / "sft"),
-    )  # fmt: skip
+        "sft",
+        "sft/final",
+        *LAUNCH,
+        "-m",
+        "scripts.chat_sft",
+        "--config",
+        "scripts/recipes/quickstart.yaml",
+        "--model",
+        str(ROOT / "base/final"),
+        "--num-steps",
+        "900",
+        "--resume",
+        "auto",
+        "--output-dir",
+        str(ROOT / "sft"),
+    )
     model = str(ROOT / "sft/final")
     stage(
-        "evaluation", "answers.json", "-m", "scripts.chat_eval", "--model", model, "--tasks",
+        "evaluation",
+        "answers.json",
+        "-m",
+        "scripts.chat_eval",
+        "--model",
+        model,
+        "--tasks",
         "simple_spelling,spelling_bee,calculator,identity",
-        "--limit", "200", "--output", str(ROOT / "answers.json"),
-    )  # fmt: skip
+        "--limit",
+        "200",
+        "--output",
+        str(ROOT / "answers.json"),
+    )
     for prompt in PROMPTS:
         print(f"\n> {prompt}", flush=True)
         subprocess.run([sys.executable, "-m", "scripts.chat_cli", "--model", model, "-p", prompt], check=True)

@@ -21,9 +21,12 @@ def raising(error):
     [
         (ValueError("a\nb"), "error: a b"),
         (PermissionError(13, "Permission denied", "/x"), "error: [Errno 13] Permission denied: '/x'"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB. GPU 0 has"), "error: CUDA out of memory: it does not fit; lower --device-batch-size"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB. GPU 0 has"),
+            "error: CUDA out of memory: it does not fit; lower --device-batch-size",
+        ),
     ],
-)  # fmt: skip
+)
 def test_one_line_and_exit_code_2(error, said, capsys):
     with pytest.raises(SystemExit) as caught:
         raising(error)()
@@ -55,13 +58,18 @@ def test_ctrl_c_before_training_is_no_traceback(capsys):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("run_name: 2026", "2026"), ("matrix_lr: 1e-2", 0.01), ("eval_every: null", 150), ("compile: false", False), ("num_steps: 7", 7),
-        ("num_steps: 2.5", "invalid int value: '2.5'"), ("keep: true", "invalid int value: 'True'"),
+        ("run_name: 2026", "2026"),
+        ("matrix_lr: 1e-2", 0.01),
+        ("eval_every: null", 150),
+        ("compile: false", False),
+        ("num_steps: 7", 7),
+        ("num_steps: 2.5", "invalid int value: '2.5'"),
+        ("keep: true", "invalid int value: 'True'"),
         ("device_batch_size: [4]", "device_batch_size: [4] must be a single value"),
     ],
-)  # fmt: skip
+)
 def test_a_recipes_values_are_read_as_a_flags_are(text, expected, tmp_path, capsys):
-    from scripts.training import TrainConfig
+    from nanochat_hf.training.config import TrainConfig
 
     (tmp_path / "r.yaml").write_text(text)
     argv, name = ["--config", str(tmp_path / "r.yaml"), "--output-dir", "x"], text.split(":")[0]
@@ -78,14 +86,26 @@ def test_a_recipes_values_are_read_as_a_flags_are(text, expected, tmp_path, caps
     ("recipe", "argv", "said"),
     [
         ("warmup_step: 3", [], "unknown keys warmup_step (did you mean warmup_steps?); known are"),
-        ("device-batch-size: 3\nzebra: 1", [], "unknown keys device-batch-size (did you mean device_batch_size?), zebra; known are"),
+        (
+            "device-batch-size: 3\nzebra: 1",
+            [],
+            "unknown keys device-batch-size (did you mean device_batch_size?), zebra; known are",
+        ),
         ("train_dat: []", [], "unknown keys train_dat (did you mean train_data?); known are"),
-        ("seed: 1", ["--warmup-step", "3"], "unknown flags: --warmup-step (did you mean --warmup-steps?) 3; see --help"),
-        ("seed: 1", ["--Eval_Evry=3", "--zebra"], "unknown flags: --Eval_Evry=3 (did you mean --eval-every?) --zebra; see --help"),
+        (
+            "seed: 1",
+            ["--warmup-step", "3"],
+            "unknown flags: --warmup-step (did you mean --warmup-steps?) 3; see --help",
+        ),
+        (
+            "seed: 1",
+            ["--Eval_Evry=3", "--zebra"],
+            "unknown flags: --Eval_Evry=3 (did you mean --eval-every?) --zebra; see --help",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_name_is_told_with_the_one_it_resembles(recipe, argv, said, tmp_path, capsys):
-    from scripts.training import TrainConfig
+    from nanochat_hf.training.config import TrainConfig
 
     (tmp_path / "r.yaml").write_text(recipe)
     with pytest.raises(SystemExit) as caught:
@@ -94,9 +114,25 @@ def test_an_unknown_name_is_told_with_the_one_it_resembles(recipe, argv, said, t
 
 
 REFERENCE_FLAGS = (
-    "run", "device-type", "dtype", "model-tag", "model-step", "num-iterations", "max-seq-len", "device-batch-size", "total-batch-size", "embedding-lr",
-    "unembedding-lr", "matrix-lr", "weight-decay", "init-lr-frac", "eval-every", "eval-tokens", "dry-run", "smoke-test",
-)  # fmt: skip
+    "run",
+    "device-type",
+    "dtype",
+    "model-tag",
+    "model-step",
+    "num-iterations",
+    "max-seq-len",
+    "device-batch-size",
+    "total-batch-size",
+    "embedding-lr",
+    "unembedding-lr",
+    "matrix-lr",
+    "weight-decay",
+    "init-lr-frac",
+    "eval-every",
+    "eval-tokens",
+    "dry-run",
+    "smoke-test",
+)
 
 
 def test_every_flag_of_the_original_has_its_line_and_every_flag_named_there_exists():
@@ -104,14 +140,21 @@ def test_every_flag_of_the_original_has_its_line_and_every_flag_named_there_exis
     from dataclasses import fields
     from pathlib import Path
 
-    from nanochat_hf.hub import HubConfig
-    from scripts.chat_sft import SFTConfig
-    from scripts.training import TrainConfig
+    from nanochat_hf.cli.chat_sft import SFTConfig
+    from nanochat_hf.hub.push import HubConfig
+    from nanochat_hf.training.config import TrainConfig
 
-    rows = [line.split(" | ") for line in (Path(__file__).parents[1] / "docs" / "flags.md").read_text().splitlines() if line.startswith("| ")][1:]
+    rows = [
+        line.split(" | ")
+        for line in (Path(__file__).parents[1] / "docs" / "flags.md").read_text().splitlines()
+        if line.startswith("| ")
+    ][1:]
     theirs = {flag for row in rows for flag in re.findall(r"`--([a-z-]+)", row[0])}
     assert theirs == set(REFERENCE_FLAGS)
-    ours = {flag for row in rows for flag in re.findall(r"--([a-z][a-z-]+[a-z])(?=[ `|]|\\\\)", row[1])} - {"config_file", "hub"}
+    ours = {flag for row in rows for flag in re.findall(r"--([a-z][a-z-]+[a-z])(?=[ `|]|\\\\)", row[1])} - {
+        "config_file",
+        "hub",
+    }
     known = {field.name.replace("_", "-") for kind in (SFTConfig, TrainConfig, HubConfig) for field in fields(kind)}
     assert ours and not ours - known, ours - known
 
@@ -127,7 +170,9 @@ def test_a_mistyped_flag_that_must_be_given_is_named(capsys):
     assert "unknown flags: --modell (did you mean --model?)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv, words", [(["--model"], "expected one argument; see --help"), ([], "required: --model; see --help")])
+@pytest.mark.parametrize(
+    "argv, words", [(["--model"], "expected one argument; see --help"), ([], "required: --model; see --help")]
+)
 def test_a_wrong_command_line_is_answered_in_one_line(argv, words, capsys):
     with pytest.raises(SystemExit):
         parse([Needs], argv)

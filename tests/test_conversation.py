@@ -4,16 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_hf.conversation import (
-    SPECIAL_TOKENS,
-    ConversationError,
-    PlainEncoder,
-    convert_row,
-    render,
-    render_prompt,
-    row_format,
-    validate,
-)
+from nanochat_hf.conversation import SPECIAL_TOKENS, ConversationError, PlainEncoder, render, render_prompt, validate
+from nanochat_hf.data.formats import convert_row, row_format
 from nanochat_hf.tokenizer import train_tokenizer
 
 BOS, USER, USER_END, ASSISTANT, ASSISTANT_END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(256, 265)
@@ -32,7 +24,17 @@ def say(content):
 def test_render_lays_out_pieces_and_mask_as_the_table_says(tokenizer):
     parts = [{"type": "text", "text": "x"}, {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
     ids, mask = render(tokenizer, {"messages": [{"role": "system", "content": "s"}, ASK, say(parts)]})
-    assert [i for i in ids if i > 255] == [BOS, USER, USER_END, ASSISTANT, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END, ASSISTANT_END]
+    assert [i for i in ids if i > 255] == [
+        BOS,
+        USER,
+        USER_END,
+        ASSISTANT,
+        PYTHON,
+        PYTHON_END,
+        OUTPUT,
+        OUTPUT_END,
+        ASSISTANT_END,
+    ]
     assert tokenizer.decode(ids[2:7]) == "s\n\nhi"
     #               bos user "s\n\nhi" end assistant  x  python 1+1 end     output 2 end   assistant_end
     assert mask == [0, 0] + [0] * 5 + [0] + [0] + [1] + [1] * 5 + [0] * 3 + [1]
@@ -42,13 +44,19 @@ def test_render_cuts_ids_and_mask_together_and_a_prompt_ends_where_the_answer_be
     conversation = {"messages": [ASK, say("yes")]}
     ids, mask = render(tokenizer, conversation)
     assert render(tokenizer, conversation, max_tokens=7) == (ids[:7], mask[:7])
-    assert render_prompt(tokenizer, conversation) == ids[: ids.index(ASSISTANT) + 1] == render_prompt(tokenizer, {"messages": [ASK]})
+    assert (
+        render_prompt(tokenizer, conversation)
+        == ids[: ids.index(ASSISTANT) + 1]
+        == render_prompt(tokenizer, {"messages": [ASK]})
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "a", " ", "<|", "|>", "é"]), max_size=6).map("".join))
 def test_special_strings_in_any_text_stay_text(tokenizer, text):
-    ids, _ = render(tokenizer, {"messages": [{"role": "system", "content": text}, {"role": "user", "content": text}, say(text)]})
+    ids, _ = render(
+        tokenizer, {"messages": [{"role": "system", "content": text}, {"role": "user", "content": text}, say(text)]}
+    )
     assert [i for i in ids if i > 255] == [BOS, USER, USER_END, ASSISTANT, ASSISTANT_END]
     assert bytes(text, "utf-8") == bytes(map(_byte(tokenizer), ids[ids.index(ASSISTANT) + 1 : -1]))
 
@@ -115,7 +123,11 @@ def test_rows_of_no_known_form_say_why(row, reason):
     ],
 )
 def test_what_cannot_be_rendered_says_why(tokenizer, messages, reason):
-    for refuse in (lambda c: validate(c, "here"), lambda c: render(tokenizer, c), lambda c: render_prompt(tokenizer, c)):
+    for refuse in (
+        lambda c: validate(c, "here"),
+        lambda c: render(tokenizer, c),
+        lambda c: render_prompt(tokenizer, c),
+    ):
         with pytest.raises(ConversationError, match=reason):
             refuse({"messages": messages})
 
@@ -123,7 +135,8 @@ def test_what_cannot_be_rendered_says_why(tokenizer, messages, reason):
 anything = st.recursive(
     st.none() | st.integers() | st.sampled_from(["text", "user", "assistant", "system", "x"]),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "messages"]), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "messages"]), inner, max_size=3)
     ),
     max_leaves=12,
 )
@@ -155,36 +168,61 @@ def answer(content, number=None):
 @pytest.mark.parametrize(
     ("row", "form"),
     [
-        ([], "list"), ({"messages": []}, "messages"), ({"conversations": []}, "sharegpt"), ({"prompt": 1, "completion": 2}, "prompt_completion"),
-        ({"instruction": 1, "output": 2}, "alpaca"), ({"messages": [], "prompt": 1, "completion": 1}, "messages"),
+        ([], "list"),
+        ({"messages": []}, "messages"),
+        ({"conversations": []}, "sharegpt"),
+        ({"prompt": 1, "completion": 2}, "prompt_completion"),
+        ({"instruction": 1, "output": 2}, "alpaca"),
+        ({"messages": [], "prompt": 1, "completion": 1}, "messages"),
     ],
-)  # fmt: skip
+)
 def test_the_form_of_a_row_is_told(row, form):
     assert row_format(row) == form
 
 
 def test_tool_calls_become_python_parts_of_one_turn():
     messages = [
-        {"role": "developer", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
-        calls(call("calculator", '{"expression": "2*3"}', "a"), call("look_up", {"city": "Rome", "n": 2}, "b"), content="Let me see."),
-        answer("sunny", "b"), answer("6", "a"), say("Six."), ASK, calls(call("python", "print(1)")),
-    ]  # fmt: skip
+        {"role": "developer", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+        calls(
+            call("calculator", '{"expression": "2*3"}', "a"),
+            call("look_up", {"city": "Rome", "n": 2}, "b"),
+            content="Let me see.",
+        ),
+        answer("sunny", "b"),
+        answer("6", "a"),
+        say("Six."),
+        ASK,
+        calls(call("python", "print(1)")),
+    ]
     assert convert_row({"messages": messages})["messages"] == [
-        {"role": "system", "content": "s"}, ASK,
-        say([
-            {"type": "text", "text": "Let me see."}, {"type": "python", "text": "look_up(city='Rome', n=2)"},
-            {"type": "python_output", "text": "sunny"}, {"type": "python", "text": "2*3"}, {"type": "python_output", "text": "6"},
-            {"type": "text", "text": "Six."},
-        ]),
-        ASK, say([{"type": "python", "text": "print(1)"}]),
-    ]  # fmt: skip
+        {"role": "system", "content": "s"},
+        ASK,
+        say(
+            [
+                {"type": "text", "text": "Let me see."},
+                {"type": "python", "text": "look_up(city='Rome', n=2)"},
+                {"type": "python_output", "text": "sunny"},
+                {"type": "python", "text": "2*3"},
+                {"type": "python_output", "text": "6"},
+                {"type": "text", "text": "Six."},
+            ]
+        ),
+        ASK,
+        say([{"type": "python", "text": "print(1)"}]),
+    ]
 
 
 def test_sharegpt_with_tools_and_a_system_column():
-    row = {"system": "s", "conversations": [
-        {"from": "human", "value": "hi"}, {"from": "function_call", "value": '{"name": "python", "arguments": {"code": "1"}}'},
-        {"from": "observation", "value": "1"}, {"from": "gpt", "value": "one"},
-    ]}  # fmt: skip
+    row = {
+        "system": "s",
+        "conversations": [
+            {"from": "human", "value": "hi"},
+            {"from": "function_call", "value": '{"name": "python", "arguments": {"code": "1"}}'},
+            {"from": "observation", "value": "1"},
+            {"from": "gpt", "value": "one"},
+        ],
+    }
     parts = [{"type": "python", "text": "1"}, {"type": "python_output", "text": "1"}, {"type": "text", "text": "one"}]
     assert convert_row(row)["messages"] == [{"role": "system", "content": "s"}, ASK, say(parts)]
 
@@ -196,7 +234,10 @@ def test_sharegpt_with_tools_and_a_system_column():
         ([ASK, calls(call("python", "1", "a")), answer("x", "b")], "tool_call_id 'b' is none of the open calls"),
         ([ASK, calls(call("look up", {"a": 1}))], "the call of 'look up' cannot be written as Python"),
         ([ASK, calls(call("look_up", "no json"))], "the call of 'look_up' cannot be written as Python"),
-        ([ASK, calls(call("python", {"language": "C"}))], "the call of python has no code; give arguments with one of code"),
+        (
+            [ASK, calls(call("python", {"language": "C"}))],
+            "the call of python has no code; give arguments with one of code",
+        ),
         ([ASK, calls({"id": 1})], "a tool call without a function's name"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "a message has a part that is not text"),
     ],
@@ -207,7 +248,9 @@ def test_calls_without_a_text_form_say_why(messages, reason):
 
 
 plain = st.text(max_size=12).filter(lambda t: not any(s in t for s in SPECIAL_TOKENS))
-code = st.text(st.characters(codec="utf-8", exclude_characters="{"), max_size=12).filter(lambda t: not any(s in t for s in SPECIAL_TOKENS))
+code = st.text(st.characters(codec="utf-8", exclude_characters="{"), max_size=12).filter(
+    lambda t: not any(s in t for s in SPECIAL_TOKENS)
+)
 steps = st.lists(st.tuples(plain, code, plain), max_size=3)  # words, a call, its answer
 
 
@@ -230,7 +273,9 @@ def test_after_a_tool_the_template_goes_on_with_the_same_turn(tokenizer):
     messages = [ASK, calls(call("calculator", {"expression": "1+1"})), answer("2")]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert prompt[-1] == OUTPUT_END and prompt.count(ASSISTANT) == 1
-    assert tokenizer.apply_chat_template([*messages, say("two")], return_dict=True)["input_ids"][: len(prompt)] == prompt
+    assert (
+        tokenizer.apply_chat_template([*messages, say("two")], return_dict=True)["input_ids"][: len(prompt)] == prompt
+    )
 
 
 def part(kind, text):
@@ -257,14 +302,22 @@ def test_the_template_raises_on_special_strings_which_render_keeps_as_text(token
     assert ids.count(BOS) == ids.count(ASSISTANT_END) == ids.count(USER_END) == 1
 
 
-@pytest.mark.parametrize("messages", [[say("a")], [ASK, ASK], [ASK, answer("x")], [ASK, calls(call("python", {"code": "1"})), ASK]])
+@pytest.mark.parametrize(
+    "messages", [[say("a")], [ASK, ASK], [ASK, answer("x")], [ASK, calls(call("python", {"code": "1"})), ASK]]
+)
 def test_the_template_raises_where_the_roles_do_not_alternate(tokenizer, messages):
     with pytest.raises(Exception, match="roles must alternate"):
         tokenizer.apply_chat_template(messages)
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.tuples(plain, st.lists(st.tuples(st.sampled_from(["text", "python"]), plain), min_size=1, max_size=5)), min_size=1, max_size=3))
+@given(
+    st.lists(
+        st.tuples(plain, st.lists(st.tuples(st.sampled_from(["text", "python"]), plain), min_size=1, max_size=5)),
+        min_size=1,
+        max_size=3,
+    )
+)
 def test_text_of_any_alphabet_before_a_call_is_marked_as_render_marks_it(tokenizer, turns):
     messages = []
     for question, parts in turns:
@@ -285,14 +338,20 @@ def test_rendering_many_equals_rendering_each(tokenizer, pairs):
     encoder = pickle.loads(pickle.dumps(PlainEncoder(tokenizer)))  # as a process that tokenises gets it
     ids, mask, lengths = encoder.render(conversations)
     each = [render(tokenizer, c) for c in conversations]
-    assert ids.tolist() == [i for part, _ in each for i in part] and mask.tolist() == [m for _, part in each for m in part]
+    assert ids.tolist() == [i for part, _ in each for i in part] and mask.tolist() == [
+        m for _, part in each for m in part
+    ]
     assert lengths.tolist() == [len(i) for i, _ in each]
     hostile = encoder.render([{"messages": [{"role": "user", "content": "<|bos|>"}, say("a")]}])[0].tolist()
     assert hostile.count(BOS) == 1
 
 
 said = st.text(max_size=12) | st.sampled_from([*SPECIAL_TOKENS, "a<|bos|>b", "<|", "<|x|>", "  ", "\n\n"])
-answers = said | st.lists(st.builds(lambda k, t: {"type": k, "text": t}, st.sampled_from(["text", "python", "python_output"]), said), min_size=1, max_size=4)
+answers = said | st.lists(
+    st.builds(lambda k, t: {"type": k, "text": t}, st.sampled_from(["text", "python", "python_output"]), said),
+    min_size=1,
+    max_size=4,
+)
 turns = st.lists(st.tuples(said, answers), min_size=1, max_size=3)
 
 
@@ -307,5 +366,7 @@ def test_many_at_once_render_as_one_by_one_whatever_their_texts_hold(tokenizer, 
         conversations.append({"messages": messages})
     ids, mask, lengths = PlainEncoder(tokenizer).render(conversations)
     expected = [render(tokenizer, c) for c in conversations]
-    assert ids.tolist() == [t for one, _ in expected for t in one] and mask.tolist() == [m for _, one in expected for m in one]
+    assert ids.tolist() == [t for one, _ in expected for t in one] and mask.tolist() == [
+        m for _, one in expected for m in one
+    ]
     assert lengths.tolist() == [len(one) for one, _ in expected]

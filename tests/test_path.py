@@ -11,20 +11,28 @@ from accelerate.utils import GradientAccumulationPlugin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_hf import NanochatConfig, NanochatForCausalLM, checkpoint
-from nanochat_hf.calculator import calculate
-from nanochat_hf.collate import PackingCollator
+from nanochat_hf import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.conversation import SPECIAL_TOKENS, ConversationError, render, render_prompt
-from nanochat_hf.data import SFTBatches, SourceConfig, TextBatches
+from nanochat_hf.data.collate import PackingCollator
+from nanochat_hf.data.packing import plan_rows
+from nanochat_hf.data.planned import SFTBatches
+from nanochat_hf.data.sources import SourceConfig
+from nanochat_hf.data.streamed import TextBatches
 from nanochat_hf.evals.bpb import evaluate_bpb
 from nanochat_hf.generation import Engine, _Row
+from nanochat_hf.interop.folder import export
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
-from nanochat_hf.packing import plan_rows
 from nanochat_hf.tasks import get_task
 from nanochat_hf.tokenizer import token_bytes, train_tokenizer
-from nanochat_hf.trainer import Trainer
+from nanochat_hf.tools.calculator import calculate
+from nanochat_hf.training import checkpoint
+from nanochat_hf.training.trainer import Trainer
 
-TEXT = ["The cat sat on the mat and counted 12 letters.", "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich.", "naïve café 🙂"]
+TEXT = [
+    "The cat sat on the mat and counted 12 letters.",
+    "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich.",
+    "naïve café 🙂",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +43,23 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    rows = [[{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 7 + 1)}] for i in range(60)]
+    rows = [
+        [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 7 + 1)}]
+        for i in range(60)
+    ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
 
 
 def tiny(vocab_size=280, depth=2, **settings):
     torch.manual_seed(0)
-    config = dict(vocab_size=vocab_size, hidden_size=64, num_hidden_layers=depth, num_attention_heads=2, max_position_embeddings=64)
+    config = dict(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
     return NanochatForCausalLM(NanochatConfig(**(config | settings)))
 
 
@@ -57,7 +74,9 @@ def shaken(**settings):
 
 text = st.text(max_size=30).filter(lambda t: not any(s in t for s in SPECIAL_TOKENS))
 # transformers marks by character: a part that ends in a character of several tokens loses all but the first of them, so parts are ASCII here
-ascii_text = st.text(st.characters(max_codepoint=127), max_size=30).filter(lambda t: not any(s in t for s in SPECIAL_TOKENS))
+ascii_text = st.text(st.characters(max_codepoint=127), max_size=30).filter(
+    lambda t: not any(s in t for s in SPECIAL_TOKENS)
+)
 parts = st.lists(st.tuples(st.sampled_from(["text", "python", "python_output"]), ascii_text), min_size=1, max_size=4)
 
 
@@ -105,7 +124,9 @@ def test_planned_rows_hold_everything_once(lengths):
 
 
 def test_collator_lays_out_targets_masks_and_positions():
-    batch = PackingCollator(5, pad_token_id=9)([[{"ids": [1, 2, 3], "mask": [0, 1, 1]}, {"ids": [1, 4], "mask": [0, 1]}]])
+    batch = PackingCollator(5, pad_token_id=9)(
+        [[{"ids": [1, 2, 3], "mask": [0, 1, 1]}, {"ids": [1, 4], "mask": [0, 1]}]]
+    )
     assert batch["input_ids"].tolist() == [[1, 2, 3, 1, 4]]
     assert batch["shift_labels"].tolist() == [[2, 3, -100, 4, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
@@ -135,7 +156,7 @@ def test_first_loss_is_ln_v_and_cached_equals_uncached():
 
 def test_export_loads_where_the_package_cannot_be_imported(tmp_path, tokenizer):
     model = shaken()
-    checkpoint.export(model, tokenizer, tmp_path / "final")
+    export(model, tokenizer, tmp_path / "final")
     ids = torch.arange(20)[None]
     code = f"""
 import sys; sys.modules['nanochat_hf'] = None
@@ -171,7 +192,10 @@ def test_resumed_batches_equal_uninterrupted_ones(kind, tokenizer, chats, tmp_pa
 
 def test_an_epoch_holds_every_row_once_over_any_number_of_ranks(tokenizer, chats):
     def rows(world):
-        loaders = [SFTBatches([SourceConfig(path=chats)], tokenizer, rows=1, positions=48, rank=r, world_size=world) for r in range(world)]
+        loaders = [
+            SFTBatches([SourceConfig(path=chats)], tokenizer, rows=1, positions=48, rank=r, world_size=world)
+            for r in range(world)
+        ]
         steps = loaders[0].num_rows // world
         return [row for loader in loaders for row in digest(loader, steps)], loaders[0].num_rows
 
@@ -184,7 +208,8 @@ def test_an_epoch_holds_every_row_once_over_any_number_of_ranks(tokenizer, chats
 
 def make_trainer(tokenizer, chats, rows, accumulation, steps=6, make=tiny):
     accelerator = Accelerator(
-        cpu=True, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
+        cpu=True,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
     )
     model = make(vocab_size=len(tokenizer))
     batches = SFTBatches([SourceConfig(path=chats)], tokenizer, rows=rows, positions=48)
@@ -193,7 +218,9 @@ def make_trainer(tokenizer, chats, rows, accumulation, steps=6, make=tiny):
         apply_schedule(optimizer.optimizer, 1.0, 0.9, 1.0)
         return 1.0
 
-    return Trainer(accelerator, model, MuonAdamW(build_param_groups(model)), batches, num_steps=steps, schedule=schedule)
+    return Trainer(
+        accelerator, model, MuonAdamW(build_param_groups(model)), batches, num_steps=steps, schedule=schedule
+    )
 
 
 def test_a_compiled_model_is_compiled_once_whatever_the_number_of_targets(tokenizer, chats):
@@ -255,7 +282,13 @@ def test_calculator_never_raises(text):
 
 
 def test_calculator_computes_and_refuses():
-    assert [calculate(e) for e in ("12*(3+4)", "'apple'.count('p')", "1/4", "10/2", "+10")] == ["84", "2", "0.25", "5", "10"]
+    assert [calculate(e) for e in ("12*(3+4)", "'apple'.count('p')", "1/4", "10/2", "+10")] == [
+        "84",
+        "2",
+        "0.25",
+        "5",
+        "10",
+    ]
     for bad in ("2**9", "__import__('os')", "1/0", "9" * 300, "(" * 150, "[1]", "10**10**10", "True+1"):
         assert calculate(bad) is None
 
@@ -264,7 +297,9 @@ def test_bpb_does_not_depend_on_the_geometry(tokenizer):
     model, ids = shaken(vocab_size=len(tokenizer)), torch.randint(270, (4, 33))
     batch = {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}
     values = [
-        evaluate_bpb(model, [{k: v[i : i + n] for k, v in batch.items()} for i in range(0, 4, n)], token_bytes(tokenizer))
+        evaluate_bpb(
+            model, [{k: v[i : i + n] for k, v in batch.items()} for i in range(0, 4, n)], token_bytes(tokenizer)
+        )
         for n in (1, 2, 4)
     ]
     assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-6)
@@ -274,7 +309,11 @@ def test_grading_right_wrong_and_odd_answers():
     task = get_task("spelling_bee")
     conversation = task.to_conversation({"word": "apple", "letter": "p", "question": "How many {l} in {w}?"})
     assert task.grade(conversation, "so #### 2")
-    assert not task.grade(conversation, "#### 3") and not task.grade(conversation, "2") and not task.grade(conversation, "#### ")
+    assert (
+        not task.grade(conversation, "#### 3")
+        and not task.grade(conversation, "2")
+        and not task.grade(conversation, "#### ")
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from nanochat_hf.cli import tok_eval, tok_train
 from nanochat_hf.conversation import CHAT_TEMPLATE, SPECIAL_TOKENS
+from nanochat_hf.data.texts import documents
 from nanochat_hf.interop.encoding import BYTES
-from nanochat_hf.texts import documents
 from nanochat_hf.tokenizer import load_tokenizer, token_bytes, train_tokenizer
-from scripts import tok_eval, tok_train
 
 BASELINES = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
 
@@ -30,13 +30,21 @@ def tokenizer():
 
 def test_specials_take_the_last_ids_in_order_and_serve_as_bos_eos_pad(tokenizer):
     assert tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS) == list(range(281, 290)) and len(tokenizer) == 290
-    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == ["<|bos|>", "<|assistant_end|>", "<|output_end|>"]
+    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == [
+        "<|bos|>",
+        "<|assistant_end|>",
+        "<|output_end|>",
+    ]
 
 
 def test_a_saved_folder_loads_as_it_was(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     for again in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
-        assert again.get_vocab() == tokenizer.get_vocab() and again.model_max_length == 512 and again.chat_template == CHAT_TEMPLATE
+        assert (
+            again.get_vocab() == tokenizer.get_vocab()
+            and again.model_max_length == 512
+            and again.chat_template == CHAT_TEMPLATE
+        )
         assert again(TEXT[0])["input_ids"] == tokenizer(TEXT[0])["input_ids"]
         assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (281, 285, 289)
 
@@ -58,7 +66,9 @@ def test_token_bytes_counts_raw_bytes_of_invalid_utf8_too(tokenizer):
 
 
 def test_same_text_same_tokenizer():
-    assert train_tokenizer(TEXT, 280).backend_tokenizer.to_str() == train_tokenizer(TEXT, 280).backend_tokenizer.to_str()
+    assert (
+        train_tokenizer(TEXT, 280).backend_tokenizer.to_str() == train_tokenizer(TEXT, 280).backend_tokenizer.to_str()
+    )
 
 
 def test_too_little_text_and_foreign_folders_say_why(tokenizer, tmp_path):
@@ -90,7 +100,9 @@ def raw(tokenizer, ids):
 @given(st.one_of(st.text(max_size=80), st.binary(max_size=80).map(lambda data: data.decode("latin-1"))))
 def test_any_text_comes_back_and_its_tokens_are_its_bytes(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    assert b"".join(raw(tokenizer, ids)) == text.encode() and token_bytes(tokenizer)[ids].tolist() == [len(b) for b in raw(tokenizer, ids)]
+    assert b"".join(raw(tokenizer, ids)) == text.encode() and token_bytes(tokenizer)[ids].tolist() == [
+        len(b) for b in raw(tokenizer, ids)
+    ]
     assert tokenizer.decode(ids) == text
 
 
@@ -116,7 +128,9 @@ made = (tokenizer.backend_tokenizer.to_str(), tokenizer(texts)["input_ids"])
 """
     code = code.format(root=str(Path(__file__).parents[1]))
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TOKENIZERS_PARALLELISM": "true"}
-    other = subprocess.run([sys.executable, "-c", code + "print(repr(made))"], env=environment, capture_output=True, text=True)
+    other = subprocess.run(
+        [sys.executable, "-c", code + "print(repr(made))"], env=environment, capture_output=True, text=True
+    )
     assert other.returncode == 0, other.stderr
     here = {}
     exec(code, here)
@@ -132,8 +146,19 @@ def test_documents_are_cut_and_capped():
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
 def test_training_reads_streams_and_files_alike(tmp_path, capsys, streaming):
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"{i} cats and {i * i} dogs " * 5}) + "\n" for i in range(200)))
-    flags = ["--data", str(tmp_path / "t.jsonl"), "--vocab-size", "300", "--output", str(tmp_path / "out"), "--streaming", streaming]
+    (tmp_path / "t.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} cats and {i * i} dogs " * 5}) + "\n" for i in range(200))
+    )
+    flags = [
+        "--data",
+        str(tmp_path / "t.jsonl"),
+        "--vocab-size",
+        "300",
+        "--output",
+        str(tmp_path / "out"),
+        "--streaming",
+        streaming,
+    ]
     tok_train.main([*flags, "--max-chars", "5000", "--document-chars", "50", "--model-max-length", "77"])
     assert "300 tokens from 100 documents, 5,000 characters" in capsys.readouterr().out
     expected = train_tokenizer([(f"{i} cats and {i * i} dogs " * 5)[:50] for i in range(100)], 300, 77)
@@ -145,7 +170,12 @@ def test_training_reads_streams_and_files_alike(tmp_path, capsys, streaming):
 
 
 def rows(out):
-    return {line[0]: line[1:] for line in ([c.strip() for c in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|"))}
+    return {
+        line[0]: line[1:]
+        for line in (
+            [c.strip() for c in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")
+        )
+    }
 
 
 def test_compression_is_bytes_over_tokens(tokenizer, tmp_path, capsys):
@@ -160,7 +190,11 @@ def test_compression_is_bytes_over_tokens(tokenizer, tmp_path, capsys):
     table = rows(capsys.readouterr().out)
     size, ours = len(TEXT[0].encode()), len(tokenizer(TEXT[0])["input_ids"])
     theirs = size - TEXT[0].count("an")
-    assert table[str(tmp_path / "t.jsonl")] == [str(size), f"{size / ours:.3f}", f"{size / theirs:.3f} ({theirs / ours - 1:+.1%})"]
+    assert table[str(tmp_path / "t.jsonl")] == [
+        str(size),
+        f"{size / ours:.3f}",
+        f"{size / theirs:.3f} ({theirs / ours - 1:+.1%})",
+    ]
     assert {"news", "code", "mathematics", "German", "Chinese"} <= set(table)
     with pytest.raises(SystemExit):
         tok_eval.main(["--tokenizer", str(tmp_path / "own"), "--versus", str(tmp_path / "o200k_base.tiktoken")])
@@ -175,6 +209,8 @@ def test_gpt2_and_cl100k_compress_as_published():
 
     file = parquet.ParquetFile(BASELINES.parent / "pretrain" / "shard_00007.parquet")
     texts = file.read(columns=["text"])["text"].to_pylist()
-    encoders = dict(tok_eval.load(str(path)) for path in (BASELINES / "gpt2", BASELINES / "openai" / "cl100k_base.tiktoken.gz"))
+    encoders = dict(
+        tok_eval.load(str(path)) for path in (BASELINES / "gpt2", BASELINES / "openai" / "cl100k_base.tiktoken.gz")
+    )
     _, _, ratios = tok_eval.measure("shard 7", texts, encoders)
     assert [round(ratio, 3) for ratio in ratios] == [4.255, 4.624]

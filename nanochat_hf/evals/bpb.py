@@ -64,7 +64,9 @@ def text_batches(texts, tokenizer, *, positions, batch_tokens=8192, rank=0, worl
     for ids in encode_texts(tokenizer, texts):
         step = positions if start else positions + 1
         windows += [start + ids[i : i + step] for i in range(0, len(ids), step)]
-    windows = sorted((w for w in windows if len(w) > 1), key=len)[rank::world_size]  # the longest last, to be popped first
+    windows = sorted((w for w in windows if len(w) > 1), key=len)[
+        rank::world_size
+    ]  # the longest last, to be popped first
     while windows:
         longest = len(windows[-1]) - 1
         rows = [windows.pop() for _ in range(min(len(windows), max(1, batch_tokens // longest)))]

@@ -59,7 +59,9 @@ def evaluate_task(model, tokenizer, task, rows, *, accelerator=None, batch_size=
     conversations = [task.to_conversation(row) for row in rows]
     for number, conversation in enumerate(conversations):
         if [m["role"] for m in conversation["messages"][-2:]] != ["user", "assistant"]:
-            raise ValueError(f"task {task.name}: row {number} does not end in a question and its answer; correct or remove it")
+            raise ValueError(
+                f"task {task.name}: row {number} does not end in a question and its answer; correct or remove it"
+            )
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     if task.kind == "categorical":
         answer = _letters(model, tokenizer, [conversation["letters"] for conversation in conversations])
@@ -73,7 +75,9 @@ def evaluate_task(model, tokenizer, task, rows, *, accelerator=None, batch_size=
             for batch in bar:
                 texts = answer([prompts[i] for i in batch], batch)
                 grades = pool.map(task.grade, [conversations[i] for i in batch], texts)
-                records += [_record(task, i, conversations[i], t, bool(g)) for i, t, g in zip(batch, texts, grades, strict=True)]
+                records += [
+                    _record(task, i, conversations[i], t, bool(g)) for i, t, g in zip(batch, texts, grades, strict=True)
+                ]
                 bar.set_postfix(accuracy=f"{sum(r['correct'] for r in records) / len(records):.1%}")
     records = sorted(gather_object(records) if world > 1 else records, key=lambda record: record["index"])
     return TaskResult(task.name, sum(record["correct"] for record in records), len(records), records)
@@ -94,27 +98,45 @@ def prompt_ids(tokenizer, conversation):
     if all(token in vocabulary for token in SPECIAL_TOKENS):
         return render_prompt(tokenizer, conversation)
     if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; evaluate a chat model, or set tokenizer.chat_template and save it")
-    return tokenizer.apply_chat_template(conversation["messages"][:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        raise ValueError(
+            "the tokenizer has no chat template; evaluate a chat model, or set tokenizer.chat_template and save it"
+        )
+    return tokenizer.apply_chat_template(conversation["messages"][:-1], add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
 
 
 def _record(task, index, conversation, text, correct):
     question, expected = conversation["messages"][-2]["content"], answer_text(conversation)
-    return {"index": index, "task": task.name, "question": question, "answer": text, "expected": expected, "correct": correct}
+    return {
+        "index": index,
+        "task": task.name,
+        "question": question,
+        "answer": text,
+        "expected": expected,
+        "correct": correct,
+    }
 
 
 def _generations(engine, max_new_tokens):
     """(prompts, their numbers) → greedy completions as text."""
-    return lambda prompts, batch: [completion.text for (completion,) in engine.generate(prompts, max_new_tokens=max_new_tokens)]
+    return lambda prompts, batch: [
+        completion.text for (completion,) in engine.generate(prompts, max_new_tokens=max_new_tokens)
+    ]
 
 
 def _letters(model, tokenizer, letters):
     """(prompts, their numbers) → of each prompt's letters the one with the largest logit at its end."""
-    tokens = {letter: letter_token(tokenizer, letter) for letter in sorted({letter for row in letters for letter in row})}
+    tokens = {
+        letter: letter_token(tokenizer, letter) for letter in sorted({letter for row in letters for letter in row})
+    }
 
     def choose(prompts, batch):
         rows = last_logits(model, prompts, tokenizer.pad_token_id or 0)
-        return [letters[i][int(logits[[tokens[c] for c in letters[i]]].argmax())] for i, logits in zip(batch, rows, strict=True)]
+        return [
+            letters[i][int(logits[[tokens[c] for c in letters[i]]].argmax())]
+            for i, logits in zip(batch, rows, strict=True)
+        ]
 
     return choose
 
@@ -133,7 +155,9 @@ def letter_token(tokenizer, letter):
     """The one token of an answer's letter; ValueError where the tokenizer needs several."""
     ids = tokenizer.encode(letter, add_special_tokens=False)
     if len(ids) != 1:
-        raise ValueError(f"the answer {letter!r} is {len(ids)} tokens in this tokenizer; categorical tasks need one: use another tokenizer")
+        raise ValueError(
+            f"the answer {letter!r} is {len(ids)} tokens in this tokenizer; categorical tasks need one: use another tokenizer"
+        )
     return ids[0]
 
 

@@ -55,7 +55,9 @@ def load_bundle(path, limit=None):
         baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in table}
         tasks = [(_task(entry, baselines), read(f"eval_data/{entry['dataset_uri']}")) for entry in entries]
     except (yaml.YAMLError, KeyError, TypeError, IndexError, UnicodeDecodeError) as error:
-        raise ValueError(f"--core-data {path}: core.yaml or eval_meta_data.csv is not as expected ({error!r}); give {BUNDLE_HELP}") from None
+        raise ValueError(
+            f"--core-data {path}: core.yaml or eval_meta_data.csv is not as expected ({error!r}); give {BUNDLE_HELP}"
+        ) from None
     for task, lines in tasks:
         task.items.extend(_items(task, lines, path) if lines is not None else ())
         if lines is not None:
@@ -85,7 +87,9 @@ def _task(entry, baselines):
         raise ValueError(f"CORE task {label}: icl_task_type {kind!r} is unknown; known are {', '.join(KINDS)}")
     if label not in baselines:
         raise ValueError(f"CORE task {label}: eval_meta_data.csv has no random baseline for it; add its row")
-    return CoreTask(label, kind, [], entry["num_fewshot"][0], entry.get("continuation_delimiter", " "), baselines[label])
+    return CoreTask(
+        label, kind, [], entry["num_fewshot"][0], entry.get("continuation_delimiter", " "), baselines[label]
+    )
 
 
 def _items(task, lines, path):
@@ -94,7 +98,9 @@ def _items(task, lines, path):
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"--core-data {path}: {task.label} line {number} is not JSON ({error.msg}); fetch the bundle again") from None
+                raise ValueError(
+                    f"--core-data {path}: {task.label} line {number} is not JSON ({error.msg}); fetch the bundle again"
+                ) from None
 
 
 def enough(task, count):
@@ -180,6 +186,6 @@ class CoreResult:
 
     @property
     def name(self):
-        """"CORE", or "CORE (partial, 17 of 22)" where data was missing."""
+        """ "CORE", or "CORE (partial, 17 of 22)" where data was missing."""
         total = len(self.rows) + len(self.missing)
         return f"CORE (partial, {len(self.rows)} of {total})" if self.missing else "CORE"

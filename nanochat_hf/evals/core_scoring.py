@@ -71,11 +71,17 @@ def _score(scorer, rows, shared):
     device = scorer.model.device
     ids = _padded([row.ids for row in rows], device).clamp(min=0)
     if shared:
-        states = scorer.tree_states(ids, _padded([row.positions for row in rows], device).clamp(min=0), _padded([row.branch for row in rows], device))
+        states = scorer.tree_states(
+            ids,
+            _padded([row.positions for row in rows], device).clamp(min=0),
+            _padded([row.branch for row in rows], device),
+        )
     else:
         states = scorer.states(ids)  # padded behind, where causal attention never looks
     width = ids.shape[1]
-    places = torch.tensor([r * width + p for r, row in enumerate(rows) for reads in row.reads for p in reads], device=device)
+    places = torch.tensor(
+        [r * width + p for r, row in enumerate(rows) for reads in row.reads for p in reads], device=device
+    )
     targets = torch.tensor([t for row in rows for targets in row.targets for t in targets], device=device)
     nll, best = [], []
     for place, target in zip(places.split(CHUNK), targets.split(CHUNK), strict=True):
@@ -88,8 +94,18 @@ def _score(scorer, rows, shared):
 
 
 def evaluate_core_task(
-    model, tokenizer, task, *, limit=None, batch_tokens=8192, rank=0, world_size=1, scorer=None, progress=True, group=512
-):  # fmt: skip
+    model,
+    tokenizer,
+    task,
+    *,
+    limit=None,
+    batch_tokens=8192,
+    rank=0,
+    world_size=1,
+    scorer=None,
+    progress=True,
+    group=512,
+):
     """Which of the task's items the model gets right: float tensor (items,), 1 or 0; 0 for items of other ranks, so that ranks add up.
 
     `limit` items at most; `batch_tokens` positions in a forward pass; texts are tokenised `group` items at a time. ValueError when items
@@ -117,7 +133,19 @@ def evaluate_core_task(
     return right
 
 
-def evaluate_core(model, tokenizer, tasks, missing=(), *, limit=None, batch_tokens=8192, rank=0, world_size=1, reduce=None, progress=True):
+def evaluate_core(
+    model,
+    tokenizer,
+    tasks,
+    missing=(),
+    *,
+    limit=None,
+    batch_tokens=8192,
+    rank=0,
+    world_size=1,
+    reduce=None,
+    progress=True,
+):
     """All tasks → CoreResult. `reduce` sums a tensor over ranks; each rank takes its share of the items.
 
     Weights split by FSDP2 need all ranks in every forward pass: then each rank evaluates all items.
@@ -129,11 +157,26 @@ def evaluate_core(model, tokenizer, tasks, missing=(), *, limit=None, batch_toke
     for task in tasks:
         share = (0, 1) if alone else (rank, world_size)
         right = evaluate_core_task(
-            model, tokenizer, task, limit=limit, batch_tokens=batch_tokens, rank=share[0], world_size=share[1], scorer=scorer, progress=progress
+            model,
+            tokenizer,
+            task,
+            limit=limit,
+            batch_tokens=batch_tokens,
+            rank=share[0],
+            world_size=share[1],
+            scorer=scorer,
+            progress=progress,
         )
         accuracy = (right if alone else reduce(right)).mean().item()
-        rows.append({
-            "task": task.label, "kind": task.kind, "shots": task.num_fewshot, "items": len(right), "accuracy": accuracy,
-            "baseline": task.baseline, "centred": centred(accuracy, task.baseline),
-        })  # fmt: skip
+        rows.append(
+            {
+                "task": task.label,
+                "kind": task.kind,
+                "shots": task.num_fewshot,
+                "items": len(right),
+                "accuracy": accuracy,
+                "baseline": task.baseline,
+                "centred": centred(accuracy, task.baseline),
+            }
+        )
     return CoreResult(rows, list(missing))

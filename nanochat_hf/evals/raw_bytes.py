@@ -35,7 +35,9 @@ def _counter(tokenizer):
     if backend is None:
         if hasattr(tokenizer, "sp_model"):
             return _sentencepiece
-        raise ValueError(f"{type(tokenizer).__name__} does not tell the bytes of its tokens; use a fast tokenizer (tokenizer.json)")
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell the bytes of its tokens; use a fast tokenizer (tokenizer.json)"
+        )
     parts = json.loads(backend.to_str())
     kinds = set(_kinds(parts["pre_tokenizer"])) | set(_kinds(parts["decoder"]))
     if "ByteLevel" in kinds:

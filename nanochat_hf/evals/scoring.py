@@ -49,14 +49,21 @@ class Scorer:
         """Whether `tree_states` holds for this model: tried on two branches, of which neither may see the other."""
         config, unknown = self.config, ("window_size", "attention_chunk_size", "attention_types")
         kinds = set(getattr(config, "layer_types", None) or ())
-        plain = kinds <= {"full_attention", "sliding_attention"} and all(getattr(config, name, None) is None for name in unknown)
+        plain = kinds <= {"full_attention", "sliding_attention"} and all(
+            getattr(config, name, None) is None for name in unknown
+        )
         if self.sharded or not plain or config._attn_implementation not in OWN_ATTENTION:
             return False
         ids = torch.arange(1, 10, device=self.model.device)[None] % config.vocab_size
         branch, positions = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]]), torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]])
         try:
             shared = self.tree_states(ids, positions.to(ids.device), branch.to(ids.device))
-        except (TypeError, ValueError, RuntimeError, AttributeError):  # models without position_ids or without ready-made masks
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+        ):  # models without position_ids or without ready-made masks
             return False
         alone = [self.states(ids[:, index]) for index in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8])]
         return _agree(shared[:, :6], alone[0]) and _agree(shared[:, 6:], alone[1][:, 3:])
@@ -69,7 +76,9 @@ class Scorer:
         """
         T = ids.shape[1]
         order = torch.arange(T, device=ids.device)
-        seen = (order[:, None] >= order) & ((branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :]))  # (B, T, T)
+        seen = (order[:, None] >= order) & (
+            (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+        )  # (B, T, T)
         window, kinds = getattr(self.config, "sliding_window", None), getattr(self.config, "layer_types", None)
         near = seen if window is None else seen & (positions[:, :, None] - positions[:, None, :] < window)
         if kinds is not None and "sliding_attention" in kinds:
@@ -82,7 +91,9 @@ class Scorer:
         seen = seen[:, None]  # (B, 1, T, T)
         if self.config._attn_implementation == "sdpa":
             return seen
-        return torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device).masked_fill_(~seen, torch.finfo(self.model.dtype).min)
+        return torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device).masked_fill_(
+            ~seen, torch.finfo(self.model.dtype).min
+        )
 
 
 def _agree(a, b):

@@ -8,5 +8,14 @@ from .tools import Completion, Row, answer_parts, special_ids
 _Row = Row  # the name tests of the first version import
 
 __all__ = [
-    "Chat", "Completion", "Engine", "Row", "answer_parts", "check_sampling", "draw_uniforms", "sample", "show", "special_ids",
-]  # fmt: skip
+    "Chat",
+    "Completion",
+    "Engine",
+    "Row",
+    "answer_parts",
+    "check_sampling",
+    "draw_uniforms",
+    "sample",
+    "show",
+    "special_ids",
+]

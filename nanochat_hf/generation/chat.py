@@ -17,7 +17,10 @@ class Chat:
         check_sampling(**settings)
         self.engine, self.seed, self.settings = engine, seed, settings
         vocabulary = engine.tokenizer.get_vocab()
-        self.token = {name: vocabulary[name] for name in ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")}
+        self.token = {
+            name: vocabulary[name]
+            for name in ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+        }
         self.opening = {vocabulary[marks[0]]: kind for kind, marks in PARTS.items() if marks}
         self.closing = {vocabulary[marks[1]] for marks in PARTS.values() if marks}
         self.clear(system)
@@ -57,7 +60,9 @@ class Chat:
 
     def _prompt(self, text):
         if not self.ids:
-            return render_prompt(self.engine.tokenizer, {"messages": [*self.messages, {"role": "user", "content": text}]})
+            return render_prompt(
+                self.engine.tokenizer, {"messages": [*self.messages, {"role": "user", "content": text}]}
+            )
         start, end, answer = (self.token[name] for name in ("<|user_start|>", "<|user_end|>", "<|assistant_start|>"))
         return [*self.ids, start, *encode_plain(self.engine.tokenizer, text), end, answer]
 

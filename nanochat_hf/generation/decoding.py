@@ -26,7 +26,9 @@ class Buffer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if start == 0 or self.filled > self.keys.shape[2]:
-            self.keys, self.values = (self._grown(o, s, start) for o, s in ((self.keys, key_states), (self.values, value_states)))
+            self.keys, self.values = (
+                self._grown(o, s, start) for o, s in ((self.keys, key_states), (self.values, value_states))
+            )
         self.keys[:, :, start : self.filled] = key_states
         self.values[:, :, start : self.filled] = value_states
         first = max(0, self.filled - self.window) if self.window and key_states.shape[2] == 1 else 0
@@ -53,7 +55,9 @@ class Eager:
     def __init__(self, model, prompts, samples, pad, reserve=GROWTH):
         self.model, config, device = model, model.config, model.device
         longest = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (B, T), padded on the left
+        ids = torch.tensor(
+            [[pad] * (longest - len(p)) + list(p) for p in prompts], device=device
+        )  # (B, T), padded on the left
         starts = torch.tensor([longest - len(p) for p in prompts], device=device)
         mask = torch.arange(longest, device=device) >= starts[:, None]
         positions = (torch.arange(longest, device=device) - starts[:, None]).clamp(min=0)
@@ -67,9 +71,13 @@ class Eager:
             self.cache = DynamicCache(config=config)
         padded = any(len(p) < longest for p in prompts)
         self.logits = model(
-            input_ids=ids, attention_mask=mask.long() if padded else None, position_ids=positions, past_key_values=self.cache,
-            use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask.long() if padded else None,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
         self.positions, self.starts, self.valid = positions[:, -1:], starts, mask if padded else None
         if samples > 1:
             self._select(torch.arange(len(prompts), device=device).repeat_interleave(samples))

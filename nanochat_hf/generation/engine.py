@@ -1,6 +1,7 @@
 """The engine: prompts in, completions out, in batches and as a stream."""
 
-from ..calculator import calculate
+from nanochat_hf.tools.calculator import calculate
+
 from .decoding import Eager
 from .sampling import Sampler, check_sampling, draw_uniforms
 from .static import STEPS, Static
@@ -19,7 +20,9 @@ class Engine:
         self.tools, self.ends = special_ids(tokenizer)
         self.pad = tokenizer.pad_token_id or 0
         self.static = Static(model, self.tools["<|python_end|>"] if calculator else None) if compile else None
-        self.steps = STEPS if model.device.type == "cuda" else 1  # tokens between two looks of the host, where decoding is compiled
+        self.steps = (
+            STEPS if model.device.type == "cuda" else 1
+        )  # tokens between two looks of the host, where decoding is compiled
 
     def generate(self, prompts, *, max_new_tokens=256, temperature=0.0, top_k=None, top_p=None, num_samples=1, seed=0):
         """prompts: list of id lists → per prompt, num_samples Completions. Rows end at assistant_end or bos.
@@ -54,7 +57,9 @@ class Engine:
         """Decode until all `rows` are done; yields after each look at the tokens, `steps` at most apart."""
         if not prompts or not all(prompts):
             raise ValueError("prompts must be non-empty lists of ids; render_prompt gives one")
-        uniforms = draw_uniforms(seed, len(prompts), samples, max_new_tokens).to(self.model.device) if temperature else None
+        uniforms = (
+            draw_uniforms(seed, len(prompts), samples, max_new_tokens).to(self.model.device) if temperature else None
+        )
         sampler = Sampler(uniforms, temperature, top_k, top_p)
         # compiled decoding copies the cache into its own
         batch = Eager(self.model, prompts, samples, self.pad, 0 if self.static else max_new_tokens)

@@ -12,9 +12,13 @@ def check_sampling(*, max_new_tokens=1, temperature=0.0, top_k=None, top_p=None,
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value} must be a whole number of at least 1")
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or above; 1 samples from the model's own probabilities")
+        raise ValueError(
+            f"temperature={temperature} must be 0 (greedy) or above; 1 samples from the model's own probabilities"
+        )
     if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
-        raise ValueError(f"top_k={top_k} must be a whole number of at least 1; leave it out (or 0) to sample among all tokens")
+        raise ValueError(
+            f"top_k={top_k} must be a whole number of at least 1; leave it out (or 0) to sample among all tokens"
+        )
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must lie above 0 and up to 1; leave it out to sample among all tokens")
 

@@ -38,8 +38,13 @@ def _forward(model, ids, positions, slot_positions, cache, window):
     seen = slot_positions <= positions  # (N, S)
     mask = seen[:, None, None]
     if window:
-        mask = {"full_attention": mask, "sliding_attention": (seen & (slot_positions > positions - window))[:, None, None]}
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1]
+        mask = {
+            "full_attention": mask,
+            "sliding_attention": (seen & (slot_positions > positions - window))[:, None, None],
+        }
+    return model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    ).logits[:, -1]
 
 
 class Slate:
@@ -61,9 +66,15 @@ class Slate:
         """Take over the rows of `eager`, which were read once and have one cache."""
         filled, rows = eager.cache.get_seq_length(), len(eager.logits)
         for own, given in zip(self.cache.layers, eager.cache.layers, strict=True):
-            own.keys[:rows, :, :filled], own.values[:rows, :, :filled] = given.keys[:, :, :filled], given.values[:, :, :filled]
+            own.keys[:rows, :, :filled], own.values[:rows, :, :filled] = (
+                given.keys[:, :, :filled],
+                given.values[:, :, :filled],
+            )
             # what rows without a prompt read must be numbers; what their own steps write is
-            own.keys[rows:, :, :filled], own.values[rows:, :, :filled] = given.keys[:1, :, :filled], given.values[:1, :, :filled]
+            own.keys[rows:, :, :filled], own.values[rows:, :, :filled] = (
+                given.keys[:1, :, :filled],
+                given.values[:1, :, :filled],
+            )
         self.slot.fill_(filled - 1)
         self.slot_positions.fill_(HOLE)
         order = torch.arange(filled, device=self.slot.device)
@@ -83,7 +94,9 @@ class Slate:
         self.positions.add_(live)
         # masked_fill takes its number as an argument of the kernel; torch.where would copy it from the host, which no recording allows
         self.slot_positions.index_copy_(1, self.slot, self.positions.masked_fill(~live, HOLE))
-        logits = self.static.compiled(self.static.model, self.ids, self.positions, self.slot_positions, self.cache, self.static.window)
+        logits = self.static.compiled(
+            self.static.model, self.ids, self.positions, self.slot_positions, self.cache, self.static.window
+        )
         drawn = self.uniforms.gather(1, self.count.clamp(max=self.slots - 1))[:, 0]
         given = self.forced.index_select(1, self.column)  # (N, 1)
         token = torch.where(given >= 0, given, sample(logits, drawn)[:, None])
@@ -96,7 +109,16 @@ class Slate:
 
     def state(self):
         """What a step changes, except for slots and columns beyond the present ones."""
-        return [self.slot, self.column, self.ids, self.positions, self.count, self.stalled, self.slot_positions, self.out]
+        return [
+            self.slot,
+            self.column,
+            self.ids,
+            self.positions,
+            self.count,
+            self.stalled,
+            self.slot_positions,
+            self.out,
+        ]
 
     def record(self, sample, call_end):
         """A CUDA graph of one step. It is warmed up on a stream of its own, as capturing demands, and the state put back."""
@@ -128,7 +150,9 @@ class Static:
     def __init__(self, model, call_end=None):
         """`call_end`: the token after which a row waits for its tool."""
         if model.config._attn_implementation != "sdpa":
-            raise ValueError(f"compile=True needs attention sdpa, the model has {model.config._attn_implementation}; load it with sdpa")
+            raise ValueError(
+                f"compile=True needs attention sdpa, the model has {model.config._attn_implementation}; load it with sdpa"
+            )
         # each shape is one more compilation of the same code, which dynamo stops at 8 unless told
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.model, self.call_end, self.slates = model, call_end, {}
@@ -178,4 +202,6 @@ class Static:
 
 def pad_rows(tensor, rows):
     """Repeat the first row of `tensor` (N, …) until there are `rows`."""
-    return torch.cat((tensor, tensor[:1].expand(rows - len(tensor), *tensor.shape[1:]))) if len(tensor) < rows else tensor
+    return (
+        torch.cat((tensor, tensor[:1].expand(rows - len(tensor), *tensor.shape[1:]))) if len(tensor) < rows else tensor
+    )

@@ -12,26 +12,41 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig
 
-from .. import checkpoint
+from nanochat_hf.interop.folder import export
+
 from ..model import NanochatConfig, NanochatForCausalLM
 from ..tokenizer import load_tokenizer
 from .encoding import read_encoding, tokenizer_from_encoding, write_encoding
 from .from_transformers import model_from_transformers
 
 FIELDS = {  # the reference's name → ours
-    "sequence_len": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "window_pattern": "window_pattern",
-}  # fmt: skip
+    "sequence_len": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "window_pattern": "window_pattern",
+}
 OLD_FIELDS = {"window_pattern": "L"}  # what a checkpoint from before the field was computed with
 OLD_LAMBDAS = {"resid_lambdas": 1.0, "x0_lambdas": 0.0}
 FIXED = {  # no field of the reference sets these
-    "rope_theta": 10000.0, "rope_in_bfloat16": True, "rms_norm_eps": None, "final_logit_softcapping": 15.0, "use_value_embeddings": True,
-}  # fmt: skip
+    "rope_theta": 10000.0,
+    "rope_in_bfloat16": True,
+    "rms_norm_eps": None,
+    "final_logit_softcapping": 15.0,
+    "use_value_embeddings": True,
+}
 VALUE_EMBEDDINGS = re.compile(r"value_embeds\.\d+\.weight|transformer\.h\.\d+\.attn\.ve_gate\.weight")
 MATRICES = {
-    "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
-    "attn.ve_gate": "self_attn.ve_gate", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
-}  # fmt: skip
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "attn.ve_gate": "self_attn.ve_gate",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
 RECORD = "nanochat.json"
 
 
@@ -68,7 +83,9 @@ def config_to_nanochat(config, of_2025=False):
         if name == "use_value_embeddings" and of_2025:
             continue  # it came from a nanochat that had none
         if own != theirs:
-            raise ValueError(f"{name}={own} cannot be told to nanochat, which would compute with {theirs}; export a model made with that")
+            raise ValueError(
+                f"{name}={own} cannot be told to nanochat, which would compute with {theirs}; export a model made with that"
+            )
     return fields
 
 
@@ -95,11 +112,15 @@ def weights_from_nanochat(weights, config):
     missing, unknown = sorted(names.keys() - weights.keys()), sorted(weights.keys() - names.keys())
     if missing or unknown:
         kind, listed = ("lacks", missing) if missing else ("has the unknown", unknown)
-        raise ValueError(f"the checkpoint {kind} {listed[0]} ({len(listed)} such tensors); its model_config does not describe it")
+        raise ValueError(
+            f"the checkpoint {kind} {listed[0]} ({len(listed)} such tensors); its model_config does not describe it"
+        )
     for theirs, (_, shape) in names.items():
         value = weights[theirs]
         if not torch.is_tensor(value) or not value.is_floating_point():
-            raise ValueError(f"{theirs} holds {getattr(value, 'dtype', type(value).__name__)}; weights must be floating point numbers")
+            raise ValueError(
+                f"{theirs} holds {getattr(value, 'dtype', type(value).__name__)}; weights must be floating point numbers"
+            )
         if value.shape != shape:
             raise ValueError(f"{theirs} has shape {tuple(value.shape)}, model_config asks for {tuple(shape)}")
     return {ours: weights[theirs].float().contiguous() for theirs, (ours, _) in names.items()}
@@ -135,7 +156,7 @@ def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
         if step is not None:
             raise ValueError(f"--step {step}: {folder} is a folder of transformers, which has no steps; leave it out")
         model, tokenizer = model_from_transformers(folder, tokenizer_dir)
-        checkpoint.export(_told_its_ends(model, tokenizer), tokenizer, output)
+        export(_told_its_ends(model, tokenizer), tokenizer, output)
         return model.eval(), tokenizer
     step = _newest(folder) if step is None else step
     meta = _read_json(folder / f"meta_{step:06d}.json")
@@ -145,10 +166,12 @@ def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
     encoding = read_encoding(_find_tokenizer(folder, tokenizer_dir))
     tokenizer = tokenizer_from_encoding(encoding, config.max_position_embeddings)
     if len(tokenizer) != config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; give the one it was trained with")
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; give the one it was trained with"
+        )
     model = _empty(config)
     model.load_state_dict(weights, assign=True)
-    checkpoint.export(_told_its_ends(model, tokenizer), tokenizer, output)
+    export(_told_its_ends(model, tokenizer), tokenizer, output)
     dtypes = {n: str(v.dtype).removeprefix("torch.") for n, v in stored.items() if v.dtype != torch.float32}
     absent = [n for n in OLD_LAMBDAS if n not in stored]
     record = {"step": step, "meta": meta, "dtypes": dtypes, "absent": absent, "tokenizer_name": encoding["name"]}
@@ -164,7 +187,9 @@ def export_checkpoint(folder, output, step=None, tokenizer_output=None):
     """
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != NanochatConfig.model_type:
-        raise ValueError(f"{folder} holds a model of type {config.model_type}; only {NanochatConfig.model_type} can go to nanochat")
+        raise ValueError(
+            f"{folder} holds a model of type {config.model_type}; only {NanochatConfig.model_type} can go to nanochat"
+        )
     record = _read_json(Path(folder) / RECORD) if (Path(folder) / RECORD).is_file() else {}
     fields = config_to_nanochat(config, of_2025=bool(record))
     tokenizer = load_tokenizer(folder)
@@ -178,7 +203,9 @@ def export_checkpoint(folder, output, step=None, tokenizer_output=None):
     state = NanochatForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     tables = [n for n in map(name_to_nanochat, state) if is_table(n) and n != "lm_head.weight"]
     stored_rows = len(state["lm_head.weight"])
-    dtypes = {n: getattr(torch, d) for n, d in record["dtypes"].items()} if record else dict.fromkeys(tables, torch.bfloat16)
+    dtypes = (
+        {n: getattr(torch, d) for n, d in record["dtypes"].items()} if record else dict.fromkeys(tables, torch.bfloat16)
+    )
     weights = weights_to_nanochat(state, dtypes, stored_rows if record else -(-stored_rows // 64) * 64)
     for name in record.get("absent", ()):
         del weights[name]
@@ -208,7 +235,9 @@ def _newest(folder):
         raise ValueError(f"--checkpoint-dir {folder}: no such folder")
     steps = [int(found[1]) for p in folder.iterdir() if (found := re.fullmatch(r"model_(\d+)\.pt", p.name))]
     if not steps:
-        raise ValueError(f"--checkpoint-dir {folder}: holds no model_NNNNNN.pt; give a folder such as base_checkpoints/d12")
+        raise ValueError(
+            f"--checkpoint-dir {folder}: holds no model_NNNNNN.pt; give a folder such as base_checkpoints/d12"
+        )
     return max(steps)
 
 

@@ -13,7 +13,9 @@ from ..tokenizer import token_bytes
 
 # byte-level tokens spell bytes as letters (GPT-2): a printable Latin-1 byte as itself, the other 68 as the letters from 256 on
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-LETTERS = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
+LETTERS = {b: chr(b) for b in _PRINTABLE} | {
+    b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)
+}
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
 
 
@@ -55,7 +57,9 @@ def read_encoding(path):
         raise ValueError(f"{path}: its special tokens are not strings with numbers; give nanochat's tokenizer.pkl")
     if sorted([*ranks.values(), *specials.values()]) != list(range(len(ranks) + len(specials))):
         raise ValueError(f"{path}: its ids are not 0, 1, 2, … each once; a model cannot be laid out for it")
-    missing = [t for t in SPECIAL_TOKENS if t not in specials] + [f"byte {b}" for b in range(256) if bytes([b]) not in ranks]
+    missing = [t for t in SPECIAL_TOKENS if t not in specials] + [
+        f"byte {b}" for b in range(256) if bytes([b]) not in ranks
+    ]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing[:9])}; give nanochat's tokenizer.pkl")
     return {key: state[key] for key in types}
@@ -82,23 +86,35 @@ def tokenizer_from_encoding(encoding, max_length=2048):
     ordered = sorted((t for t in ranks if len(t) > 1), key=ranks.get)
     merges = [split for t in ordered if len(split := split_in_merging(t, ranks)) == 2]
     # tiktoken takes a piece that is a token whole, without merging: so does ignore_merges
-    model = models.BPE({spelled[t]: i for t, i in ranks.items()}, [(spelled[a], spelled[b]) for a, b in merges], ignore_merges=True)
+    model = models.BPE(
+        {spelled[t]: i for t, i in ranks.items()}, [(spelled[a], spelled[b]) for a, b in merges], ignore_merges=True
+    )
     backend = Tokenizer(model)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     try:
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(encoding["pat_str"]), "isolated"), byte_level])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(encoding["pat_str"]), "isolated"), byte_level]
+        )
     except Exception as error:
-        raise ValueError(f"the tokenizer's split pattern cannot be read ({error}); give nanochat's tokenizer.pkl") from None
+        raise ValueError(
+            f"the tokenizer's split pattern cannot be read ({error}); give nanochat's tokenizer.pkl"
+        ) from None
     backend.decoder = decoders.ByteLevel()
     specials = sorted(encoding["special_tokens"], key=encoding["special_tokens"].get)
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
     moved = [t for t in specials if backend.token_to_id(t) != encoding["special_tokens"][t]]
     if moved:
-        raise ValueError(f"special token {moved[0]} has the id {encoding['special_tokens'][moved[0]]}; special ids must follow the merges")
+        raise ValueError(
+            f"special token {moved[0]} has the id {encoding['special_tokens'][moved[0]]}; special ids must follow the merges"
+        )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|assistant_end|>", pad_token="<|output_end|>",
-        model_max_length=max_length, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=backend,
+        bos_token="<|bos|>",
+        eos_token="<|assistant_end|>",
+        pad_token="<|output_end|>",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -112,7 +128,9 @@ def encoding_from_tokenizer(tokenizer, name="rustbpe"):
     vocab = parts["model"]["vocab"]
     merged = list(dict.fromkeys(vocab["".join(pair)] for pair in parts["model"]["merges"]))
     if merged != sorted(merged):
-        raise ValueError("the tokenizer's ids do not follow its merges, so tiktoken would merge in another order; train one with tok_train")
+        raise ValueError(
+            "the tokenizer's ids do not follow its merges, so tiktoken would merge in another order; train one with tok_train"
+        )
     specials = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ranks = {bytes(BYTES[letter] for letter in token): i for token, i in vocab.items() if token not in specials}
     return {"name": name, "pat_str": steps[0]["pattern"]["Regex"], "mergeable_ranks": ranks, "special_tokens": specials}

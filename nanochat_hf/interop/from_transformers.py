@@ -9,9 +9,17 @@ from ..model import NanochatConfig, NanochatForCausalLM
 from ..tokenizer import load_tokenizer
 
 SAME = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "max_position_embeddings", "rms_norm_eps", "final_logit_softcapping", "rope_parameters",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "final_logit_softcapping",
+    "rope_parameters",
+)
 NEEDED = {"hidden_act": "relu2", "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False}
 NAMES = {".mlp.fc1.": ".mlp.up_proj.", ".mlp.fc2.": ".mlp.down_proj."}
 
@@ -23,11 +31,16 @@ def config_from_transformers(theirs):
     """
     for name, needed in NEEDED.items():
         if getattr(theirs, name) != needed:
-            raise ValueError(f"{name}={getattr(theirs, name)} is not in this architecture, which has {needed}; it cannot be imported")
+            raise ValueError(
+                f"{name}={getattr(theirs, name)} is not in this architecture, which has {needed}; it cannot be imported"
+            )
     return NanochatConfig(
-        **{name: getattr(theirs, name) for name in SAME}, head_dim=getattr(theirs, "head_dim", None), window_pattern="L",
-        use_value_embeddings=False, rope_in_bfloat16=False,
-    )  # fmt: skip
+        **{name: getattr(theirs, name) for name in SAME},
+        head_dim=getattr(theirs, "head_dim", None),
+        window_pattern="L",
+        use_value_embeddings=False,
+        rope_in_bfloat16=False,
+    )
 
 
 def weights_from_transformers(weights, model):
@@ -60,7 +73,9 @@ def model_from_transformers(folder, tokenizer_folder=None):
     config = config_from_transformers(theirs)
     tokenizer = load_tokenizer(tokenizer_folder or folder)
     if len(tokenizer) != config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; give the one it was trained with")
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; give the one it was trained with"
+        )
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|bos|>", "<|assistant_end|>", "<|output_end|>"
     tokenizer.chat_template = CHAT_TEMPLATE
     with torch.device("meta"):

@@ -20,7 +20,10 @@ RULES = (
 )
 ADAMW_EPS = 1e-10
 MUON_BETA2 = 0.95
-PLAIN_ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8}  # what language models are usually trained with (GPT-3, arXiv:2005.14165)
+PLAIN_ADAMW = {
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+}  # what language models are usually trained with (GPT-3, arXiv:2005.14165)
 MATRIX_OPTIMIZERS = ("muon", "adamw")
 
 
@@ -44,7 +47,9 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if self.matrix_optimizer not in MATRIX_OPTIMIZERS:
-            raise ValueError(f"matrix_optimizer={self.matrix_optimizer} is unknown; choose from {', '.join(MATRIX_OPTIMIZERS)}")
+            raise ValueError(
+                f"matrix_optimizer={self.matrix_optimizer} is unknown; choose from {', '.join(MATRIX_OPTIMIZERS)}"
+            )
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is float and not 0 <= value < float("inf"):
@@ -81,7 +86,9 @@ def build_param_groups(model: nn.Module, config: OptimizerConfig | None = None) 
     model_config = getattr(model, "module", model).config
     with_tables = getattr(model_config, "use_value_embeddings", True)
     # a rule for tables that the model says it has not would be idle rightly
-    owned = {"value_embeds": []} | assign_rules(named, [rule for rule in RULES if with_tables or rule[1] != "value_embeds"])
+    owned = {"value_embeds": []} | assign_rules(
+        named, [rule for rule in RULES if with_tables or rule[1] != "value_embeds"]
+    )
     width_scale = (model_config.hidden_size / 768) ** -0.5
     adamw = {  # name: (learning rate, betas)
         "unembedding": (config.unembedding_lr * width_scale, (0.8, 0.95)),
@@ -97,7 +104,9 @@ def build_param_groups(model: nn.Module, config: OptimizerConfig | None = None) 
         groups.append(_group("adamw", owner, trained, lr * config.batch_lr_scale, betas, 0.0))
     for shape, trained in _by_shape(named, owned["matrix"]).items():
         lr, betas = config.matrix_lr * config.batch_lr_scale, (0.0, MUON_BETA2)
-        group = _group(config.matrix_optimizer, f"matrix_{shape[0]}x{shape[1]}", trained, lr, betas, config.weight_decay)
+        group = _group(
+            config.matrix_optimizer, f"matrix_{shape[0]}x{shape[1]}", trained, lr, betas, config.weight_decay
+        )
         groups.append(group | PLAIN_ADAMW if config.matrix_optimizer == "adamw" else group)
     return [group for group in groups if group["params"]]
 

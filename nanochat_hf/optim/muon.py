@@ -14,7 +14,9 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16, norm: torch.Tensor | None = None) -> torch.Tensor:
+def orthogonalize(
+    matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16, norm: torch.Tensor | None = None
+) -> torch.Tensor:
     """Approximate polar factor of each matrix: (n, r, c) → (n, r, c) of `dtype`, singular values near 1.
 
     `norm`: the Frobenius norms (n, 1, 1), where they are known. Source: Polar Express, arXiv:2505.16932, with 2 % of head-room
@@ -88,7 +90,9 @@ class MuonStack:
         shape = tuple(self.params[0].shape)
         for param in self.params:
             if tuple(param.shape) != shape or len(shape) != 2:
-                raise ValueError(f"group {group['name']} mixes {tuple(param.shape)} with {shape}; Muon takes one matrix shape a group")
+                raise ValueError(
+                    f"group {group['name']} mixes {tuple(param.shape)} with {shape}; Muon takes one matrix shape a group"
+                )
         low, high = shard.span(len(self.params))
         self.owned = self.params[low:high]
         self.tables = None  # of the fused kernels
@@ -111,7 +115,11 @@ class MuonStack:
         """
         alone = self.shard.world == 1
         first = local(self.params[0])
-        mine = None if alone else torch.empty(len(self.owned), *self.params[0].shape, dtype=first.dtype, device=first.device)
+        mine = (
+            None
+            if alone
+            else torch.empty(len(self.owned), *self.params[0].shape, dtype=first.dtype, device=first.device)
+        )
         if fused and self.owned and self._fits():
             self._fused_step(self.owned if alone else list(mine), ok, kernel, dtype)
         else:
@@ -131,7 +139,9 @@ class MuonStack:
         from nanochat_hf.kernels.muon import fit
 
         grads = [param.grad for param in self.owned]
-        return not any(grad is None or is_dtensor(grad) for grad in grads) and fit([*self.owned, *grads], self.buffer[0].numel())
+        return not any(grad is None or is_dtensor(grad) for grad in grads) and fit(
+            [*self.owned, *grads], self.buffer[0].numel()
+        )
 
     def _fused_step(self, out, ok, kernel, dtype) -> None:
         from nanochat_hf.kernels import muon as kernels
@@ -139,7 +149,8 @@ class MuonStack:
         self.tables = self.tables or kernels.Tables()
         group = self.group
         grads, values, targets = (
-            self.tables.get(name, tensors) for name, tensors in (("grads", [p.grad for p in self.owned]), ("params", self.owned), ("out", out))
+            self.tables.get(name, tensors)
+            for name, tensors in (("grads", [p.grad for p in self.owned]), ("params", self.owned), ("out", out))
         )
         direction, norm = kernels.momentum_(grads, self.buffer, float(group["momentum"]), ok, dtype)
         update, factor = kernel(factored_update)(direction, norm, self.second, ok, beta2=group["betas"][1], dtype=dtype)

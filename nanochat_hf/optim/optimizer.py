@@ -6,6 +6,7 @@ from itertools import chain
 import torch
 
 from nanochat_hf import kernels
+from nanochat_hf.machine.cpu import best_dtype
 from nanochat_hf.optim.adamw import SHARD_FROM, AdamWTensor, adamw_update
 from nanochat_hf.optim.muon import MuonStack
 from nanochat_hf.optim.sharding import Shard, all_agree, local
@@ -14,7 +15,8 @@ from nanochat_hf.optim.sharding import Shard, all_agree, local
 class MuonAdamW(torch.optim.Optimizer):
     """Muon on groups of kind "muon" (equal-shaped matrices), AdamW on those of kind "adamw".
 
-    `orthogonalize_dtype`: the dtype of Muon's matrix products. `compile`: None compiles the updates on CUDA only, True
+    `orthogonalize_dtype`: the dtype of Muon's matrix products; None is the one of a loaded state, else bfloat16 on GPUs and TPUs, and on a
+    CPU or mps whichever is faster there, measured at the first step. `compile`: None compiles the updates on CUDA only, True
     and False force it. `fused`: None uses Triton's kernels for Muon's passes over memory where they can run, unless
     `compile` is False. State is float32 whatever the parameters' dtype. A step whose gradients are not all finite
     changes nothing, is decided on the device, and is counted in `skipped_steps`. Parameters without a gradient are
@@ -23,11 +25,19 @@ class MuonAdamW(torch.optim.Optimizer):
     shares. Everything that looks at the parameters waits for the first step, since Accelerate may swap them before.
     """
 
-    def __init__(self, groups, orthogonalize_dtype: torch.dtype = torch.bfloat16, compile: bool | None = None, fused: bool | None = None):
+    def __init__(
+        self,
+        groups,
+        orthogonalize_dtype: torch.dtype | None = None,
+        compile: bool | None = None,
+        fused: bool | None = None,
+    ):
         groups = list(groups)
         for group in groups:
             if not isinstance(group, dict) or group.get("kind") not in ("adamw", "muon"):
-                raise ValueError("each group must be a dict with kind 'adamw' or 'muon'; build them with build_param_groups")
+                raise ValueError(
+                    "each group must be a dict with kind 'adamw' or 'muon'; build them with build_param_groups"
+                )
         defaults = {"lr": 0.02, "momentum": 0.95, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
         super().__init__(groups, defaults)
         for group in self.param_groups:
@@ -74,11 +84,14 @@ class MuonAdamW(torch.optim.Optimizer):
         self._skipped = (self._skipped if self._skipped is not None else torch.zeros((), device=device)).to(device)
         self._skipped.add_(1.0 - ok.to(torch.float32))
         scalars = {id(group): self._scalars(group, device) for group in self.param_groups}
+        products = self._products(device)
         fused = self.fused if self.fused is not None else self.compile is not False and kernels.available(device)[0]
         waits = []
         for unit in self._units:  # compute of one unit overlaps the gathering of those before it
             if isinstance(unit, MuonStack):
-                waits.append(unit.step(scalars[id(unit.group)], ok, partial(self._kernel, device=device), self.orthogonalize_dtype, fused))
+                waits.append(
+                    unit.step(scalars[id(unit.group)], ok, partial(self._kernel, device=device), products, fused)
+                )
             else:
                 # lambdas are too small to be worth a graph of their own
                 kernel = self._kernel(adamw_update, device) if unit.param.numel() >= SHARD_FROM else adamw_update
@@ -87,6 +100,15 @@ class MuonAdamW(torch.optim.Optimizer):
             if wait is not None:
                 wait()
         return loss
+
+    def _products(self, device) -> torch.dtype:
+        # settled once, and part of the state: a resumed run must not depend on what a second measurement says
+        if self.orthogonalize_dtype is None:
+            widths = [
+                param.shape[-1] for group in self.param_groups if group["kind"] == "muon" for param in group["params"]
+            ]
+            self.orthogonalize_dtype = getattr(torch, best_dtype(device, min(widths, default=256)))
+        return self.orthogonalize_dtype
 
     def state_dict(self) -> dict:
         """This process's state; with several processes it is a share that only the same rank of as many can load."""
@@ -98,6 +120,8 @@ class MuonAdamW(torch.optim.Optimizer):
             result["skipped_steps"] = self._skipped.clone()
         if shard.world > 1 and self.state:
             result["shard"] = (shard.rank, shard.world)
+        if self.orthogonalize_dtype is not None:
+            result["orthogonalize_dtype"] = str(self.orthogonalize_dtype).removeprefix("torch.")
         return result
 
     def full_state_dict(self, rank0_only: bool = False) -> dict:
@@ -139,6 +163,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for i, param in zip(ids, params, strict=True):
             if i in state_dict["state"]:  # stays where it lies until the first step takes its share of it
                 self.state[param] = {key: value.detach() for key, value in state_dict["state"][i].items()}
+        if self.orthogonalize_dtype is None and state_dict.get("orthogonalize_dtype"):
+            self.orthogonalize_dtype = getattr(torch, state_dict["orthogonalize_dtype"])
         skipped = state_dict.get("skipped_steps")
         self._skipped = None if skipped is None else skipped.clone()
         self._units = None
@@ -149,7 +175,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for name in [*own, *saved]:
             if name not in saved or name not in own:
                 where = "this model" if name in own else "the saved state"
-                raise ValueError(f"optimizer state of another architecture: only {where} has the group {name}; load the state of this model")
+                raise ValueError(
+                    f"optimizer state of another architecture: only {where} has the group {name}; load the state of this model"
+                )
             counts = len(saved[name]["params"]), len(own[name]["params"])
             if counts[0] != counts[1]:
                 raise ValueError(
@@ -160,7 +188,13 @@ class MuonAdamW(torch.optim.Optimizer):
             for i, (key, param) in enumerate(zip(saved[name]["params"], group["params"], strict=True)):
                 values = state_dict["state"].get(key, {})
                 shapes = [tuple(v.shape) for k, v in values.items() if k in ("exp_avg", "momentum_buffer")]
-                if shapes and shapes[0][1:] != tuple(param.shape)[1:] or len(shapes) and "shard" not in state_dict and shapes[0] != tuple(param.shape):
+                if (
+                    shapes
+                    and shapes[0][1:] != tuple(param.shape)[1:]
+                    or len(shapes)
+                    and "shard" not in state_dict
+                    and shapes[0] != tuple(param.shape)
+                ):
                     raise ValueError(
                         f"optimizer state of another architecture: {self._name(group, i)} has shape {shapes[0]} there and "
                         f"{tuple(param.shape)} here; load the state of this model"
@@ -199,7 +233,9 @@ class MuonAdamW(torch.optim.Optimizer):
         if grads:  # a norm is not finite if one element is not; one fused pass over the gradients on CUDA
             bad = ~torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in grads])]).isfinite()
             ok = ~bad.any()
-            culprit = torch.where(ok, culprit, self._places(grads, device).take(bad.float().argmax()))  # indexing would wait for the device
+            culprit = torch.where(
+                ok, culprit, self._places(grads, device).take(bad.float().argmax())
+            )  # indexing would wait for the device
         ok = all_agree(ok, Shard.current())
         row = torch.zeros((), device=device) if self._health is None else self._health[0].to(device)
         self._health = torch.stack((torch.where(ok, 0.0, row + 1.0), culprit))
@@ -222,7 +258,9 @@ class MuonAdamW(torch.optim.Optimizer):
     @staticmethod
     def _scalars(group, device) -> tuple[torch.Tensor, ...]:
         values = [float(group[key]) for key in ("lr", "weight_decay", "momentum")]
-        if device.type == "xla":  # a vector, since of single numbers it bakes 0 and 1 into the program, and equal ones it merges
+        if (
+            device.type == "xla"
+        ):  # a vector, since of single numbers it bakes 0 and 1 into the program, and equal ones it merges
             return torch.tensor(values).to(device).unbind(0)
         # 0-d CPU tensors mix with CUDA tensors and need no copy to the device
         home = "cpu" if device.type in ("cpu", "cuda") else device

@@ -108,5 +108,7 @@ def whole_like(piece: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor whose local pieces are laid out as the DTensor `like`."""
     from torch.distributed.tensor import DTensor
 
-    full = DTensor.from_local(piece, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    full = DTensor.from_local(
+        piece, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
     return full.full_tensor()

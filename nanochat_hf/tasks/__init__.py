@@ -9,8 +9,18 @@ from .humaneval import HUMANEVAL
 from .multiple_choice import ARC_CHALLENGE, ARC_EASY, MMLU
 
 EVERY = (
-    SIMPLE_SPELLING, SPELLING_BEE, CALCULATOR, IDENTITY_TASK, GSM8K, HUMANEVAL, MMLU, ARC_EASY, ARC_CHALLENGE, SMOLTALK, CUSTOM_JSON,
-)  # fmt: skip
+    SIMPLE_SPELLING,
+    SPELLING_BEE,
+    CALCULATOR,
+    IDENTITY_TASK,
+    GSM8K,
+    HUMANEVAL,
+    MMLU,
+    ARC_EASY,
+    ARC_CHALLENGE,
+    SMOLTALK,
+    CUSTOM_JSON,
+)
 TASKS = {task.name: task for task in EVERY}
 __all__ = ["TASKS", "Task", "get_task"]
 
@@ -18,5 +28,7 @@ __all__ = ["TASKS", "Task", "get_task"]
 def get_task(name):
     """The task called `name`; ValueError lists the names there are."""
     if name not in TASKS:
-        raise ValueError(f"task {guessed([repr(name)], map(repr, TASKS))} is unknown; choose from {', '.join(sorted(TASKS))}")
+        raise ValueError(
+            f"task {guessed([repr(name)], map(repr, TASKS))} is unknown; choose from {', '.join(sorted(TASKS))}"
+        )
     return TASKS[name]

@@ -72,6 +72,10 @@ def load_rows(name, config, split, path, limit):
             data = load_dataset(name, config, split=split) if config else load_dataset(name, split=split)
     except Exception as error:  # datasets raises its own kinds for each fault; the user needs the reason in one line
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        remedy = "check the file" if path else "check the split and the connection, or give the path of a local file in a recipe"
+        remedy = (
+            "check the file"
+            if path
+            else "check the split and the connection, or give the path of a local file in a recipe"
+        )
         raise ValueError(f"{path or name}, split {split!r}: cannot be loaded ({reason}); {remedy}") from error
     return data if limit is None else data.select(range(min(limit, len(data))))

@@ -13,7 +13,9 @@ def _custom_rows(split="train", path=None, limit=None):
     from pathlib import Path
 
     if path is None:
-        raise ValueError("task custom_json needs a path: a file with one conversation a line, as in {task: custom_json, path: a.jsonl}")
+        raise ValueError(
+            "task custom_json needs a path: a file with one conversation a line, as in {task: custom_json, path: a.jsonl}"
+        )
     if not Path(path).is_file():
         raise ValueError(f"task custom_json: {path} does not exist; give a file with one conversation a line")
     rows = []

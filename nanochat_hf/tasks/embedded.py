@@ -28,8 +28,13 @@ def docstring_corpus():
     path = Path(HF_HOME) / "nanochat_hf" / f"docstrings-{version}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    roots = [Path(sysconfig.get_paths()["stdlib"]), *(Path(find_spec(n).origin).parent for n in ("torch", "transformers"))]
-    files = [f for root in roots for f in sorted(root.rglob("*.py")) if root != roots[0] or "site-packages" not in f.parts]
+    roots = [
+        Path(sysconfig.get_paths()["stdlib"]),
+        *(Path(find_spec(n).origin).parent for n in ("torch", "transformers")),
+    ]
+    files = [
+        f for root in roots for f in sorted(root.rglob("*.py")) if root != roots[0] or "site-packages" not in f.parts
+    ]
     texts = dict.fromkeys(t for f in tqdm(files, desc="embedded text", unit="file") for t in docstrings(f))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -60,7 +65,11 @@ def words(split):
 
 def share(split, found):
     """The words of a split, shuffled stably: a tenth of any list is "test", the rest "train", each word by itself."""
-    return [w for w in sorted(found, key=lambda w: zlib.crc32(w.encode())) if (zlib.crc32(w[::-1].encode()) % 10 == 0) == (split == "test")]
+    return [
+        w
+        for w in sorted(found, key=lambda w: zlib.crc32(w.encode()))
+        if (zlib.crc32(w[::-1].encode()) % 10 == 0) == (split == "test")
+    ]
 
 
 @cache

@@ -11,23 +11,49 @@ from .embedded import listed_words, words
 TEST_OFFSET = 10_000_000
 # {l} and {w} are letter and word, each in the quotes of the row; {q} is "?" or nothing
 BEE_QUESTIONS = (
-    "How many {l} are in {w}{q}", "How many {l} are there in {w}{q}", "How many {l} does {w} have{q}", "How many {l} does {w} contain{q}",
-    "How many times does {l} appear in {w}{q}", "How often does {l} occur in {w}{q}", "How often is {l} in {w}{q}",
+    "How many {l} are in {w}{q}",
+    "How many {l} are there in {w}{q}",
+    "How many {l} does {w} have{q}",
+    "How many {l} does {w} contain{q}",
+    "How many times does {l} appear in {w}{q}",
+    "How often does {l} occur in {w}{q}",
+    "How often is {l} in {w}{q}",
     "In {w}, how many {l} are there{q}",
-    "How many of the letters of {w} are {l}{q}", "What is the number of {l} in {w}{q}", "Number of {l} in {w}{q}",
+    "How many of the letters of {w} are {l}{q}",
+    "What is the number of {l} in {w}{q}",
+    "Number of {l} in {w}{q}",
     "Do you know how many {l} are in {w}{q}",
-    "Can you tell me how many times {l} occurs in the word {w}{q}", "Count the {l} in {w}", "Count the letter {l} in {w}",
+    "Can you tell me how many times {l} occurs in the word {w}{q}",
+    "Count the {l} in {w}",
+    "Count the letter {l} in {w}",
     "Please count {l} in {w}",
-    "Tell me how many {l} are in {w}", "In {w}, count the {l}", "Find out how often {l} is used in {w}",
+    "Tell me how many {l} are in {w}",
+    "In {w}, count the {l}",
+    "Find out how often {l} is used in {w}",
     "Letter {l}, word {w}: how many{q}",
-    "Wie viele {l} sind in {w}{q}", "Wie oft kommt {l} in {w} vor{q}", "Zähle die {l} in {w}",
+    "Wie viele {l} sind in {w}{q}",
+    "Wie oft kommt {l} in {w} vor{q}",
+    "Zähle die {l} in {w}",
     "Wie oft steht der Buchstabe {l} im Wort {w}{q}",
-    "Combien de {l} y a-t-il dans {w}{q}", "Combien de fois {l} apparaît dans {w}{q}", "Compte les {l} dans {w}",
-    "¿Cuántas {l} hay en {w}{q}", "¿Cuántas veces aparece {l} en {w}{q}", "Cuenta las {l} en {w}",
-    "Quante {l} ci sono in {w}{q}", "Quante volte compare {l} in {w}{q}", "Quantas {l} há em {w}{q}", "Quantas vezes aparece {l} em {w}{q}",
-    "Hoeveel {l} zitten er in {w}{q}", "Hoe vaak komt {l} voor in {w}{q}", "Ile liter {l} jest w {w}{q}", "Hur många {l} finns i {w}{q}",
-    "Сколько букв {l} в слове {w}{q}", "{w} 里有多少个 {l}{q}", "{w} に {l} はいくつありますか{q}", "{w}에 {l}이 몇 개 있나요{q}",
-)  # fmt: skip
+    "Combien de {l} y a-t-il dans {w}{q}",
+    "Combien de fois {l} apparaît dans {w}{q}",
+    "Compte les {l} dans {w}",
+    "¿Cuántas {l} hay en {w}{q}",
+    "¿Cuántas veces aparece {l} en {w}{q}",
+    "Cuenta las {l} en {w}",
+    "Quante {l} ci sono in {w}{q}",
+    "Quante volte compare {l} in {w}{q}",
+    "Quantas {l} há em {w}{q}",
+    "Quantas vezes aparece {l} em {w}{q}",
+    "Hoeveel {l} zitten er in {w}{q}",
+    "Hoe vaak komt {l} voor in {w}{q}",
+    "Ile liter {l} jest w {w}{q}",
+    "Hur många {l} finns i {w}{q}",
+    "Сколько букв {l} в слове {w}{q}",
+    "{w} 里有多少个 {l}{q}",
+    "{w} に {l} はいくつありますか{q}",
+    "{w}에 {l}이 몇 개 있나요{q}",
+)
 QUOTES = ("", "'", '"')
 SUMS = ("What is {e}?", "Compute {e}.", "How much is {e}?", "Calculate {e}.")
 # questions to train on, others for the held-out split, and the answer to both
@@ -60,9 +86,13 @@ def rows(draw):
 
     def load(split="train", path=None, limit=None):
         if limit is not None and limit < 1:
-            raise ValueError(f"limit={limit}: must be at least 1; leave it out for 20,000 rows to train on or 1,000 to test")
+            raise ValueError(
+                f"limit={limit}: must be at least 1; leave it out for 20,000 rows to train on or 1,000 to test"
+            )
         start = TEST_OFFSET if split == "test" else 0
-        return [draw(random.Random(start + i), split, path) for i in range(limit or (1000 if split == "test" else 20000))]
+        return [
+            draw(random.Random(start + i), split, path) for i in range(limit or (1000 if split == "test" else 20000))
+        ]
 
     return load
 
@@ -136,7 +166,10 @@ def _split(expression):
 
 
 SIMPLE_SPELLING = Task(
-    "simple_spelling", rows(draw_word), lambda row: pair(f"Spell the word: {row['word']}", spell(row["word"])), same_text
+    "simple_spelling",
+    rows(draw_word),
+    lambda row: pair(f"Spell the word: {row['word']}", spell(row["word"])),
+    same_text,
 )
 SPELLING_BEE = Task("spelling_bee", rows(draw_bee), bee_conversation, same_number)
 CALCULATOR = Task("calculator", rows(draw_sum), sum_conversation, same_number)

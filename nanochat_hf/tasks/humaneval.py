@@ -3,7 +3,8 @@
 import ast
 import re
 
-from .. import sandbox
+from nanochat_hf.tools import sandbox
+
 from .base import Task, load_rows, pair
 
 BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)

@@ -27,7 +27,9 @@ def mmlu(row):
 def arc(row):
     """Row {question, choices: {text, label}, answerKey} → conversation with `letters`, the row's own labels."""
     choices = row["choices"]
-    return pair(question(row["question"], choices["text"], choices["label"]), row["answerKey"]) | {"letters": list(choices["label"])}
+    return pair(question(row["question"], choices["text"], choices["label"]), row["answerKey"]) | {
+        "letters": list(choices["label"])
+    }
 
 
 def same_letter(conversation, completion):

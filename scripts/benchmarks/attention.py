@@ -49,7 +49,9 @@ def flex(device):
             return mask if number is None else mask & (number[b, i] == number[b, j])
 
         blocks = create_block_mask(seen, B if borders is not None else None, None, T, T, device=device)
-        return lambda q, k, v: run(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=blocks, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+        return lambda q, k, v: run(
+            *(t.transpose(1, 2) for t in (q, k, v)), block_mask=blocks, enable_gqa=q.shape[2] != k.shape[2]
+        ).transpose(1, 2)
 
     return prepare
 
@@ -76,7 +78,9 @@ def measure(prepare, tensors, borders, window, wanted, device, args):
     if function is None:
         return None
     learns = device.type == "cuda" or prepare is not args.flex
-    inputs = [t.detach().requires_grad_(learns) for t in (q, k, v)]  # also for forward: training's, and compiled once for both
+    inputs = [
+        t.detach().requires_grad_(learns) for t in (q, k, v)
+    ]  # also for forward: training's, and compiled once for both
     timing = dict(repeats=args.repeats, inner=args.inner)
     out, backward = function(*inputs), float("nan")
     results = [out.detach()]
@@ -86,7 +90,11 @@ def measure(prepare, tensors, borders, window, wanted, device, args):
         backward = median_ms(lambda: torch.autograd.grad(out, inputs, slope, retain_graph=True), device, **timing)
     strayed = [((a[:CHECKED].float() - b).norm() / b.norm()).item() for a, b in zip(results, wanted, strict=False)]
     strayed += [float("nan")] * (4 - len(strayed))
-    return {"forward ms": forward, "backward ms": backward, **dict(zip(("out", "dq", "dk", "dv"), strayed, strict=True))}
+    return {
+        "forward ms": forward,
+        "backward ms": backward,
+        **dict(zip(("out", "dq", "dk", "dv"), strayed, strict=True)),
+    }
 
 
 def main(argv=None):
@@ -97,22 +105,34 @@ def main(argv=None):
     parser.add_argument("--heads", type=int, default=6, help="query heads")
     parser.add_argument("--kv-heads", type=int, default=6, help="key/value heads")
     parser.add_argument("--head-dim", type=int, default=128, help="channels of a head")
-    parser.add_argument("--window", type=int, default=64 if small else 1024, help="keys that a query sees in the cases with a window")
-    parser.add_argument("--document", type=int, default=32 if small else 512, help="mean tokens of a document in the cases with documents")
+    parser.add_argument(
+        "--window", type=int, default=64 if small else 1024, help="keys that a query sees in the cases with a window"
+    )
+    parser.add_argument(
+        "--document",
+        type=int,
+        default=32 if small else 512,
+        help="mean tokens of a document in the cases with documents",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timings, of which the median counts")
     parser.add_argument("--inner", type=int, default=1 if small else 10, help="calls in a timing")
     parser.add_argument("--json", help="also write the figures there")
     args = parser.parse_args(argv)
     device = torch.device("cpu" if small else "cuda")
     generator = torch.Generator(device).manual_seed(0)
-    shapes = [(args.rows, args.positions, heads, args.head_dim) for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)]
+    shapes = [
+        (args.rows, args.positions, heads, args.head_dim)
+        for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)
+    ]
     tensors = [torch.randn(shape, generator=generator, device=device).bfloat16() for shape in shapes]
     args.flex = flex(device)
     ways, rows = {"FlexAttention": args.flex, "SDPA": sdpa, "cuDNN": cudnn}, []
     packed = borders_of(args.rows, args.positions, args.document, device)
     for window in (0, args.window):
         for borders in (None, packed):
-            first = None if borders is None else borders[: int((borders <= min(CHECKED, args.rows) * args.positions).sum())]
+            first = (
+                None if borders is None else borders[: int((borders <= min(CHECKED, args.rows) * args.positions).sum())]
+            )
             inputs = [t[:CHECKED].float().requires_grad_() for t in tensors[:3]]
             exact = formula(*inputs, first, window)
             wanted = [exact.detach(), *torch.autograd.grad(exact, inputs, tensors[3][:CHECKED].float())]

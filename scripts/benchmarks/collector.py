@@ -13,11 +13,11 @@ import datasets  # noqa: F401  a real run has its objects in memory, and the col
 import torch
 
 from nanochat_hf import NanochatForCausalLM
-from nanochat_hf.callbacks import CollectGarbage
+from nanochat_hf.machine.accelerator import build_accelerator
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
-from nanochat_hf.runtime import build_accelerator
 from nanochat_hf.scaling import model_config
-from nanochat_hf.trainer import Trainer
+from nanochat_hf.training.callbacks.garbage import CollectGarbage
+from nanochat_hf.training.trainer import Trainer
 from scripts.benchmarks.measure import report, wait
 from scripts.benchmarks.train import RandomTokens
 
@@ -46,7 +46,11 @@ def main(argv=None):
     accelerator = build_accelerator(1, dtype="bfloat16")
     model = NanochatForCausalLM(model_config(args.depth, 512, args.positions))
     batches = RandomTokens(512, args.rows, args.positions, 0, torch.cuda.is_available())
-    optimizer, times, pauses = MuonAdamW(build_param_groups(model)), {"running": [], "frozen": []}, {"running": Pauses(), "frozen": Pauses()}
+    optimizer, times, pauses = (
+        MuonAdamW(build_param_groups(model)),
+        {"running": [], "frozen": []},
+        {"running": Pauses(), "frozen": Pauses()},
+    )
 
     def schedule(wrapped, step):
         apply_schedule(wrapped.optimizer, 1.0, 0.95)
@@ -93,10 +97,15 @@ def row(kind, times, pauses):
     """One line of the table."""
     ordered = sorted(times)
     return {
-        "collector": kind, "steps": len(times), "median ms": statistics.median(times) * 1e3, "p99 ms": ordered[int(0.99 * len(ordered))] * 1e3,
-        "collections": len(pauses), "ms in them": sum(pauses) * 1e3, "longest ms": max(pauses, default=0.0) * 1e3,
+        "collector": kind,
+        "steps": len(times),
+        "median ms": statistics.median(times) * 1e3,
+        "p99 ms": ordered[int(0.99 * len(ordered))] * 1e3,
+        "collections": len(pauses),
+        "ms in them": sum(pauses) * 1e3,
+        "longest ms": max(pauses, default=0.0) * 1e3,
         "share": sum(pauses) / sum(times),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ def one_at_a_time(model, tokenizer, task, limit):
         texts = [beginning(tokenizer) + ids for ids in encode_texts(tokenizer, prompts(task, items, index))]
         scored = spans(task, texts, getattr(model.config, "max_position_embeddings", None))
         longest = max(len(ids) for ids, _ in scored)
-        logits = model(torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in scored], device=model.device), use_cache=False).logits
+        logits = model(
+            torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in scored], device=model.device), use_cache=False
+        ).logits
         losses = []
         for row, (ids, start) in zip(logits, scored, strict=True):
             targets = torch.tensor(ids[start:], device=model.device)
@@ -44,7 +46,9 @@ def one_at_a_time(model, tokenizer, task, limit):
 def random_model(args, tasks, device):
     """A model with random weights, moved off zero, and a tokenizer trained on the tasks' own text."""
     texts = [prompts(task, task.items, i)[-1] for task in tasks for i in range(min(60, len(task.items)))]
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else train_tokenizer(texts, args.vocab_size)
+    tokenizer = (
+        AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else train_tokenizer(texts, args.vocab_size)
+    )
     torch.manual_seed(0)
     with device:
         model = NanochatForCausalLM(model_config(args.depth, len(tokenizer)))
@@ -60,9 +64,13 @@ def main(argv=None):
     parser.add_argument("--core-data", required=True, help=BUNDLE_HELP)
     parser.add_argument("--model", help="folder or Hub name; without it, random weights")
     parser.add_argument("--depth", type=int, default=4, help="layers of the model with random weights")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of its tokenizer, trained on the tasks' text")
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, help="tokens of its tokenizer, trained on the tasks' text"
+    )
     parser.add_argument("--tokenizer", help="a tokenizer's folder, in place of training one")
-    parser.add_argument("--items", type=int, default=12, help="items of each task (above the number of few-shot examples)")
+    parser.add_argument(
+        "--items", type=int, default=12, help="items of each task (above the number of few-shot examples)"
+    )
     parser.add_argument("--batch-tokens", type=int, default=8192, help="positions in a forward pass of the batched way")
     parser.add_argument("--repeats", type=int, default=2, help="A B pairs, of which the median counts")
     parser.add_argument("--tasks", help="labels, with commas (default: all that have data)")
@@ -72,7 +80,10 @@ def main(argv=None):
     tasks = [t for t in tasks if not args.tasks or t.label in args.tasks.split(",")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.model:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model).eval().to(device), AutoTokenizer.from_pretrained(args.model)
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(args.model).eval().to(device),
+            AutoTokenizer.from_pretrained(args.model),
+        )
     else:
         model, tokenizer = random_model(args, tasks, device)
     times = {task.label: ([], []) for task in tasks}
@@ -80,7 +91,12 @@ def main(argv=None):
     for _ in range(args.repeats):
         for task in tasks:
             results = []
-            ways = (one_at_a_time, lambda m, t, task, n: evaluate_core_task(m, t, task, limit=n, batch_tokens=args.batch_tokens, progress=False).tolist())
+            ways = (
+                one_at_a_time,
+                lambda m, t, task, n: evaluate_core_task(
+                    m, t, task, limit=n, batch_tokens=args.batch_tokens, progress=False
+                ).tolist(),
+            )
             for way, seconds in zip(ways, times[task.label], strict=True):
                 wait(device)
                 start = time.perf_counter()
@@ -92,7 +108,9 @@ def main(argv=None):
     rows = []
     for task in tasks:
         one, many = (statistics.median(seconds) for seconds in times[task.label])
-        rows.append({"task": task.label, "kind": task.kind, "one at a time s": one, "batched s": many, "times": one / many})
+        rows.append(
+            {"task": task.label, "kind": task.kind, "one at a time s": one, "batched s": many, "times": one / many}
+        )
     one, many = (sum(row[key] for row in rows) for key in ("one at a time s", "batched s"))
     rows.append({"task": "all", "kind": "", "one at a time s": one, "batched s": many, "times": one / many})
     report(rows, args.json)

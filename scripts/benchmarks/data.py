@@ -9,12 +9,16 @@ import numpy as np
 import torch
 
 from nanochat_hf import NanochatForCausalLM
-from nanochat_hf.attention import choose_attention
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.conversation import PlainEncoder, layout
-from nanochat_hf.data import SFTBatches, SourceConfig, TextBatches, conversations
-from nanochat_hf.packing import plan_rows
-from nanochat_hf.runtime import build_accelerator, on_cuda
+from nanochat_hf.data.documents import conversations
+from nanochat_hf.data.packing import plan_rows
+from nanochat_hf.data.planned import SFTBatches
+from nanochat_hf.data.sources import SourceConfig
+from nanochat_hf.data.streamed import TextBatches
+from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.machine.accelerator import build_accelerator, on_cuda
+from nanochat_hf.machine.attention import choose_attention
 from nanochat_hf.scaling import model_config
 from nanochat_hf.tokenizer import load_tokenizer
 from scripts.benchmarks.measure import median_ms, report
@@ -32,8 +36,12 @@ class DataBench:
     device_batch_size: int = field(default=32, metadata={"help": "rows of a batch"})
     batches: int = field(default=40, metadata={"help": "batches to measure loaders with"})
     repeats: int = field(default=5, metadata={"help": "times of which the median counts"})
-    step_ms: float | None = field(default=None, metadata={"help": "milliseconds the model takes for a micro-batch of that shape, to compare with"})
-    depth: int | None = field(default=None, metadata={"help": "measure that on a model of so many layers instead, on the device at hand"})
+    step_ms: float | None = field(
+        default=None, metadata={"help": "milliseconds the model takes for a micro-batch of that shape, to compare with"}
+    )
+    depth: int | None = field(
+        default=None, metadata={"help": "measure that on a model of so many layers instead, on the device at hand"}
+    )
     json: str | None = field(default=None, metadata={"help": "write the table there, as JSON"})
 
 
@@ -53,7 +61,9 @@ def main(argv=None):
     bare = next((row["tokens/s"] for row in rows if "encode_batch_fast" in row["what"]), None)
     report([row | against(row, config, step_ms, bare) for row in rows], config.json)
     if step_ms:
-        print(f"the model takes {step_ms:.1f} ms for a micro-batch of {config.device_batch_size} × {config.max_seq_len}, forward and backward")
+        print(
+            f"the model takes {step_ms:.1f} ms for a micro-batch of {config.device_batch_size} × {config.max_seq_len}, forward and backward"
+        )
 
 
 def chats(config, tokenizer):
@@ -73,7 +83,9 @@ def chats(config, tokenizer):
 
     texts = {id(c): [piece for piece, special, _ in layout(c) if not special] for c in said}
     ways = {
-        "tokenizers, encode_batch": parts(lambda cs: bare.encode_batch([t for c in cs for t in texts[id(c)]], add_special_tokens=False)),
+        "tokenizers, encode_batch": parts(
+            lambda cs: bare.encode_batch([t for c in cs for t in texts[id(c)]], add_special_tokens=False)
+        ),
         "tokenizers, encode_batch_fast": parts(
             lambda cs: bare.encode_batch_fast([t for c in cs for t in texts[id(c)]], add_special_tokens=False)
         ),
@@ -82,16 +94,27 @@ def chats(config, tokenizer):
     seconds = alternating(ways, config.repeats)
     table = [line(name, tokens, seconds[name]) for name in ways]
     start = time.perf_counter()
-    batches = SFTBatches([SourceConfig(path=config.chats)], tokenizer, rows=config.device_batch_size, positions=config.max_seq_len)
+    batches = SFTBatches(
+        [SourceConfig(path=config.chats)], tokenizer, rows=config.device_batch_size, positions=config.max_seq_len
+    )
     total = int(batches.documents.lengths.sum())
     table.append(line("SFTBatches: read, tokenise or cache, plan", total, time.perf_counter() - start))
-    planned = [[batches.planned[g] for g in range(i, i + config.device_batch_size)] for i in range(0, config.batches * config.device_batch_size, config.device_batch_size)]
+    planned = [
+        [batches.planned[g] for g in range(i, i + config.device_batch_size)]
+        for i in range(0, config.batches * config.device_batch_size, config.device_batch_size)
+    ]
     positions = config.batches * config.device_batch_size * config.max_seq_len
     seconds = alternating({"collate": lambda: [batches.collate(rows) for rows in planned]}, config.repeats)
     table.append(line("collate", positions, seconds["collate"]))
     for workers in (0, 1):
         batches.num_workers = workers
-        table.append(line(f"SFTBatches to the loop, {workers or 'thread'}{' worker' * workers}", positions, loop(batches, config.batches)))
+        table.append(
+            line(
+                f"SFTBatches to the loop, {workers or 'thread'}{' worker' * workers}",
+                positions,
+                loop(batches, config.batches),
+            )
+        )
     if torch.cuda.is_available():
         batches.num_workers = 0
         table += [copying(batches, config, pinned) for pinned in (True, False)]
@@ -117,7 +140,11 @@ def copying(batches, config, pinned):
         start = time.perf_counter()
         move()
         seconds.append(time.perf_counter() - start)
-    name = "to the GPU, pinned by the loader: the host is busy" if pinned else "to the GPU from ordinary memory: the host is busy"
+    name = (
+        "to the GPU, pinned by the loader: the host is busy"
+        if pinned
+        else "to the GPU from ordinary memory: the host is busy"
+    )
     return line(name, len(some) * config.device_batch_size * config.max_seq_len, float(np.median(seconds[3:])))
 
 
@@ -127,7 +154,7 @@ def model_ms(config, vocab_size):
     device = accelerator.device
     with device:
         model = NanochatForCausalLM(model_config(config.depth, vocab_size, config.max_seq_len))
-    model.set_attn_implementation(choose_attention(device)[0])
+    model.set_attn_implementation(choose_attention(device, cudnn=cudnn_attention)[0])
     model = accelerator.prepare(model.train())
     ids = torch.randint(vocab_size, (config.device_batch_size, config.max_seq_len), device=device)
     places = torch.arange(config.max_seq_len, device=device).expand_as(ids) % 512  # documents of 512 tokens
@@ -142,7 +169,12 @@ def model_ms(config, vocab_size):
 def text(config, tokenizer, mode, streaming):
     """Plain text through reading, tokenising, packing and collating."""
     batches = TextBatches(
-        SourceConfig(path=config.text), tokenizer, rows=config.device_batch_size, positions=config.max_seq_len, mode=mode, streaming=streaming
+        SourceConfig(path=config.text),
+        tokenizer,
+        rows=config.device_batch_size,
+        positions=config.max_seq_len,
+        mode=mode,
+        streaming=streaming,
     )
     seconds = loop(batches, config.batches)
     read, cropped = (sum(counts[key] for counts in batches.counts) for key in ("read", "cropped"))
@@ -156,7 +188,9 @@ def planning(count=860_000, capacity=2049):
     start = time.perf_counter()
     rows = plan_rows(lengths, capacity)
     seconds = time.perf_counter() - start
-    return line(f"plan_rows, {count:,} lengths, padding {1 - sum(lengths) / (len(rows) * capacity):.3%}", sum(lengths), seconds)
+    return line(
+        f"plan_rows, {count:,} lengths, padding {1 - sum(lengths) / (len(rows) * capacity):.3%}", sum(lengths), seconds
+    )
 
 
 def loop(batches, count):
@@ -191,9 +225,13 @@ def against(row, config, step_ms, bare):
     """What a row's rate is beside bare encoding, where it tokenises, and beside the tokens that the model takes in the same time."""
     added = {}
     if bare:
-        added["of bare encode_batch_fast"] = f"{row['tokens/s'] / bare:.0%}" if "encode" in row["what"] or "render" in row["what"] else ""
+        added["of bare encode_batch_fast"] = (
+            f"{row['tokens/s'] / bare:.0%}" if "encode" in row["what"] or "render" in row["what"] else ""
+        )
     if step_ms:
-        added["of the model's need"] = f"{row['tokens/s'] / (config.device_batch_size * config.max_seq_len / step_ms * 1e3):,.1f}×"
+        added["of the model's need"] = (
+            f"{row['tokens/s'] / (config.device_batch_size * config.max_seq_len / step_ms * 1e3):,.1f}×"
+        )
     return added
 
 

@@ -17,9 +17,13 @@ def products(N, C, device):
     one, rows = torch.ones((), device=device), []
     random = torch.randn(max(N, 4 * C), 4 * C, device=device, dtype=torch.bfloat16)
     for name, (m, n, k), a_dtype, dtype in (
-        ("q, k, v in one", (N, 3 * C, C), E4M3, torch.bfloat16), ("its dx", (N, C, 3 * C), E5M2, torch.bfloat16), ("its dw", (3 * C, C, N), E5M2, torch.float32),
-        ("up", (N, 4 * C, C), E4M3, torch.bfloat16), ("down", (N, C, 4 * C), E4M3, torch.bfloat16), ("dw of up", (4 * C, C, N), E5M2, torch.float32),
-    ):  # fmt: skip
+        ("q, k, v in one", (N, 3 * C, C), E4M3, torch.bfloat16),
+        ("its dx", (N, C, 3 * C), E5M2, torch.bfloat16),
+        ("its dw", (3 * C, C, N), E5M2, torch.float32),
+        ("up", (N, 4 * C, C), E4M3, torch.bfloat16),
+        ("down", (N, C, 4 * C), E4M3, torch.bfloat16),
+        ("dw of up", (4 * C, C, N), E5M2, torch.float32),
+    ):
         a, b = (random.flatten()[: rows_ * k].view(rows_, k) for rows_ in (m, n))
         a8, b8 = a.to(a_dtype), b.to(E4M3)
         rows.append((f"{name}, bfloat16", lambda a=a, b=b: a @ b.t(), 2 * m * n * k))
@@ -31,12 +35,17 @@ def products(N, C, device):
 
 def casts(N, C, device):
     """Casts of an activation → [(name, function, bytes)]."""
-    x, one, largest = torch.randn(N, C, device=device, dtype=torch.bfloat16), torch.ones((), device=device), torch.compile(float8.largest)
+    x, one, largest = (
+        torch.randn(N, C, device=device, dtype=torch.bfloat16),
+        torch.ones((), device=device),
+        torch.compile(float8.largest),
+    )
     x8 = x.to(E4M3)
     return [
-        ("largest, compiled", lambda: largest(x), 2 * N * C), ("cast to both layouts", lambda: float8.cast([x], one, E5M2, 1), 4 * N * C),
+        ("largest, compiled", lambda: largest(x), 2 * N * C),
+        ("cast to both layouts", lambda: float8.cast([x], one, E5M2, 1), 4 * N * C),
         ("transpose", lambda: float8.transposed(x8), 2 * N * C),
-    ]  # fmt: skip
+    ]
 
 
 def inside(N, C, device):
@@ -53,15 +62,22 @@ def inside(N, C, device):
             float8.INSIDE = True
 
         how = "in one kernel" if switch else "product, then cast"
-        rows.append((f"squared ReLU, {how}", lambda run=run: run(float8.squared_relu, x, up, one, one, unit), 8 * N * C * C))
-        rows.append((f"slope, {how}", lambda run=run: run(float8.slope, g, up, one, one, a_t, unit, unit), 8 * N * C * C))
+        rows.append(
+            (f"squared ReLU, {how}", lambda run=run: run(float8.squared_relu, x, up, one, one, unit), 8 * N * C * C)
+        )
+        rows.append(
+            (f"slope, {how}", lambda run=run: run(float8.slope, g, up, one, one, a_t, unit, unit), 8 * N * C * C)
+        )
     return rows
 
 
 def parts(N, C, device):
     """Norm and part, compiled, forward and backward, in both precisions → [(name, function, FLOPs)]."""
     x = torch.randn(1, N, C, device=device, dtype=torch.bfloat16, requires_grad=True)
-    weights = [torch.randn(shape, device=device).mul_(C**-0.5).requires_grad_() for shape in ((C, C), (C, C), (C, C), (4 * C, C), (C, 4 * C))]
+    weights = [
+        torch.randn(shape, device=device).mul_(C**-0.5).requires_grad_()
+        for shape in ((C, C), (C, C), (C, C), (4 * C, C), (C, 4 * C))
+    ]
     rows = []
 
     def normed(function):
@@ -77,7 +93,12 @@ def parts(N, C, device):
     for name, functions, own, units in (
         ("q, k, v", (plain, lambda *t: float8_layers.Projections.apply(*t)), weights[:3], 18),
         ("o_proj", (F.linear, lambda *t: float8_layers.Linear.apply(*t)), weights[:1], 6),
-        ("MLP", (lambda *t: SquaredReluMLP.apply(*t), lambda *t: float8_layers.SquaredReluMLP.apply(*t)), weights[3:], 48),
+        (
+            "MLP",
+            (lambda *t: SquaredReluMLP.apply(*t), lambda *t: float8_layers.SquaredReluMLP.apply(*t)),
+            weights[3:],
+            48,
+        ),
     ):
         for precision, function in zip(("bfloat16", "float8"), functions, strict=True):
             call = normed(function)

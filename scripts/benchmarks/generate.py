@@ -90,11 +90,22 @@ def measure(model, rows, args):
     for name in kinds:
         prefill = statistics.median(first[name])
         decode = statistics.median(b - a for a, b in zip(first[name], whole[name], strict=True))
-        same = sum(a == b for mine, theirs in zip(texts[name], texts["generate"], strict=True) for a, b in zip(mine, theirs, strict=True))
-        out.append({
-            "batch": rows, "way": name, "prefill tok/s": rows * args.prompt / prefill, "decode tok/s": rows * (args.tokens - 1) / decode,
-            "ms a token": 1e3 * decode / (args.tokens - 1), "first call s": warmup[name], "same tokens": same / (rows * args.tokens),
-        })  # fmt: skip
+        same = sum(
+            a == b
+            for mine, theirs in zip(texts[name], texts["generate"], strict=True)
+            for a, b in zip(mine, theirs, strict=True)
+        )
+        out.append(
+            {
+                "batch": rows,
+                "way": name,
+                "prefill tok/s": rows * args.prompt / prefill,
+                "decode tok/s": rows * (args.tokens - 1) / decode,
+                "ms a token": 1e3 * decode / (args.tokens - 1),
+                "first call s": warmup[name],
+                "same tokens": same / (rows * args.tokens),
+            }
+        )
     return out
 
 
@@ -104,25 +115,36 @@ def main(argv=None):
     parser.add_argument("--model", help="folder or Hub name; without it, random weights")
     parser.add_argument("--depth", type=int, default=4, help="layers of the model with random weights")
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in its vocabulary")
-    parser.add_argument("--positions", type=int, default=2048, help="positions of its training rows, of which short windows see half")
+    parser.add_argument(
+        "--positions", type=int, default=2048, help="positions of its training rows, of which short windows see half"
+    )
     parser.add_argument("--batch", type=int, action="append", help="rows at once (default 1 and 64)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each way, in turns, of which the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timings of each way, in turns, of which the median counts"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out the compiled engine")
-    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU time: steadier where others share the cores")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count this process's CPU time: steadier where others share the cores"
+    )
     parser.add_argument("--json", help="also write the figures there")
     args = parser.parse_args(argv)
     if args.tokens < 2 or args.prompt < 1 or args.repeats < 1:
-        raise ValueError(f"--tokens {args.tokens}, --prompt {args.prompt}, --repeats {args.repeats}: at least 2, 1 and 1")
+        raise ValueError(
+            f"--tokens {args.tokens}, --prompt {args.prompt}, --repeats {args.repeats}: at least 2, 1 and 1"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     if args.cpu_time and device.type != "cpu":
         raise ValueError(f"--cpu-time says nothing about the work of {device.type}; leave it out")
     model, rows = load(args, device, dtype), []
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, {dtype}, torch {torch.__version__}, prompt {args.prompt}, {args.tokens} new tokens, {args.repeats} repeats", flush=True)
+    print(
+        f"{name}, {dtype}, torch {torch.__version__}, prompt {args.prompt}, {args.tokens} new tokens, {args.repeats} repeats",
+        flush=True,
+    )
     for batch in args.batch or [1, 64]:
         rows += measure(model, batch, args)
         gc.collect()

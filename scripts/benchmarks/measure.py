@@ -36,8 +36,17 @@ def peak_memory(device):
 
 def report(rows, path=None):
     """Print `rows` (dicts of the same keys) as a table, and write them to `path` as JSON."""
-    shown = [{key: f"{v:,.4g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,.0f}" if isinstance(v, float) else str(v)
-              for key, v in row.items()} for row in rows]  # fmt: skip
+    shown = [
+        {
+            key: f"{v:,.4g}"
+            if isinstance(v, float) and abs(v) < 1000
+            else f"{v:,.0f}"
+            if isinstance(v, float)
+            else str(v)
+            for key, v in row.items()
+        }
+        for row in rows
+    ]
     widths = {key: max(len(key), *(len(row[key]) for row in shown)) for key in shown[0]}
     print("  ".join(key.ljust(width) for key, width in widths.items()))
     for row in shown:

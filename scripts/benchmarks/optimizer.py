@@ -24,7 +24,10 @@ class Both:
     def __init__(self, groups, device):
         matrices = [p for g in groups if g["kind"] == "muon" for p in g["params"]]
         others = [p for g in groups if g["kind"] == "adamw" for p in g["params"]]
-        self.parts = (torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.01, fused=device.type == "cuda"))
+        self.parts = (
+            torch.optim.Muon(matrices, lr=0.02),
+            torch.optim.AdamW(others, lr=0.01, fused=device.type == "cuda"),
+        )
 
     def step(self):
         for part in self.parts:
@@ -37,7 +40,12 @@ class Both:
 
 def state_bytes(optimizer):
     """Bytes of all state tensors."""
-    return sum(v.numel() * v.element_size() for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
+    return sum(
+        v.numel() * v.element_size()
+        for values in optimizer.state.values()
+        for v in values.values()
+        if torch.is_tensor(v)
+    )
 
 
 def measure(depth, name, build, device, args):
@@ -56,7 +64,13 @@ def measure(depth, name, build, device, args):
         torch.cuda.reset_peak_memory_stats()
     ms = median_ms(optimizer.step, device, warmup=3, repeats=args.repeats, inner=args.inner)
     extra = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else float("nan")
-    row = {"depth": depth, "optimizer": name, "ms": ms, "state GiB": state_bytes(optimizer) / 2**30, "temporary GiB": extra}
+    row = {
+        "depth": depth,
+        "optimizer": name,
+        "ms": ms,
+        "state GiB": state_bytes(optimizer) / 2**30,
+        "temporary GiB": extra,
+    }
     del model, optimizer, groups
     gc.collect()
     if device.type == "cuda":
@@ -87,15 +101,21 @@ def shares(depth, world, vocab_size):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.bench optimizer", description=__doc__)
-    parser.add_argument("--depth", type=int, action="append", help="layers of the model whose parameters are stepped (default 4)")
+    parser.add_argument(
+        "--depth", type=int, action="append", help="layers of the model whose parameters are stepped (default 4)"
+    )
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
     parser.add_argument("--repeats", type=int, default=7, help="timings, of which the median counts")
     parser.add_argument("--inner", type=int, default=5, help="steps in a timing")
-    parser.add_argument("--ranks", type=int, action="append", help="measure the state's memory on so many CPU processes, nothing else")
+    parser.add_argument(
+        "--ranks", type=int, action="append", help="measure the state's memory on so many CPU processes, nothing else"
+    )
     parser.add_argument("--json", help="also write the figures there")
     args = parser.parse_args(argv)
     if args.ranks:
-        report([shares(depth, world, args.vocab_size) for depth in args.depth or [4] for world in args.ranks], args.json)
+        report(
+            [shares(depth, world, args.vocab_size) for depth in args.depth or [4] for world in args.ranks], args.json
+        )
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds = {"MuonAdamW": lambda groups: MuonAdamW(groups)}

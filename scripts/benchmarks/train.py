@@ -9,12 +9,14 @@ from itertools import cycle
 import torch
 
 from nanochat_hf import NanochatForCausalLM, kernels
-from nanochat_hf.attention import choose_attention, set_attention
+from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.machine.accelerator import build_accelerator
+from nanochat_hf.machine.attention import choose_attention, set_attention
+from nanochat_hf.machine.peaks import peak_flops
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
-from nanochat_hf.runtime import build_accelerator, peak_flops
 from nanochat_hf.scaling import accumulation_steps, flops_per_token, model_config
-from nanochat_hf.schedules import muon_momentum
-from nanochat_hf.trainer import Trainer
+from nanochat_hf.training.schedules import muon_momentum
+from nanochat_hf.training.trainer import Trainer
 from scripts.benchmarks.measure import peak_memory, report, wait
 
 
@@ -29,7 +31,9 @@ class RandomTokens:
     def __init__(self, vocab, rows, positions, document, pin):
         generator = torch.Generator().manual_seed(0)
         batches = [self.batch(vocab, rows, positions, document, generator) for _ in range(self.distinct)]
-        self.batches = [{key: value.pin_memory() if pin else value for key, value in batch.items()} for batch in batches]
+        self.batches = [
+            {key: value.pin_memory() if pin else value for key, value in batch.items()} for batch in batches
+        ]
 
     @staticmethod
     def batch(vocab, rows, positions, document, generator):
@@ -87,7 +91,7 @@ def measure(depth, rows, args):
     device = accelerator.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    attention, _ = choose_attention(device, args.attn)
+    attention, _ = choose_attention(device, args.attn, cudnn=cudnn_attention)
     config = model_config(depth, args.vocab_size, args.positions)
     with device:
         model = NanochatForCausalLM(config)
@@ -101,7 +105,9 @@ def measure(depth, rows, args):
         return 1.0
 
     batches = RandomTokens(args.vocab_size, rows, args.positions, args.document, device.type == "cuda")
-    update = Timed(optimizer, "step", device)  # before Accelerate wraps it, whose scaler calls the method that it finds then
+    update = Timed(
+        optimizer, "step", device
+    )  # before Accelerate wraps it, whose scaler calls the method that it finds then
     trainer = Trainer(accelerator, model, optimizer, batches, num_steps=args.steps + 2, schedule=schedule)
     start, first, marks = time.perf_counter(), [], []
 
@@ -119,12 +125,22 @@ def measure(depth, rows, args):
     tokens = args.total_batch_size
     peak = peak_flops(device)
     figures = {
-        "depth": depth, "rows": rows, "dtype": args.dtype, "attention": attention, "documents": args.document, "compiled": args.compile, "kernels": args.kernels,
-        "tok/s": tokens / seconds, "step ms": seconds * 1e3, "fwd+bwd ms": seconds * 1e3 - updates, "optimizer ms": updates,
+        "depth": depth,
+        "rows": rows,
+        "dtype": args.dtype,
+        "attention": attention,
+        "documents": args.document,
+        "compiled": args.compile,
+        "kernels": args.kernels,
+        "tok/s": tokens / seconds,
+        "step ms": seconds * 1e3,
+        "fwd+bwd ms": seconds * 1e3 - updates,
+        "optimizer ms": updates,
         "mfu": flops_per_token(model, args.positions) * tokens / seconds / peak if peak else float("nan"),
-        "peak GiB": peak_memory(device) or float("nan"), "first step s": first[0],
+        "peak GiB": peak_memory(device) or float("nan"),
+        "first step s": first[0],
         "overflowed": trainer.state.overflowed,
-    }  # fmt: skip
+    }
     if args.profile:
         profile(trainer, batches, depth)
     del trainer, model, optimizer, update
@@ -143,8 +159,12 @@ def profile(trainer, batches, depth):
     with trainer.kept_sums() as trainer.kept, torch.profiler.profile(activities=activities) as run:
         trainer.step([batch for _, batch in micro])
         wait(trainer.accelerator.device)
-    on_device = [e for e in run.key_averages() if e.self_device_time_total and e.device_type != torch.autograd.DeviceType.CPU]
-    kernels_run = [e for e in on_device if not e.is_user_annotation]  # the optimizer's is the sum of kernels counted already
+    on_device = [
+        e for e in run.key_averages() if e.self_device_time_total and e.device_type != torch.autograd.DeviceType.CPU
+    ]
+    kernels_run = [
+        e for e in on_device if not e.is_user_annotation
+    ]  # the optimizer's is the sum of kernels counted already
     total = sum(e.self_device_time_total for e in kernels_run)
     print(f"one step of depth {depth}: {total / 1e3:.1f} ms of kernels")
     for event in sorted(kernels_run, key=lambda e: -e.self_device_time_total)[:40]:
@@ -154,19 +174,37 @@ def profile(trainer, batches, depth):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.bench train", description=__doc__)
-    parser.add_argument("--depth", type=int, action="append", help="layers; give it several times for several models (default 4)")
-    parser.add_argument("--rows", type=int, action="append", help="rows of a micro-batch, one for each --depth (default 32)")
+    parser.add_argument(
+        "--depth", type=int, action="append", help="layers; give it several times for several models (default 4)"
+    )
+    parser.add_argument(
+        "--rows", type=int, action="append", help="rows of a micro-batch, one for each --depth (default 32)"
+    )
     parser.add_argument("--positions", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--total-batch-size", type=int, default=524288, help="tokens of an optimizer step")
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
-    parser.add_argument("--document", type=int, default=0, help="mean tokens of a packed document, kept apart by the mask; 0: no mask")
-    parser.add_argument("--attn", default="auto", help="attention kernel, as in training: auto, flex_attention, flash_attention_2 to 4, sdpa, ...")
-    parser.add_argument("--dtype", default="bfloat16", help="autocast precision, or float8: bfloat16 with float8 products")
+    parser.add_argument(
+        "--document", type=int, default=0, help="mean tokens of a packed document, kept apart by the mask; 0: no mask"
+    )
+    parser.add_argument(
+        "--attn",
+        default="auto",
+        help="attention kernel, as in training: auto, flex_attention, flash_attention_2 to 4, sdpa, ...",
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="autocast precision, or float8: bfloat16 with float8 products"
+    )
     parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: ignore the accelerator")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA)")
-    parser.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="fused kernels (default: where they run)")
-    parser.add_argument("--baseline", action="store_true", help="measure the plain formulas too, before: uncompiled, SDPA under masks")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA)"
+    )
+    parser.add_argument(
+        "--kernels", action=argparse.BooleanOptionalAction, default=None, help="fused kernels (default: where they run)"
+    )
+    parser.add_argument(
+        "--baseline", action="store_true", help="measure the plain formulas too, before: uncompiled, SDPA under masks"
+    )
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--json", help="also write the figures there")
     args = parser.parse_args(argv)
@@ -177,13 +215,23 @@ def main(argv=None):
     if args.compile is None:
         args.compile = args.device == "auto" and torch.cuda.is_available()
     if args.kernels is None:
-        args.kernels = args.device == "auto" and kernels.available(torch.device("cuda" if torch.cuda.is_available() else "cpu"))[0]
+        args.kernels = (
+            args.device == "auto" and kernels.available(torch.device("cuda" if torch.cuda.is_available() else "cpu"))[0]
+        )
     if args.dtype == "float8" and not args.kernels:
-        parser.error("--dtype float8 is made of kernels; drop --no-kernels, or use --dtype bfloat16 where there are none")
+        parser.error(
+            "--dtype float8 is made of kernels; drop --no-kernels, or use --dtype bfloat16 where there are none"
+        )
     depths = args.depth or [4]
     rows = args.rows or [32]
     rows = rows * len(depths) if len(rows) == 1 else rows
-    plain = {"compile": False, "kernels": False, "attn": "sdpa", "dtype": "bfloat16" if args.dtype == "float8" else args.dtype, "profile": False}
+    plain = {
+        "compile": False,
+        "kernels": False,
+        "attn": "sdpa",
+        "dtype": "bfloat16" if args.dtype == "float8" else args.dtype,
+        "profile": False,
+    }
     ways = [argparse.Namespace(**vars(args) | plain)] * args.baseline + [args]
     report([measure(depth, n, way) for depth, n in zip(depths, rows, strict=True) for way in ways], args.json)
 

@@ -13,17 +13,20 @@ from itertools import cycle, islice
 
 import numpy as np
 
-from nanochat_hf import NanochatForCausalLM, runtime
-from nanochat_hf.attention import choose_attention, set_attention
-from nanochat_hf.callbacks import CollectGarbage, Log
-from nanochat_hf.collate import PackingCollator
-from nanochat_hf.loading import ahead
+from nanochat_hf import NanochatForCausalLM
+from nanochat_hf.data.collate import PackingCollator
+from nanochat_hf.data.packing import plan_rows
+from nanochat_hf.data.workers import ahead
+from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.machine.accelerator import build_accelerator, on_cuda
+from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
-from nanochat_hf.packing import plan_rows
 from nanochat_hf.scaling import accumulation_steps, flops_per_token, model_config
-from nanochat_hf.schedules import muon_momentum
-from nanochat_hf.stopping import StopSignal
-from nanochat_hf.trainer import Trainer
+from nanochat_hf.training.callbacks.garbage import CollectGarbage
+from nanochat_hf.training.callbacks.log import Log
+from nanochat_hf.training.schedules import muon_momentum
+from nanochat_hf.training.stopping import StopSignal
+from nanochat_hf.training.trainer import Trainer
 from scripts.benchmarks.measure import report, wait
 
 
@@ -35,7 +38,10 @@ class Documents:
     def __init__(self, vocab_size, rows, positions):
         rng = np.random.default_rng(0)
         lengths = np.clip(rng.lognormal(5.3, 0.8, 200 + 20 * rows), 8, positions + 1).astype(int).tolist()
-        self.documents = [{"ids": rng.integers(vocab_size, size=n, dtype=np.int32), "mask": (rng.random(n) < 0.35).astype(np.uint8)} for n in lengths]
+        self.documents = [
+            {"ids": rng.integers(vocab_size, size=n, dtype=np.int32), "mask": (rng.random(n) < 0.35).astype(np.uint8)}
+            for n in lengths
+        ]
         self.plan, self.rows = plan_rows(lengths, positions + 1), rows
         self.collate, self.epoch, self.waited = PackingCollator(positions, 0), 0.0, 0.0
         self.made = ahead(self.collated())
@@ -69,9 +75,9 @@ class Counted:
 
 
 def build(args, accelerator):
-    """A Trainer as scripts/training.py wires it, but for evaluation and saving, which are work of their own."""
+    """A Trainer as training/run.py wires it, but for evaluation and saving, which are work of their own."""
     device = accelerator.device
-    attention, _ = choose_attention(device, args.attn)
+    attention, _ = choose_attention(device, args.attn, cudnn=cudnn_attention)
     with device:
         model = NanochatForCausalLM(model_config(args.depth, args.vocab_size, args.positions))
     set_attention(model, attention)
@@ -81,11 +87,23 @@ def build(args, accelerator):
         return 1e-3
 
     trainer = Trainer(
-        accelerator, model, MuonAdamW(build_param_groups(model)), Documents(args.vocab_size, args.rows, args.positions), num_steps=3 + args.rounds * args.steps,
-        schedule=schedule, stop=StopSignal(accelerator), norms_every=args.log_every,
-    )  # fmt: skip
+        accelerator,
+        model,
+        MuonAdamW(build_param_groups(model)),
+        Documents(args.vocab_size, args.rows, args.positions),
+        num_steps=3 + args.rounds * args.steps,
+        schedule=schedule,
+        stop=StopSignal(accelerator),
+        norms_every=args.log_every,
+    )
     folder = tempfile.mkdtemp()
-    log = Log(trainer, description="bench", flops_per_token=flops_per_token(model, args.positions), every=args.log_every, output_dir=folder)
+    log = Log(
+        trainer,
+        description="bench",
+        flops_per_token=flops_per_token(model, args.positions),
+        every=args.log_every,
+        output_dir=folder,
+    )
     trainer.callbacks = [Counted(log), Counted(CollectGarbage())]
     return trainer
 
@@ -103,14 +121,19 @@ def bare(trainer, batches, steps):
 def measure(args):
     """Rounds of both, in turns → rows of the table."""
     accumulation = accumulation_steps(args.total_batch_size, args.rows, args.positions, 1)
-    accelerator = runtime.build_accelerator(accumulation, dtype=args.dtype, compile=args.compile)
+    accelerator = build_accelerator(accumulation, dtype=args.dtype, compile=args.compile)
     device, trainer = accelerator.device, build(args, accelerator)
     some = list(islice(trainer.batches.collated(), Documents.distinct))
     borders = trainer.raw_model.base_model.document_borders
-    batches = cycle([
-        ({k: v.to(device) for k, v in b.items()} | borders(b["position_ids"], device), trainer.accumulation * int((b["shift_labels"] != -100).sum()))
-        for b in some
-    ])  # fmt: skip
+    batches = cycle(
+        [
+            (
+                {k: v.to(device) for k, v in b.items()} | borders(b["position_ids"], device),
+                trainer.accumulation * int((b["shift_labels"] != -100).sum()),
+            )
+            for b in some
+        ]
+    )
     seconds, waited, called = {"trainer": [], "bare": []}, [], []
     for number in range(args.rounds + 1):  # the first compiles and is not counted
         steps = args.steps if number else 3
@@ -140,7 +163,9 @@ def table(args, accumulation, seconds, waited, called):
         "forward, backward, optimizer alone": least,
         "the rest: loader, moving, logging, Accelerate": whole - least,
         "… of it the host waited for the loader": statistics.median(waited),
-        "… of it the host was in callbacks": statistics.median(called),  # where a log entry waits for the device, that time is the step's own
+        "… of it the host was in callbacks": statistics.median(
+            called
+        ),  # where a log entry waits for the device, that time is the step's own
     }
     spread = f"{min(pairs):.1%} to {max(pairs):.1%} over {len(pairs)} rounds of {args.steps} steps"
     return [{"what": what, "ms a step": ms, "share": f"{ms / whole:.2%}"} for what, ms in figures.items()], spread
@@ -156,16 +181,24 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=20, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each, in turns; the median counts")
     parser.add_argument("--log-every", type=int, default=10, help="steps between log entries")
-    parser.add_argument("--attn", default="auto", help="attention kernel, as in training: auto, flex_attention, flash_attention_2 to 4, sdpa, ...")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="autocast precision")
+    parser.add_argument(
+        "--attn",
+        default="auto",
+        help="attention kernel, as in training: auto, flex_attention, flash_attention_2 to 4, sdpa, ...",
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="autocast precision"
+    )
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: ignore the accelerator")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA)")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA)"
+    )
     parser.add_argument("--json", help="also write the figures there")
     args = parser.parse_args(argv)
     if args.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "1"
     if args.compile is None:
-        args.compile = runtime.on_cuda()
+        args.compile = on_cuda()
     rows, spread = measure(args)
     report(rows, args.json)
     print(f"the rest, round by round: {spread}")

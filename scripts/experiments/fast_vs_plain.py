@@ -55,8 +55,9 @@ def compare(runs):
         gaps = [abs(a - b) / a for a, b in zip(losses["fast"], values, strict=False)]
         print(
             f"{name:<7} first loss {values[0]:.4f}, mean of the last {LAST} {at_end[name]:.4f} ({at_end[name] / at_end['fast'] - 1:+.3%} of fast's); "
-            f"one step differs by {statistics.median(gaps):.3%} (median), {max(gaps):.3%} (most); bpb {runs[name]['bpb'][-1][1]:.4f}", flush=True,
-        )  # fmt: skip
+            f"one step differs by {statistics.median(gaps):.3%} (median), {max(gaps):.3%} (most); bpb {runs[name]['bpb'][-1][1]:.4f}",
+            flush=True,
+        )
 
 
 def draw(runs, path):

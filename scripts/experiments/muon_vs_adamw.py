@@ -20,8 +20,8 @@ import torch
 
 from nanochat_hf import scaling
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.runtime import peak_flops
-from nanochat_hf.tracking import read_metrics
+from nanochat_hf.machine.peaks import peak_flops
+from nanochat_hf.training.tracking import read_metrics
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,36 @@ class ExperimentConfig:
     data: str = field(metadata={"help": "training text, as base_train's --data"})
     validation: str = field(metadata={"help": "validation text"})
     output: str = field(metadata={"help": "folder for the runs, results.json and the plot"})
-    phase: str = field(default="full", metadata={"help": "lr-search: short AdamW runs, one for each lr; full: Muon and the best AdamW; plot"})
-    tokenizer: str | None = field(default=None, metadata={"help": "folder of the tokenizer (default: trained on the data first)"})
+    phase: str = field(
+        default="full",
+        metadata={"help": "lr-search: short AdamW runs, one for each lr; full: Muon and the best AdamW; plot"},
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "folder of the tokenizer (default: trained on the data first)"}
+    )
     vocab_size: int = field(default=32768, metadata={"help": "tokens of the tokenizer trained here"})
     depth: int = field(default=16, metadata={"help": "layers"})
-    minutes: float = field(default=5.1, metadata={"help": "length of a full run at the expected MFU, where --num-steps is not given"})
+    minutes: float = field(
+        default=5.1, metadata={"help": "length of a full run at the expected MFU, where --num-steps is not given"}
+    )
     mfu: float = field(default=0.45, metadata={"help": "expected MFU, by which --minutes becomes a number of steps"})
     num_steps: int | None = field(default=None, metadata={"help": "optimizer steps of a full run"})
-    search_fraction: float = field(default=0.25, metadata={"help": "length of the lr search's runs, as a share of a full one"})
-    lrs: list[float] = field(default_factory=lambda: [0.001, 0.002, 0.004, 0.008], metadata={"help": "AdamW's --matrix-lr to try"})
-    adamw_lr: float | None = field(default=None, metadata={"help": "AdamW's --matrix-lr of the full run (default: the best one found)"})
+    search_fraction: float = field(
+        default=0.25, metadata={"help": "length of the lr search's runs, as a share of a full one"}
+    )
+    lrs: list[float] = field(
+        default_factory=lambda: [0.001, 0.002, 0.004, 0.008], metadata={"help": "AdamW's --matrix-lr to try"}
+    )
+    adamw_lr: float | None = field(
+        default=None, metadata={"help": "AdamW's --matrix-lr of the full run (default: the best one found)"}
+    )
     adamw_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay"})
     max_seq_len: int = field(default=2048, metadata={"help": "positions of a row"})
     device_batch_size: int = field(default=16, metadata={"help": "rows a GPU takes at once"})
     total_batch_size: int = field(default=131072, metadata={"help": "tokens of an optimizer step"})
-    warmup: float = field(default=0.02, metadata={"help": "share of the run that warms up, in both arms, since AdamW suffers without"})
+    warmup: float = field(
+        default=0.02, metadata={"help": "share of the run that warms up, in both arms, since AdamW suffers without"}
+    )
     num_workers: int = field(default=4, metadata={"help": "data workers of each run"})
     seed: int = field(default=0, metadata={"help": "seed of every run"})
     limit_minutes: float = field(default=9.3, metadata={"help": "after so long runs are asked to save and stop"})
@@ -83,7 +98,9 @@ def steps_in(config):
         raise ValueError("the peak FLOP/s of this machine is unknown, so --minutes says nothing; give --num-steps")
     model = scaling.skeleton(scaling.model_config(config.depth, config.vocab_size, config.max_seq_len))
     flops = scaling.flops_per_token(model, config.max_seq_len)
-    return scaling.training_horizon(0, flops, config.total_batch_size, target_flops=config.minutes * 60 * config.mfu * peak)
+    return scaling.training_horizon(
+        0, flops, config.total_batch_size, target_flops=config.minutes * 60 * config.mfu * peak
+    )
 
 
 def search_arms(config, steps):
@@ -115,9 +132,19 @@ def train_tokenizer(config, output):
     folder = output / "tokenizer"
     if not folder.is_dir():
         subprocess.run(
-            [sys.executable, "-m", "scripts.tok_train", "--data", config.data, "--vocab-size", str(config.vocab_size), "--output", str(folder)],
+            [
+                sys.executable,
+                "-m",
+                "scripts.tok_train",
+                "--data",
+                config.data,
+                "--vocab-size",
+                str(config.vocab_size),
+                "--output",
+                str(folder),
+            ],
             check=True,
-        )  # fmt: skip
+        )
     return str(folder)
 
 
@@ -125,12 +152,28 @@ def command(config, name, differing, tokenizer):
     """The base_train command of one arm."""
     steps = differing["num_steps"]
     flags = {
-        "data": config.data, "validation": config.validation, "tokenizer": tokenizer, "output_dir": Path(config.output) / name,
-        "depth": config.depth, "max_seq_len": config.max_seq_len, "device_batch_size": config.device_batch_size,
-        "total_batch_size": config.total_batch_size, "packing": "keep", "num_workers": config.num_workers, "seed": config.seed,
-        "dtype": "bfloat16", "warmup_steps": round(config.warmup * steps), "eval_every": max(1, steps // 12), "sample_every": 0,
-    } | differing  # fmt: skip
-    return [sys.executable, "-m", "scripts.base_train", *(str(p) for key, value in flags.items() for p in (f"--{key.replace('_', '-')}", value))]
+        "data": config.data,
+        "validation": config.validation,
+        "tokenizer": tokenizer,
+        "output_dir": Path(config.output) / name,
+        "depth": config.depth,
+        "max_seq_len": config.max_seq_len,
+        "device_batch_size": config.device_batch_size,
+        "total_batch_size": config.total_batch_size,
+        "packing": "keep",
+        "num_workers": config.num_workers,
+        "seed": config.seed,
+        "dtype": "bfloat16",
+        "warmup_steps": round(config.warmup * steps),
+        "eval_every": max(1, steps // 12),
+        "sample_every": 0,
+    } | differing
+    return [
+        sys.executable,
+        "-m",
+        "scripts.base_train",
+        *(str(p) for key, value in flags.items() for p in (f"--{key.replace('_', '-')}", value)),
+    ]
 
 
 def run_all(config, arms, tokenizer, started):
@@ -142,7 +185,9 @@ def run_all(config, arms, tokenizer, started):
             while waiting and free:
                 name, gpu = waiting.pop(0), free.pop(0)
                 running[name] = launch(config, name, arms[name], tokenizer, gpu if cuda else None), gpu
-                print(f"{time.monotonic() - started:.0f} s: {name} starts on {'GPU' if cuda else 'CPU'} {gpu}", flush=True)
+                print(
+                    f"{time.monotonic() - started:.0f} s: {name} starts on {'GPU' if cuda else 'CPU'} {gpu}", flush=True
+                )
             time.sleep(0.5)
             over = time.monotonic() - started > config.limit_minutes * 60
             for name, (process, gpu) in list(running.items()):
@@ -167,15 +212,21 @@ def run_all(config, arms, tokenizer, started):
 def launch(config, name, differing, tokenizer, gpu):
     """Start one arm, on the GPU of that number; its output goes into OUTPUT/name.log."""
     shutil.rmtree(Path(config.output) / name, ignore_errors=True)
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+    environment = (
+        os.environ | {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+    )
     with (Path(config.output) / f"{name}.log").open("w") as log:
-        return subprocess.Popen(command(config, name, differing, tokenizer), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(
+            command(config, name, differing, tokenizer), stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
 
 
 def finish(config, name, code):
     """What is left of an arm: its metrics and, of a full run, the model; the short runs' weights go."""
     if code not in (0, 143):
-        raise ValueError(f"{name} failed with exit code {code}: {last_line(config, name)}; see {config.output}/{name}.log")
+        raise ValueError(
+            f"{name} failed with exit code {code}: {last_line(config, name)}; see {config.output}/{name}.log"
+        )
     if config.phase == "lr-search":
         for folder in (Path(config.output) / name).glob("*/"):
             shutil.rmtree(folder)
@@ -191,14 +242,23 @@ def summary(folder, name, flags):
     """Figures of one arm from its metrics.jsonl: bpb as [step, bpb] pairs, medians over the log entries behind the first two."""
     entries = read_metrics(folder / "metrics.jsonl")
     settled = [e for e in entries if "train/loss" in e][2:] or [e for e in entries if "train/loss" in e]
-    median = {key: statistics.median(e[f"train/{key}"] for e in settled) for key in ("tokens_per_second", "mfu") if f"train/{key}" in settled[0]}
+    median = {
+        key: statistics.median(e[f"train/{key}"] for e in settled)
+        for key in ("tokens_per_second", "mfu")
+        if f"train/{key}" in settled[0]
+    }
     return {
-        "name": name, "matrix_lr": flags.get("matrix_lr"), "num_steps": flags["num_steps"], "tokens": settled[-1]["train/tokens"],
-        "epochs": settled[-1]["train/epoch"], "seconds": settled[-1]["train/seconds"],
+        "name": name,
+        "matrix_lr": flags.get("matrix_lr"),
+        "num_steps": flags["num_steps"],
+        "tokens": settled[-1]["train/tokens"],
+        "epochs": settled[-1]["train/epoch"],
+        "seconds": settled[-1]["train/seconds"],
         "bpb": [[e["step"], e["val/bpb"]] for e in entries if "val/bpb" in e],
         "loss": [[e["step"], e["train/loss"]] for e in entries if "train/loss" in e],
-        "peak_memory_gib": max((e.get("train/peak_memory_gib", 0.0) for e in settled), default=0.0), **median,
-    }  # fmt: skip
+        "peak_memory_gib": max((e.get("train/peak_memory_gib", 0.0) for e in settled), default=0.0),
+        **median,
+    }
 
 
 def table(runs):
@@ -208,8 +268,9 @@ def table(runs):
         print(
             f"{run['name']:<18} {run['bpb'][-1][1]:.4f} bpb at the end, {best:.4f} at best; {run['tokens'] / 1e6:.1f} M tokens "
             f"({run['epochs']:.1f} epochs) in {run['seconds']:.0f} s; {run['tokens_per_second']:,.0f} tok/s, {mfu}, "
-            f"peak {run['peak_memory_gib']:.1f} GiB", flush=True,
-        )  # fmt: skip
+            f"peak {run['peak_memory_gib']:.1f} GiB",
+            flush=True,
+        )
 
 
 def draw(found, path, config):
@@ -222,13 +283,23 @@ def draw(found, path, config):
         if phase == "full":
             for run in found[phase]:
                 label = "Muon" if run["matrix_lr"] is None else f"AdamW, lr {run['matrix_lr']:g}"
-                axes.plot([s * config.total_batch_size / 1e6 for s, _ in run["bpb"][1:]], [b for _, b in run["bpb"][1:]], marker=".", label=label)
+                axes.plot(
+                    [s * config.total_batch_size / 1e6 for s, _ in run["bpb"][1:]],
+                    [b for _, b in run["bpb"][1:]],
+                    marker=".",
+                    label=label,
+                )
             axes.set(title=f"d{config.depth}, validation", xlabel="million tokens", ylabel="bits per byte")
             axes.legend()
         else:
             runs = sorted(found[phase], key=lambda run: run["matrix_lr"])
             axes.plot([r["matrix_lr"] for r in runs], [r["bpb"][-1][1] for r in runs], marker="o")
-            axes.set(title=f"AdamW, {runs[0]['num_steps']} steps", xlabel="--matrix-lr", ylabel="last bits per byte", xscale="log")
+            axes.set(
+                title=f"AdamW, {runs[0]['num_steps']} steps",
+                xlabel="--matrix-lr",
+                ylabel="last bits per byte",
+                xscale="log",
+            )
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     print(f"plot in {path}", flush=True)

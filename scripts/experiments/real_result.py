@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from nanochat_hf.config import parse, read_recipe, user_errors
-from nanochat_hf.tracking import read_metrics
+from nanochat_hf.training.tracking import read_metrics
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ARMS = {"masked": (), "reference": ("--train-on-all-tokens", "true", "--isolate", "false")}
@@ -38,16 +38,26 @@ class ResultConfig:
 
     model: str = field(metadata={"help": "folder of the base model (runs/base/final)"})
     output_dir: str = field(metadata={"help": "folder for the two runs, their answers and result.md"})
-    data_root: str = field(default="../shared/data", metadata={"help": "folder that holds what recipes/sft_local.yaml and eval_local.yaml name"})
+    data_root: str = field(
+        default="../shared/data",
+        metadata={"help": "folder that holds what recipes/sft_local.yaml and eval_local.yaml name"},
+    )
     num_steps: int = field(default=100, metadata={"help": "optimizer steps of each fine-tuning"})
     max_seq_len: int = field(default=1024, metadata={"help": "positions of a row"})
     device_batch_size: int = field(default=32, metadata={"help": "rows taken at once"})
-    total_batch_size: int | None = field(default=None, metadata={"help": "tokens of an optimizer step (default: four micro-batches)"})
+    total_batch_size: int | None = field(
+        default=None, metadata={"help": "tokens of an optimizer step (default: four micro-batches)"}
+    )
     eval_batches: int = field(default=8, metadata={"help": "micro-batches of validation data"})
-    tasks: str = field(default="gsm8k,arc_easy,arc_challenge,mmlu,spelling_bee", metadata={"help": "tasks to evaluate, of eval_local.yaml"})
+    tasks: str = field(
+        default="gsm8k,arc_easy,arc_challenge,mmlu,spelling_bee",
+        metadata={"help": "tasks to evaluate, of eval_local.yaml"},
+    )
     limit: int = field(default=200, metadata={"help": "questions of each task"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
-    jobs: int | None = field(default=None, metadata={"help": "programs at a time, dealt to the GPUs in turn (default: one a GPU)"})
+    jobs: int | None = field(
+        default=None, metadata={"help": "programs at a time, dealt to the GPUs in turn (default: one a GPU)"}
+    )
     init_lr_frac: float = field(default=1.0, metadata={"help": "factor on every learning rate of both fine-tunings"})
 
 
@@ -79,15 +89,23 @@ class Jobs:
         return said
 
     def _call(self, name, command, device, asked):
-        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"} | ({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})
+        environment = (
+            os.environ
+            | {"TOKENIZERS_PARALLELISM": "false"}
+            | ({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})
+        )
         log = self.folder / f"{name}.log"
         with log.open("a") as file:
             print(f"$ python {' '.join(command)}", file=file, flush=True)
-            done = subprocess.run([sys.executable, *command], env=environment, input=asked, text=True, stdout=subprocess.PIPE, stderr=file)
+            done = subprocess.run(
+                [sys.executable, *command], env=environment, input=asked, text=True, stdout=subprocess.PIPE, stderr=file
+            )
             file.write(done.stdout)
         if done.returncode:
             last = log.read_text().strip().splitlines()[-12:]
-            raise ValueError(f"{name}: python {' '.join(command[:6])} … ended with {done.returncode}; {log} ends: {' | '.join(last)}")
+            raise ValueError(
+                f"{name}: python {' '.join(command[:6])} … ended with {done.returncode}; {log} ends: {' | '.join(last)}"
+            )
         return done.stdout
 
 
@@ -99,7 +117,10 @@ def main(argv=None):
     mixture, tasks = (localised(name, config, folder) for name in ("sft_local.yaml", "eval_local.yaml"))
     jobs, start = Jobs(folder, config.jobs), time.perf_counter()
     # the fine-tunings first: they take longest
-    runs = {arm: jobs.run(arm, *fine_tuning(config, arm, flags, mixture, tasks, folder, jobs)) for arm, flags in ARMS.items()}
+    runs = {
+        arm: jobs.run(arm, *fine_tuning(config, arm, flags, mixture, tasks, folder, jobs))
+        for arm, flags in ARMS.items()
+    }
     runs["base"] = jobs.run("base", ("evaluation", evaluation(config, config.model, tasks, folder / "base.json"), None))
     said = {name: future.result() for name, future in runs.items()}
     figures = {name: accuracies(folder / f"{name}.json") for name in COLUMNS}
@@ -110,7 +131,9 @@ def main(argv=None):
     text = "\n".join([f"{config}", "", *table(figures), "", *transcripts({arm: said[arm][2:] for arm in ARMS})])
     (folder / "result.md").write_text(text + "\n")
     (folder / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"{text}\n\n{time.perf_counter() - start:.0f} s in all; written: {folder / 'result.md'}, {folder / 'result.json'}")
+    print(
+        f"{text}\n\n{time.perf_counter() - start:.0f} s in all; written: {folder / 'result.md'}, {folder / 'result.json'}"
+    )
 
 
 def localised(name, config, folder):
@@ -132,12 +155,37 @@ def fine_tuning(config, arm, flags, mixture, tasks, folder, jobs):
     shape = [config.device_batch_size, config.max_seq_len]
     model = str(folder / arm / "final")
     train = [
-        *jobs.launch, "-m", "scripts.chat_sft", "--config", mixture, "--model", config.model, "--output-dir", str(folder / arm),
-        "--num-steps", config.num_steps, "--device-batch-size", shape[0], "--max-seq-len", shape[1],
-        "--total-batch-size", config.total_batch_size or 4 * shape[0] * shape[1], "--eval-every", max(1, config.num_steps // 2),
-        "--eval-batches", config.eval_batches, "--log-every", max(1, config.num_steps // 20), "--init-lr-frac", config.init_lr_frac, *flags,
-    ]  # fmt: skip
-    talk = [("conversation", ["-m", "scripts.chat_cli", "--model", model], "".join(f"{line}\n" for line in asked)) for asked in CONVERSATIONS]
+        *jobs.launch,
+        "-m",
+        "scripts.chat_sft",
+        "--config",
+        mixture,
+        "--model",
+        config.model,
+        "--output-dir",
+        str(folder / arm),
+        "--num-steps",
+        config.num_steps,
+        "--device-batch-size",
+        shape[0],
+        "--max-seq-len",
+        shape[1],
+        "--total-batch-size",
+        config.total_batch_size or 4 * shape[0] * shape[1],
+        "--eval-every",
+        max(1, config.num_steps // 2),
+        "--eval-batches",
+        config.eval_batches,
+        "--log-every",
+        max(1, config.num_steps // 20),
+        "--init-lr-frac",
+        config.init_lr_frac,
+        *flags,
+    ]
+    talk = [
+        ("conversation", ["-m", "scripts.chat_cli", "--model", model], "".join(f"{line}\n" for line in asked))
+        for asked in CONVERSATIONS
+    ]
     return [
         ("fine-tuning", [str(part) for part in train], None),
         ("evaluation", evaluation(config, model, tasks, folder / f"{arm}.json"), None),
@@ -148,15 +196,33 @@ def fine_tuning(config, arm, flags, mixture, tasks, folder, jobs):
 def evaluation(config, model, tasks, output):
     """The command that answers the tasks' questions with `model`."""
     return [
-        "-m", "scripts.chat_eval", "--config", tasks, "--tasks", config.tasks, "--model", model, "--limit", str(config.limit),
-        "--dtype", "bfloat16", "--max-new-tokens", str(config.max_new_tokens), "--output", str(output),
-    ]  # fmt: skip
+        "-m",
+        "scripts.chat_eval",
+        "--config",
+        tasks,
+        "--tasks",
+        config.tasks,
+        "--model",
+        model,
+        "--limit",
+        str(config.limit),
+        "--dtype",
+        "bfloat16",
+        "--max-new-tokens",
+        str(config.max_new_tokens),
+        "--output",
+        str(output),
+    ]
 
 
 def accuracies(path):
     """{"mmlu, % of 200": 24.5, …, "ChatCORE of these": 0.05} from the file that chat_eval wrote."""
     found = json.loads(path.read_text())
-    core = {"ChatCORE of these tasks": round(found["chatcore_of_these_tasks"]["value"], 4)} if "chatcore_of_these_tasks" in found else {}
+    core = (
+        {"ChatCORE of these tasks": round(found["chatcore_of_these_tasks"]["value"], 4)}
+        if "chatcore_of_these_tasks" in found
+        else {}
+    )
     return {f"{task['name']}, % of {task['total']}": round(100 * task["accuracy"], 1) for task in found["tasks"]} | core
 
 
@@ -167,10 +233,13 @@ def measured(path):
     rates = sorted(entry["train/tokens_per_second"] for entry in entries if "train/tokens_per_second" in entry)
     last = [entry for entry in entries if "train/tokens" in entry][-1]
     return {
-        "bpb before": round(bpb[0], 4), "bpb on conversations, assistant's tokens": round(bpb[-1], 4),
-        "steps": last["step"], "tokens": last["train/tokens"], "tokens/s, median": round(rates[len(rates) // 2]),
+        "bpb before": round(bpb[0], 4),
+        "bpb on conversations, assistant's tokens": round(bpb[-1], 4),
+        "steps": last["step"],
+        "tokens": last["train/tokens"],
+        "tokens/s, median": round(rates[len(rates) // 2]),
         "seconds of training, compilation included": round(last["train/seconds"]),
-    }  # fmt: skip
+    }
 
 
 def table(figures):
@@ -178,7 +247,9 @@ def table(figures):
     rows = list(dict.fromkeys(key for column in figures.values() for key in column))
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
     shown = {row: [figures[name].get(row, "") for name in COLUMNS] for row in rows}
-    return lines + [f"| {row} | " + " | ".join(f"{v:,}" if v != "" else "" for v in values) + " |" for row, values in shown.items()]
+    return lines + [
+        f"| {row} | " + " | ".join(f"{v:,}" if v != "" else "" for v in values) + " |" for row, values in shown.items()
+    ]
 
 
 def transcripts(said):

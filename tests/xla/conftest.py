@@ -14,16 +14,27 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 WORDS = "the cat sat on a mat and the dog ran far away from a house with one red door while birds sang songs over green hills".split()
-LAUNCH = (str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(ROOT / "accelerate_configs/tpu.yaml"), "-m")
+LAUNCH = (
+    str(Path(sys.executable).parent / "accelerate"),
+    "launch",
+    "--config_file",
+    str(ROOT / "accelerate_configs/tpu.yaml"),
+    "-m",
+)
 
 
 def run(*command, xla=True, timeout=600):
     """Run `python *command` from the repository on XLA, or plainly on the CPU; returns what it printed, and fails if it fails."""
     command = command if command[0] == LAUNCH[0] else (sys.executable, *command)
     done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=os.environ | {"USE_TORCH_XLA": "true" if xla else "false"}, timeout=timeout,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=os.environ | {"USE_TORCH_XLA": "true" if xla else "false"},
+        timeout=timeout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
@@ -52,7 +63,15 @@ def data(tmp_path_factory):
 
 
 STEPS = 20
-SHAPE = dict(max_seq_len=64, device_batch_size=2, total_batch_size=256, num_steps=STEPS, log_every=1, eval_every=10, eval_batches=2)
+SHAPE = dict(
+    max_seq_len=64,
+    device_batch_size=2,
+    total_batch_size=256,
+    num_steps=STEPS,
+    log_every=1,
+    eval_every=10,
+    eval_batches=2,
+)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +84,12 @@ def base_flags(data):
 @pytest.fixture(scope="session")
 def base(data, base_flags):
     """The folder of a base run on XLA, float32 with float32 products in Muon."""
-    run("tests/xla/exact_products.py", "scripts.base_train", *base_flags, *flags(output_dir=data / "base", dtype="float32"))
+    run(
+        "tests/xla/exact_products.py",
+        "scripts.base_train",
+        *base_flags,
+        *flags(output_dir=data / "base", dtype="float32"),
+    )
     return data / "base"
 
 

@@ -8,20 +8,30 @@ import torch
 import torch_xla
 import torch_xla.debug.metrics as metrics
 from accelerate import Accelerator
-from conftest import flags, run
 from torch.utils.data import DataLoader
 
-from nanochat_hf import NanochatConfig, NanochatForCausalLM, checkpoint, runtime
-from nanochat_hf.attention import choose_attention
-from nanochat_hf.collate import PackingCollator
+from nanochat_hf import NanochatConfig, NanochatForCausalLM
+from nanochat_hf.data.collate import PackingCollator
+from nanochat_hf.machine import xla
+from nanochat_hf.machine.accelerator import build_accelerator
+from nanochat_hf.machine.attention import choose_attention
+from nanochat_hf.machine.xla import packed_masks
 from nanochat_hf.optim import MuonAdamW, OptimizerConfig, build_param_groups
 from nanochat_hf.optim.muon import orthogonalize
-from nanochat_hf.runtime import build_accelerator, packed_masks
-from nanochat_hf.stopping import StopSignal
 from nanochat_hf.tokenizer import load_tokenizer
-from nanochat_hf.trainer import Trainer
+from nanochat_hf.training import checkpoint
+from nanochat_hf.training.stopping import StopSignal
+from nanochat_hf.training.trainer import Trainer
+from tests.xla.conftest import flags, run
 
-CONFIG = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32, pad_token_id=0)
+CONFIG = dict(
+    vocab_size=128,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+    pad_token_id=0,
+)
 
 
 def counted():
@@ -54,7 +64,7 @@ def batches(rows_each=2):
 
 def test_nothing_compiles_after_the_warm_up(data, sft_flags, monkeypatch, tmp_path):
     """30 steps of the script with accumulation, evaluation and logging every 5: from step 10 on every program is an old one."""
-    from scripts import chat_sft
+    from nanochat_hf.cli import chat_sft
 
     before, after, step = {}, {}, Trainer.step
 
@@ -65,7 +75,9 @@ def test_nothing_compiles_after_the_warm_up(data, sft_flags, monkeypatch, tmp_pa
         return info
 
     monkeypatch.setattr(Trainer, "step", observed)
-    arguments = sft_flags + flags(output_dir=tmp_path, num_steps=30, log_every=5, eval_every=5, save_every=0, warmdown_ratio=0.5, matrix_lr=0.01)
+    arguments = sft_flags + flags(
+        output_dir=tmp_path, num_steps=30, log_every=5, eval_every=5, save_every=0, warmdown_ratio=0.5, matrix_lr=0.01
+    )
     monkeypatch.setattr(sys, "argv", ["chat_sft", *arguments])
     with pytest.raises(SystemExit) as ended:
         chat_sft.main()
@@ -95,7 +107,9 @@ def test_accumulation_may_change_without_compiling():
     assert trainer.fit().step == 30
     assert counted()[0] == warm
     assert trainer.optimizer.optimizer.skipped_steps == 0
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and {p.device.type for p in model.parameters()} == {"xla"}
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and {p.device.type for p in model.parameters()} == {
+        "xla"
+    }
 
 
 def test_counts_and_the_stop_are_reduced_on_the_device(monkeypatch):
@@ -125,7 +139,9 @@ def test_autocast_and_muon_multiply_in_bfloat16():
     products = [line for line in text.splitlines() if " dot(" in line]
     assert products and all("= bf16[" in line for line in products)
     matrices = torch.randn(3, 8, 16, device=accelerator.device)
-    products = [line for line in torch_xla._XLAC._get_xla_tensors_hlo([orthogonalize(matrices)]).splitlines() if " dot(" in line]
+    products = [
+        line for line in torch_xla._XLAC._get_xla_tensors_hlo([orthogonalize(matrices)]).splitlines() if " dot(" in line
+    ]
     assert len(products) == 15 and all("= bf16[" in line for line in products)
     torch_xla.sync()
 
@@ -156,7 +172,12 @@ def test_masks_are_those_of_transformers():
     batch = next(batches(4))
     expected = model(**batch, use_cache=False).logits
     masks = packed_masks(model.config, batch["position_ids"])
-    assert not torch.equal(masks["full_attention"], masks["sliding_attention"]) and masks["full_attention"].shape == (4, 1, 32, 32)
+    assert not torch.equal(masks["full_attention"], masks["sliding_attention"]) and masks["full_attention"].shape == (
+        4,
+        1,
+        32,
+        32,
+    )
     torch.testing.assert_close(model(**batch, attention_mask=masks, use_cache=False).logits, expected)
     prepared = accelerator.prepare(model)
     ours = prepared(**{key: value.to(accelerator.device) for key, value in batch.items()}, use_cache=False).logits
@@ -171,22 +192,32 @@ def test_the_flash_kernel_gets_documents_as_segments(monkeypatch):
 
     def stand_in(q, k, v, causal=False, q_segment_ids=None, kv_segment_ids=None, sm_scale=1.0):
         calls.append((q.shape, k.shape, q_segment_ids.dtype, causal))
-        seen = (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]).unsqueeze(1) & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        seen = (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]).unsqueeze(1) & torch.ones(
+            q.shape[2], q.shape[2], dtype=torch.bool
+        ).tril()
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=sm_scale)
 
     monkeypatch.setattr(custom_kernel, "flash_attention", stand_in)
-    monkeypatch.setattr(runtime, "is_torch_xla_available", lambda check_is_tpu=False: True)
-    monkeypatch.setattr(runtime, "find_spec", lambda name: True)
-    model = NanochatForCausalLM(NanochatConfig(**CONFIG | dict(max_position_embeddings=128, num_key_value_heads=1))).eval()
+    monkeypatch.setattr(xla, "is_torch_xla_available", lambda check_is_tpu=False: True)
+    monkeypatch.setattr(xla, "find_spec", lambda name: True)
+    model = NanochatForCausalLM(
+        NanochatConfig(**CONFIG | dict(max_position_embeddings=128, num_key_value_heads=1))
+    ).eval()
     generator = torch.Generator().manual_seed(1)
-    packed = [[{"ids": torch.randint(1, 128, (n,), generator=generator).tolist()} for n in (50, 30, 40)] for _ in range(2)]
+    packed = [
+        [{"ids": torch.randint(1, 128, (n,), generator=generator).tolist()} for n in (50, 30, 40)] for _ in range(2)
+    ]
     batch = PackingCollator(128, pad_token_id=0)(packed)
     expected = model(**batch, use_cache=False).logits
     assert choose_attention(torch.device("xla"))[0] == "pallas"
     model.set_attn_implementation("pallas")
     masks = packed_masks(model.config, batch["position_ids"])
-    torch.testing.assert_close(model(**batch, attention_mask=masks, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
-    assert calls == [((2, 2, 128, 32), (2, 2, 128, 32), torch.int32, True)], "the layer without a window, and that alone"
+    torch.testing.assert_close(
+        model(**batch, attention_mask=masks, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4
+    )
+    assert calls == [((2, 2, 128, 32), (2, 2, 128, 32), torch.int32, True)], (
+        "the layer without a window, and that alone"
+    )
 
 
 def test_attention_without_a_tpu():
@@ -199,7 +230,14 @@ def test_attention_without_a_tpu():
 def test_saves_with_prepared_and_unprepared_loaders(prepared, data, tmp_path):
     accelerator, model, optimizer = small_model("float32")
     loader = DataLoader(rows(24), batch_size=2, collate_fn=PackingCollator(32, pad_token_id=0))
-    trainer = Trainer(accelerator, model, optimizer, accelerator.prepare(loader) if prepared else loader, num_steps=2, schedule=lambda *_: 1.0)
+    trainer = Trainer(
+        accelerator,
+        model,
+        optimizer,
+        accelerator.prepare(loader) if prepared else loader,
+        num_steps=2,
+        schedule=lambda *_: 1.0,
+    )
     trainer.fit()
     folder = checkpoint.save(trainer, tmp_path, load_tokenizer(data / "tokenizer"), {})
     saved = {name: value.cpu() for name, value in model.state_dict().items()}
@@ -216,7 +254,9 @@ import os, sys
 os.environ["XLA_FLAGS"] += f" --xla_cpu_enable_concurrency_optimized_scheduler=false --xla_dump_to={sys.argv[2]} --xla_dump_hlo_as_text"
 import torch
 from nanochat_hf import NanochatConfig, NanochatForCausalLM
-from nanochat_hf.runtime import build_accelerator, enable_checkpointing, mark_step
+from nanochat_hf.machine.accelerator import build_accelerator
+from nanochat_hf.machine import xla
+from nanochat_hf.machine.xla import enable_checkpointing, mark_step
 torch.manual_seed(0)
 accelerator = build_accelerator(1, dtype="float32")
 model = NanochatForCausalLM(NanochatConfig(vocab_size=64, hidden_size=64, num_hidden_layers=6, num_attention_heads=2, max_position_embeddings=128))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCH, ROOT, STEPS, flags, run
 from safetensors.torch import load_file
 
-from nanochat_hf.tracking import read_metrics
+from nanochat_hf.training.tracking import read_metrics
+from tests.xla.conftest import LAUNCH, ROOT, STEPS, flags, run
 
 PLAIN = Path(os.environ.get("PLAIN_PYTHON", ROOT / ".venv/bin/python")).absolute()
 GREET = """
@@ -48,12 +48,24 @@ def apart(ours, expected):
 
 @pytest.fixture(scope="session")
 def cpu_exact(data, sft_flags):
-    run("tests/xla/exact_products.py", "scripts.chat_sft", *sft_flags, *flags(output_dir=data / "cpu", dtype="float32"), xla=False)
+    run(
+        "tests/xla/exact_products.py",
+        "scripts.chat_sft",
+        *sft_flags,
+        *flags(output_dir=data / "cpu", dtype="float32"),
+        xla=False,
+    )
     return data / "cpu"
 
 
 def test_base_training_has_the_curve_of_the_cpu(data, base, base_flags):
-    run("tests/xla/exact_products.py", "scripts.base_train", *base_flags, *flags(output_dir=data / "b", dtype="float32"), xla=False)
+    run(
+        "tests/xla/exact_products.py",
+        "scripts.base_train",
+        *base_flags,
+        *flags(output_dir=data / "b", dtype="float32"),
+        xla=False,
+    )
     assert apart(losses(base), losses(data / "b")).max() < 1e-4
     torch.testing.assert_close(evaluations(base), evaluations(data / "b"), rtol=1e-4, atol=0)
     assert losses(base)[-1] < losses(base)[0] - 0.1
@@ -69,7 +81,9 @@ def test_bfloat16_stays_within_its_noise(data, launched, sft_flags, cpu_exact):
     # the noise: how far bfloat16 on the CPU strays from float32, of which XLA's other order of rounding may be thrice
     run("-m", "scripts.chat_sft", *sft_flags, *flags(output_dir=data / "cpu-bf16", dtype="bfloat16"), xla=False)
     noise, ours = (apart(losses(folder), losses(cpu_exact)) for folder in (data / "cpu-bf16", launched))
-    print(f"from float32 on the CPU: bfloat16 on the CPU {noise.mean():.1e}, on XLA {ours.mean():.1e} (mean), {ours.max():.1e} (most)")
+    print(
+        f"from float32 on the CPU: bfloat16 on the CPU {noise.mean():.1e}, on XLA {ours.mean():.1e} (mean), {ours.max():.1e} (most)"
+    )
     assert 0 < ours.mean() < 3 * noise.mean() and ours.max() < 0.05
 
 
@@ -82,22 +96,31 @@ def test_master_weights_stay_float32(launched):
 
 def test_resumes_exactly(data, launched, sft_flags):
     """Started by the launcher, gone on without it, from the checkpoint of step 10."""
-    printed = run("-m", "scripts.chat_sft", *sft_flags, *flags(output_dir=data / "on", resume=launched / "checkpoint-000010"))
+    printed = run(
+        "-m", "scripts.chat_sft", *sft_flags, *flags(output_dir=data / "on", resume=launched / "checkpoint-000010")
+    )
     assert f"at step 10 of {STEPS}" in printed
     whole, resumed = (load_file(folder / "final" / "model.safetensors") for folder in (launched, data / "on"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    state, other = (torch.load(folder / "checkpoint-000020" / "optimizer.pt")["optimizer"]["state"] for folder in (launched, data / "on"))
+    state, other = (
+        torch.load(folder / "checkpoint-000020" / "optimizer.pt")["optimizer"]["state"]
+        for folder in (launched, data / "on")
+    )
     assert all(torch.equal(value, other[i][key]) for i, values in state.items() for key, value in values.items())
 
 
 def test_the_export_generates_here_and_in_a_plain_venv(launched, tmp_path):
-    here = subprocess.run([sys.executable, "-c", GREET, launched / "final"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    here = subprocess.run(
+        [sys.executable, "-c", GREET, launched / "final"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
     assert here.stdout.startswith("[")
     if not PLAIN.exists():
         pytest.skip(f"no plain venv at {PLAIN}")
     absent = subprocess.run([PLAIN, "-c", "import torch_xla"], capture_output=True, text=True)
     assert "No module named 'torch_xla'" in absent.stderr
-    there = subprocess.run([PLAIN, "-c", GREET, launched / "final"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    there = subprocess.run(
+        [PLAIN, "-c", GREET, launched / "final"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
     assert there.stdout == here.stdout
 
 

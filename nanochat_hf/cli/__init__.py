@@ -1,0 +1,1 @@
+"""The commands: each parses its flags, builds what they name, and starts it."""

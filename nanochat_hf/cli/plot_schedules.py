@@ -1,0 +1,60 @@
+"""Draw the schedules of a run, or print them as a table: python -m scripts.plot_schedules --num-steps 3000 --output docs/schedules.png"""
+
+import argparse
+from pathlib import Path
+
+from nanochat_hf.training import schedules
+
+
+def curves(num_steps: int, points: int = 200) -> dict[str, list[tuple[float, float]]]:
+    """Each schedule as (progress, value) pairs of a run of `num_steps` steps; `curves(10, 2)` gives progress 0 and 1."""
+    grid = [i / (points - 1) for i in range(points)]
+    return {
+        "base learning rate": [(x, schedules.base_lr(x)) for x in grid],
+        "SFT learning rate": [(x, schedules.sft_lr(x)) for x in grid],
+        "Muon momentum": [(x, schedules.muon_momentum(round(x * num_steps))) for x in grid],
+        "base weight decay": [(x, schedules.weight_decay(x)) for x in grid],
+    }
+
+
+def draw(series: dict[str, list[tuple[float, float]]], num_steps: int, path: Path) -> None:
+    """Write the curves as an image, in the format that the file's ending names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), constrained_layout=True)
+    for name, points in series.items():
+        axes.plot([x * num_steps for x, _ in points], [y for _, y in points], label=name)
+    axes.set(xlabel="step", ylabel="multiplier; momentum as it is", ylim=(0, 1.05))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=120)
+
+
+def table(series: dict[str, list[tuple[float, float]]]) -> str:
+    """The curves as text: one row per progress, one column per schedule."""
+    rows = ["progress  " + "  ".join(series)]
+    for points in zip(*series.values(), strict=True):
+        values = "  ".join(f"{y:>{len(name)}.3f}" for name, (_, y) in zip(series, points, strict=True))
+        rows.append(f"{points[0][0]:>8.2f}  {values}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the schedules of a run.")
+    parser.add_argument("--num-steps", type=int, default=1000, help="optimizer steps of the run")
+    parser.add_argument("--output", type=Path, help="image to write (png, svg, pdf); without it a table is printed")
+    args = parser.parse_args()
+    if args.num_steps < 1:
+        parser.error(f"--num-steps {args.num_steps} must be at least 1")
+    if args.output is None:
+        print(table(curves(args.num_steps, points=11)))
+        return
+    draw(curves(args.num_steps), args.num_steps, args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Batches made ahead of the step that takes them: by a thread here, or by DataLoader workers."""
+
+import atexit
+import queue
+import threading
+import weakref
+from itertools import islice
+
+import torch
+
+_running = weakref.WeakSet()
+
+
+class _Ahead:
+    """A thread that puts the items of an iterable into a bounded queue until it is told to stop."""
+
+    def __init__(self, items, depth, pin):
+        self.items, self.pin = items, pin
+        self.queue, self.stopping = queue.Queue(depth), threading.Event()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        _running.add(self)
+        self.thread.start()
+
+    def _work(self):
+        try:
+            for item in self.items:
+                if not self._put((item if not self.pin else pinned(item), None)):
+                    return
+            self._put((None, StopIteration()))
+        except BaseException as error:  # raised again where the items are taken
+            self._put((None, error))
+        finally:
+            if hasattr(self.items, "close"):
+                self.items.close()
+
+    def _put(self, entry):
+        while not self.stopping.is_set():
+            try:
+                self.queue.put(entry, timeout=0.05)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def stop(self):
+        """End the thread; what it made and nobody took is lost."""
+        self.stopping.set()
+        if self.thread is not threading.current_thread():
+            self.thread.join()
+
+
+@atexit.register
+def _stop_all():
+    # a thread inside torch while the interpreter goes down aborts the process
+    for ahead in list(_running):
+        ahead.stop()
+
+
+def pinned(item):
+    """Tensors of a (nested) dict, tuple or list in page-locked memory, so that `.to(device, non_blocking=True)` does not wait."""
+    if isinstance(item, torch.Tensor):
+        return item.pin_memory()
+    if isinstance(item, dict):
+        return {key: pinned(value) for key, value in item.items()}
+    return type(item)(map(pinned, item)) if isinstance(item, tuple | list) else item
+
+
+def ahead(items, depth=2, pin=None):
+    """The items of a generator, made up to `depth` ahead by a thread and pinned where there is a GPU; depth 0: made when asked for.
+
+    list(ahead(iter([1, 2]))) → [1, 2]. An exception of the generator is raised here, behind the items before it.
+    """
+    if not depth:
+        yield from items
+        return
+    worker = _Ahead(items, depth, torch.cuda.is_available() if pin is None else pin)
+    try:
+        while True:
+            item, error = worker.queue.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        worker.stop()
+
+
+def same(item):
+    """The collate function of a loader whose data set makes whole batches."""
+    return item
+
+
+def quiet_worker(_):
+    """Workers are the parallelism: the tokenizer's own threads would only take cores from one another."""
+    import os
+
+    # a group of their own: Ctrl-C, and a SIGTERM to the whole group, would end them before the trainer has saved
+    os.setpgid(0, 0)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+
+
+def worker_loader(dataset, *, num_workers, collate=same, batch_sampler=None, prefetch=2):
+    """A DataLoader of `num_workers` processes that each keep `prefetch` batches ready, pinned where there is a GPU."""
+    batching = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
+    return torch.utils.data.DataLoader(
+        dataset,
+        **batching,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=max(1, prefetch),
+        worker_init_fn=quiet_worker,
+    )
+
+
+def plain_errors(loader):
+    """The items of a DataLoader; a worker's ValueError or OSError says its own line again, without the traceback that torch puts into it."""
+    try:
+        yield from loader
+    except (ValueError, OSError) as error:
+        head, traceback, told = str(error).rpartition("Traceback (most recent call last):")
+        if not traceback or not head.startswith("Caught"):
+            raise
+        # frames are indented, the message follows them behind the kind of the error
+        message = [line for line in told.splitlines() if line and not line.startswith(" ")]
+        raise ValueError(" ".join(message).partition(": ")[2]) from None
+
+
+def first(batches, count):
+    """The first `count` items of an iterable as a list; what it had running ends."""
+    made = iter(batches)
+    try:
+        return list(islice(made, count))
+    finally:
+        made.close()

@@ -1,0 +1,1 @@
+"""What lands on the Hub: models, data sets and their cards."""

@@ -1,0 +1,149 @@
+"""A data set as training uses it, published: validated conversations or text, tokenised beside it, in parquet shards with a card."""
+
+from itertools import chain
+from pathlib import Path
+
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from nanochat_hf.conversation import encode_plain, render
+from nanochat_hf.data.documents import conversations
+from nanochat_hf.data.sources import load_source
+
+from .card import KEEP_END, KEEP_START, WRITTEN, kept_text, public
+
+SHARD_BYTES = 500_000_000  # the size that the Hub's own viewer and the streaming readers like best
+
+
+def tokenised_rows(source, tokenizer=None, *, kind="chat", text_column="text"):
+    """Rows of `source` (SourceConfig) for publishing.
+
+    chat: {"messages": […]} and, with a tokenizer, "input_ids" and "assistant_masks" (1 where the assistant's own tokens are), equally long.
+    text: {"text": …} and "input_ids", which begin with <|bos|>. ValueError names a malformed row or a missing column.
+    """
+    if kind == "chat":
+        for conversation in conversations(source):
+            row = {"messages": conversation["messages"]}
+            if tokenizer:
+                row["input_ids"], row["assistant_masks"] = render(tokenizer, conversation)
+            yield row
+        return
+    rows = load_source(source)
+    if text_column not in rows[0]:
+        raise ValueError(f"{source.path}: no column {text_column!r}; it has {', '.join(rows[0])}")
+    for row in rows:
+        entry = {"text": row[text_column]}
+        if tokenizer:
+            entry["input_ids"] = [tokenizer.bos_token_id, *encode_plain(tokenizer, row[text_column])]
+        yield entry
+
+
+def write_dataset(splits, folder, *, shard_bytes=SHARD_BYTES):
+    """{"train": rows, …} → folder/data/SPLIT-00000-of-00001.parquet …; returns {split: {"rows", "tokens", "trained"}}.
+
+    Documents are taken one shard at a time; conversations are held in memory, as training holds them. ValueError for an empty split.
+    """
+    data = Path(folder) / "data"
+    data.mkdir(parents=True)
+    return {split: _write_split(split, iter(rows), data, shard_bytes) for split, rows in splits.items()}
+
+
+def _write_split(split, rows, data, shard_bytes):
+    from datasets import Dataset
+
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{split}: no rows to publish; check the source's start and rows")
+    rows = chain([first], rows)
+    if "messages" in first:
+        rows = list(rows)
+    features, count, shard, size, shards = _features(first, rows), {"rows": 0, "tokens": 0, "trained": 0}, [], 0, []
+
+    def close():
+        shards.append(data / f"{split}-{len(shards):05d}.parquet")
+        Dataset.from_list(shard, features=features).to_parquet(shards[-1])
+
+    for row in rows:
+        shard.append(row)
+        size += len(str(row.get("messages") or row.get("text"))) + 5 * len(row.get("input_ids", ()))
+        count["rows"] += 1
+        count["tokens"] += len(row.get("input_ids", ()))
+        count["trained"] += sum(row.get("assistant_masks", ()))
+        if size >= shard_bytes:
+            close()
+            shard, size = [], 0
+    if shard:
+        close()
+    for path in shards:  # the names that the Hub's own tools give, with the number of shards
+        path.rename(path.with_stem(f"{path.stem}-of-{len(shards):05d}"))
+    return count
+
+
+def _features(first, rows):
+    """The same columns for every shard, whatever its rows happen to hold."""
+    from datasets import Features, List, Value
+
+    columns = {"input_ids": List(Value("int32")), "assistant_masks": List(Value("int8")), "text": Value("string")}
+    if (
+        "messages" in first
+    ):  # contents are text or parts with tool calls; Arrow has no such union, datasets keeps it as JSON
+        mixed = any(isinstance(message["content"], list) for row in rows for message in row["messages"])
+        if mixed:
+            from datasets import Json  # not in the oldest version that training runs with
+        columns["messages"] = List({"role": Value("string"), "content": Json() if mixed else Value("string")})
+    return Features({name: columns[name] for name in first})
+
+
+def dataset_card(repo_id, counts, *, kind, tokenizer_name=None, sources=(), license=None, language=None, existing=None):
+    """The card as a string; text between the marks, licence and language of the `existing` card stay."""
+    own = DatasetCard(existing, ignore_metadata_errors=True).data.to_dict() if existing else {}
+    data = DatasetCardData(
+        license=license or own.get("license") or "other",
+        language=language or own.get("language") or "en",
+        task_categories=["text-generation"],
+        tags=["nanochat", "nanochat_hf", kind],
+        configs=[
+            {"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*.parquet"} for s in counts]}
+        ],
+    )
+    lines = [f"| {s} | {c['rows']:,} | {c['tokens']:,} | {c['trained']:,} |" for s, c in counts.items()]
+    script = f"accelerate launch -m scripts.chat_sft --model MODEL --data {repo_id} --output-dir runs/sft"
+    if kind == "text":
+        script = (
+            f"accelerate launch -m scripts.base_train --tokenizer TOKENIZER --data {repo_id} --output-dir runs/base"
+        )
+    columns = {
+        "chat": "`messages`: role and content, where an assistant's content may be parts with tool calls",
+        "text": "`text`",
+    }[kind]
+    if tokenizer_name:
+        columns += f"; `input_ids` by the tokenizer {public(tokenizer_name)}"
+        columns += (
+            ", `assistant_masks`: 1 on the tokens that the assistant says"
+            if kind == "chat"
+            else ", beginning with `<|bos|>`"
+        )
+    made_of = f"\n\nMade of: {', '.join(f'`{public(s)}`' for s in sources)}." if sources else ""
+    return f"""---
+{data.to_yaml()}
+---
+
+# {repo_id.split("/")[-1]}
+
+{KEEP_START}
+{kept_text(existing)}
+{KEEP_END}
+
+{WRITTEN}
+
+{"Conversations" if kind == "chat" else "Documents"} as nanochat_hf trains on them. Columns: {columns}.{made_of}
+
+| split | rows | tokens | trained tokens |
+| --- | --- | --- | --- |
+{chr(10).join(lines)}
+
+Train on it by name:
+
+```bash
+{script}
+```
+"""

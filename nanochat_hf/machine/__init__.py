@@ -1,0 +1,1 @@
+"""The machine below a run: device, precision, processes, compilation, and everything that only XLA needs."""

@@ -1,0 +1,15 @@
+"""What a device can do: dense bf16 FLOP/s, and memory."""
+
+import torch
+
+from nanochat_hf.scaling import peak_of
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s of the device, or None where unknown (then no MFU is printed)."""
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def device_memory(device):
+    """GiB of a CUDA device."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30

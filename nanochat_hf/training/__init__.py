@@ -1,0 +1,1 @@
+"""The engine: a run, its loop, its checkpoints and its schedules."""

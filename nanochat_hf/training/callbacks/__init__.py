@@ -1,0 +1,1 @@
+"""What happens during training beside the steps; each callback owns its cadence."""

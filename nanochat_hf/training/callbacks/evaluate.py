@@ -1,0 +1,70 @@
+"""Bits per byte on validation data during training."""
+
+from nanochat_hf.evals.bpb import evaluate_bpb
+from nanochat_hf.interop.folder import export
+from nanochat_hf.machine.accelerator import agree, sum_over_ranks
+from nanochat_hf.machine.weights import whole_weights
+from nanochat_hf.machine.xla import step_by_step
+from nanochat_hf.training.tracking import MetricsFile, say
+
+from .base import due, evaluating
+
+EVAL_TOKENS = 8192  # positions whose float32 logits an evaluation holds at a time: 1 GiB at 32,768 tokens of vocabulary
+
+
+def pieces(batches, tokens=EVAL_TOKENS):
+    """The same rows in batches of at most `tokens` positions (one row at least)."""
+    for batch in batches:
+        rows = max(1, tokens // batch["input_ids"].shape[1])
+        for start in range(0, len(batch["input_ids"]), rows):
+            yield {key: value[start : start + rows] for key, value in batch.items()}
+
+
+class Evaluate:
+    """Bits per byte on fixed validation batches, every `every` steps and at the end; keeps the minimum, and its model in `best_dir`."""
+
+    def __init__(self, batches, token_bytes, tokenizer, *, every, output_dir=None, best_dir=None):
+        self.batches, self.token_bytes, self.tokenizer, self.every, self.output_dir = (
+            batches,
+            token_bytes,
+            tokenizer,
+            every,
+            output_dir,
+        )
+        self.best, self.last, self.first, self.best_dir = float("inf"), float("nan"), None, best_dir
+
+    def remember(self, entries):
+        """Take over what a resumed run measured before: its entries of metrics.jsonl, as read_metrics gives them. The main process's count."""
+        values = [entry["val/bpb"] for entry in entries if "val/bpb" in entry]
+        if values:
+            self.first, self.best = values[0], min(values)
+
+    def run(self, trainer):
+        """Evaluate now; returns bpb, equal on all ranks."""
+        with evaluating(trainer) as model:
+            batches = step_by_step(model.device, pieces(self.batches))
+            self.last = evaluate_bpb(model, batches, self.token_bytes, reduce=sum_over_ranks(trainer.accelerator))
+        self.first = self.last if self.first is None else self.first
+        accelerator, step = trainer.accelerator, trainer.state.step
+        if self.last > 1.02 * self.best:
+            say(
+                accelerator,
+                f"warning: step {step}: validation rose to {self.last:.4f} bpb from {self.best:.4f}; the run may be diverging",
+            )
+        better, self.best = self.last < self.best, min(self.best, self.last)
+        accelerator.log({"val/bpb": self.last}, step=step)
+        if accelerator.is_main_process:
+            MetricsFile(f"{self.output_dir}/metrics.jsonl" if self.output_dir else None).write(
+                step=step, **{"val/bpb": self.last}
+            )
+        say(accelerator, f"step {step}: validation {self.last:.4f} bpb")
+        # only the main process knows what was measured before a resume, and gathering split weights needs all of them
+        if self.best_dir and agree(accelerator, better and accelerator.is_main_process) and step:
+            weights = whole_weights(trainer.raw_model)
+            if accelerator.is_main_process:
+                export(trainer.raw_model, self.tokenizer, self.best_dir, weights)
+        return self.last
+
+    def __call__(self, trainer, info):
+        if due(info.step, self.every) or info.step == trainer.num_steps:
+            self.run(trainer)

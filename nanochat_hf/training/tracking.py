@@ -1,0 +1,137 @@
+"""Numbers of a run: smoothed loss, throughput, the console's progress, metrics.jsonl and what is logged once."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+class Ema:
+    """Exponential moving average, debiased: Ema(0.9).update(3.0) → 3.0."""
+
+    def __init__(self, beta=0.9):
+        self.beta, self.value, self.weight = beta, 0.0, 0.0
+
+    def update(self, x):
+        """Take x in; returns the debiased average."""
+        self.value = self.beta * self.value + (1 - self.beta) * x
+        self.weight = self.beta * self.weight + (1 - self.beta)
+        return self.average
+
+    @property
+    def average(self):
+        """The debiased average, NaN before the first update."""
+        return self.value / self.weight if self.weight else float("nan")
+
+
+class MetricsFile:
+    """Appends one JSON object a line to `path`; None writes nothing."""
+
+    def __init__(self, path):
+        self.path = Path(path) if path else None
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, **values):
+        """Append `values`."""
+        if self.path:
+            with self.path.open("a") as handle:
+                handle.write(json.dumps(values) + "\n")
+
+    def truncate(self, step):
+        """Forget entries after `step`: a resumed run writes them again."""
+        if self.path and self.path.is_file():
+            kept = [entry for entry in read_metrics(self.path) if entry.get("step", 0) <= step]
+            shorter = self.path.with_suffix(".tmp")
+            shorter.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            shorter.replace(self.path)  # whole or as it was, whenever a kill comes
+
+
+def read_metrics(path):
+    """metrics.jsonl → list of dicts; a last line that a kill cut short is left out."""
+    entries = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+def say(accelerator, *lines):
+    """Print lines on the main process, above the bar where there is one."""
+    if accelerator.is_main_process:
+        tqdm.write("\n".join(lines))
+        sys.stdout.flush()
+
+
+class Progress:
+    """On a terminal one bar with %, step, figures and ETA; elsewhere a plain line whenever there are new figures. Main process only."""
+
+    def __init__(self, accelerator, total, initial, description):
+        self.total, self.description, self.shown = total, description, accelerator.is_main_process
+        self.terminal = sys.stderr.isatty()
+        self.start, self.initial = time.perf_counter(), initial
+        self.bar = tqdm(
+            total=total,
+            initial=initial,
+            desc=description,
+            unit="step",
+            disable=not (self.shown and self.terminal),
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+
+    def update(self, step, fresh=False, **figures):
+        """Move to `step` and show the given figures; `fresh` says that they are new."""
+        if self.terminal:
+            self.bar.set_postfix(figures, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif fresh and self.shown:
+            left = (time.perf_counter() - self.start) / max(1, step - self.initial) * (self.total - step)
+            text = "  ".join(f"{key} {value}" for key, value in figures.items())
+            print(
+                f"{self.description} step {step}/{self.total} ({step / self.total:.0%})  {text}  eta {left:.0f} s",
+                flush=True,
+            )
+
+    def close(self):
+        """Leave the bar as it is."""
+        self.bar.close()
+
+
+def environment(accelerator):
+    """What else a number depends on: versions, git revision, hardware."""
+    try:
+        revision = (
+            subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5).stdout.strip()
+            or None
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        revision = None
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "git_revision": revision,
+        "device": str(accelerator.device.type),
+        "device_name": torch.cuda.get_device_name(accelerator.device)
+        if cuda
+        else platform.processor() or platform.machine(),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate")},
+    }
+
+
+def wandb_run_id(accelerator):
+    """The id of the running W&B run, by which a resumed run continues it; None without one."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb" and accelerator.is_main_process:
+            return tracker.tracker.id
+    return None

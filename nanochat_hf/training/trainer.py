@@ -1,0 +1,166 @@
+"""The one training loop. It knows no task, no evaluation and no Hub: those are callbacks."""
+
+import time
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import torch
+
+from nanochat_hf import kernels
+from nanochat_hf.machine.xla import as_input, mark_step, reduce_gradients
+from nanochat_hf.optim import gradient_norms
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint must hold of the loop. `tokens` counts positions of all ranks, `seconds` training time only; `skipped` steps had no
+    target, `overflowed` ones a gradient beyond float16 (the scaler leaves them out and halves its scale)."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    overflowed: int = 0
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One finished step: loss (0-d tensor on the device: this rank's share), valid targets of all ranks, lr multiplier.
+
+    `targets` is a 0-d tensor on several XLA devices, whose host never waits for it.
+    """
+
+    step: int
+    loss: torch.Tensor
+    targets: int | torch.Tensor
+    lr_multiplier: float
+    grad_norms: dict | None = None  # of each parameter group, before clipping; only on the steps that are asked for
+
+
+class Trainer:
+    """Takes `accumulation` micro-batches a step from `batches`, until `num_steps`.
+
+    The gradient is that of Σ nll·weight ÷ (valid targets of the step over all micro-batches and ranks), however the rows are split.
+    schedule(optimizer, step) sets lr, momentum and weight decay before the step. Each callback is called with (trainer, info).
+    """
+
+    def __init__(
+        self,
+        accelerator,
+        model,
+        optimizer,
+        batches,
+        *,
+        num_steps,
+        schedule,
+        callbacks=(),
+        max_grad_norm=None,
+        stop=None,
+        norms_every=0,
+    ):
+        self.accelerator, self.batches, self.num_steps, self.schedule = accelerator, batches, num_steps, schedule
+        self.raw_model = model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.accumulation = accelerator.gradient_accumulation_steps
+        self.callbacks, self.max_grad_norm, self.stop, self.norms_every = (
+            list(callbacks),
+            max_grad_norm,
+            stop,
+            norms_every,
+        )
+        self.state, self.stopped = TrainState(), False
+        self.overflows = 0  # overflowed steps in a row until now
+        self.kept = None  # what kernels keep over a step, see kept_sums
+
+    def fit(self):
+        """Train to `num_steps` or until a stop is agreed on; returns the TrainState."""
+        batches = iter(self.batches)
+        self.model.train()
+        with self.kept_sums() as self.kept:
+            while self.state.step < self.num_steps and not self.stopped:
+                info = self.step(list(islice(batches, self.accumulation)))
+                self.stopped = self.stop is not None and self.stop.agreed()
+                for callback in self.callbacks:
+                    callback(self, info)
+        return self.state
+
+    def kept_sums(self):
+        """A context in which kernels, where the model has them, add up gradients over micro-batches themselves and find weights in half precision; with
+        one micro-batch a step there is nothing to gain."""
+        alone = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cuda"
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return kernels.kept_sums(self.raw_model, alone and self.accumulation > 1, half)
+
+    def step(self, micro_batches):
+        """One optimizer step over `micro_batches` (dicts of CPU tensors, see collate.py) → StepInfo."""
+        start = time.perf_counter()
+        if len(micro_batches) < self.accumulation:
+            raise ValueError(
+                f"the data gave {len(micro_batches)} of {self.accumulation} micro-batches; it is shorter than one step"
+            )
+        targets = self._valid_targets(micro_batches)
+        multiplier = self.schedule(self.optimizer, self.state.step)
+        empty = isinstance(targets, int) and targets == 0
+        loss, norms = (torch.zeros(()), None) if empty else self._accumulate(micro_batches, targets)
+        self.state.skipped += empty
+        if self.accelerator.scaler is not None and not empty:
+            self.overflows = self.overflows + 1 if self.optimizer.step_was_skipped else 0
+            self.state.overflowed += self.overflows > 0
+        self.state.step += 1
+        self.state.tokens += sum(b["input_ids"].numel() for b in micro_batches) * self.accelerator.num_processes
+        self.state.seconds += time.perf_counter() - start  # the host's; whoever waits for the device adds that
+        return StepInfo(self.state.step, loss, targets, multiplier, norms)
+
+    def _valid_targets(self, micro_batches):
+        # counted on the host, where the batches still are: one process never waits for its device
+        local = sum(int((b["shift_labels"] != -100).sum()) for b in micro_batches)
+        if self.accelerator.num_processes == 1:
+            return local
+        count = torch.tensor([local], dtype=torch.float64 if self.accelerator.device.type == "cpu" else torch.float32)
+        count = self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum")
+        # the host of an XLA device runs ahead of it: the number stays there, and a step without a target becomes one of zero gradients
+        return count[0].clamp(min=1) if self.accelerator.device.type == "xla" else int(count.item())
+
+    def _accumulate(self, micro_batches, targets):
+        device, total, norms = self.accelerator.device, 0.0, None
+        observed = self.norms_every and (self.state.step + 1) % self.norms_every == 0
+        # backward() divides by the accumulation, DDP by the processes: undo both
+        scale = as_input(self.accumulation * self.accelerator.num_processes / targets, device)
+        targets = as_input(targets, device)
+        if self.kept:
+            self.kept.refresh()
+        for batch in micro_batches:
+            # while positions still lie on the host
+            borders = self.raw_model.base_model.document_borders(batch.get("position_ids"), device)
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()} | borders
+            with self.accelerator.accumulate(self.model):
+                # a sum, divided outside: a compiled model would be compiled anew for every other number of targets
+                loss = self.model(**batch, num_items_in_batch=1).loss
+                self.accelerator.backward(loss * scale)
+                total = total + loss.detach() / targets
+                mark_step(
+                    device
+                )  # programs of XLA: each micro-batch, then the update, so that a change in one compiles one
+                if (
+                    self.accelerator.sync_gradients
+                ):  # on XLA the optimizer's wrapper reduces whenever it is called, complete or not
+                    reduce_gradients(self.accelerator, self.optimizer)
+                    if observed:
+                        scaled = (
+                            1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+                        )  # until step() unscales
+                        norms = {name: norm / scaled for name, norm in gradient_norms(self.optimizer).items()}
+                    if self.max_grad_norm:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad(set_to_none=not self.kept)
+                    mark_step(device)
+        return total, norms
+
+    def state_dict(self):
+        """The loop's own state, JSON-able."""
+        return asdict(self.state)
+
+    def load_state_dict(self, state):
+        """Continue from a state_dict."""
+        self.state = TrainState(**state)

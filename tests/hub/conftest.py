@@ -1,0 +1,3 @@
+"""A Hub on loopback, and a finished run."""
+
+from tests.support.hub import finished, hub, run  # noqa: F401

@@ -1,0 +1,107 @@
+"""Runs a script's main, or a function on each of several ranks, in fresh processes.
+
+A fork server has the heavy imports ready, so that a start takes little. Its children leave by os._exit: in an interpreter that shuts down, gloo's
+threads can still hold tensors, and torch then aborts the process now and then, all work done.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["scripts.chat_sft", "scripts.base_train", "datasets", "torch.distributed"])
+
+
+def _child(module, argv, environment, log, limit):
+    os.environ.update(environment)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    sys.argv = [module, *argv]
+    import torch
+
+    torch.set_num_threads(1)
+    if limit:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    runpy.run_module(module, run_name="__main__")
+
+
+def free_port():
+    """A TCP port that nothing listens on now."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _ranks(rank, world, port):
+    """The environment of one of several ranks; none for one alone."""
+    if world == 1:
+        return {}
+    return {
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _call(rank, function, world, port, args):
+    os.environ.update({"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | _ranks(rank, world, port))
+    import torch
+
+    torch.set_num_threads(1)
+    function(rank, world, *args)
+
+
+def on_ranks(function, world, *args):
+    """`function(rank, world, *args)` in each of `world` processes, whose environment torch.distributed and Accelerate read; raises what one raises."""
+    from torch.multiprocessing import start_processes
+
+    start_processes(_call, args=(function, world, free_port(), args), nprocs=world, start_method="forkserver")
+
+
+class Run:
+    """`world` processes of `python -m module argv` on the CPU; `log` holds what they print."""
+
+    def __init__(self, module, argv, log, world=1, environment=None, limit=None):
+        port = free_port()
+        # many small runs, some of them "endless": compiling each would take half a minute
+        base = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", **(environment or {})}
+        self.log, self.processes = Path(log), []
+        for rank in range(world):
+            own = base | _ranks(rank, world, port)
+            self.processes.append(
+                CONTEXT.Process(target=_child, args=(module, [str(a) for a in argv], own, str(log), limit))
+            )
+            self.processes[-1].start()
+
+    def wait(self, timeout=120):
+        """Exit codes, rank by rank; a run that hangs is killed and fails the test."""
+        for process in self.processes:
+            process.join(timeout)
+        codes = [process.exitcode for process in self.processes]
+        if None in codes:
+            self.kill()
+            raise AssertionError(f"the run did not end; it printed\n{self.text()[-3000:]}")
+        return codes
+
+    def kill(self, number=signal.SIGKILL):
+        """Send a signal to every rank."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def text(self):
+        """All that was printed."""
+        return self.log.read_text() if self.log.exists() else ""
