@@ -233,10 +233,10 @@ def value_range(values: list[Value]) -> str:
 
 
 def number(value: Value) -> str:
-    """A figure as a page shows it: thousands apart, nothing as a dash.
+    """A figure as a page shows it: thousands apart, six digits at most of a fraction, nothing as a dash.
 
-    >>> number(633000), number(1.2013), number(None), number(True)
-    ('633,000', '1.2013', '–', 'yes')
+    >>> number(633000), number(52.0), number(2.011805278), number(None), number(True)
+    ('633,000', '52.0', '2.01181', '–', 'yes')
     """
     if value is None:
         return "–"
@@ -244,7 +244,10 @@ def number(value: Value) -> str:
         return "yes" if value else "no"
     if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 1e4):
         return f"{value:,}"
-    return str(value)
+    if isinstance(value, float):
+        rounded = f"{value:.6g}"
+        return str(value) if float(rounded) == value else rounded
+    return value
 
 
 def unit_text(unit: str | None) -> str:

@@ -67,7 +67,7 @@ def results_page(records: list[Record]) -> str:
         "",
     ]
     lines += [
-        "What did not help: [negative results](negative_results.md). How to make a record: [records](records/README.md).",
+        "What did not help: [negative results](negative_results.md). How to make one: [records](records/README.md).",
         "",
     ]
     header, found = ["claim", "figures", "hardware", "date", "commit", "command"], newest(records)

@@ -1,4 +1,4 @@
-"""A record: what was measured, by which command, on what. A script that measures writes one, `scripts.records` reads it.
+"""A record: what was measured, by which command, on what. Scripts that measure write one, `scripts.records` reads it.
 
 A record is a folder `docs/records/DATE-name/`; docs/records/README.md describes its files. This module knows the three
 that a program can write: `command`, `env.json` and `table.json` (or `metrics.jsonl`). The words in README.md and

@@ -21,8 +21,11 @@ ENVIRONMENT = {
     "variables": {},
     "note": "",
 }
-STEPS = Table("Steps", {"depth": None, "dtype": None, "speed": "tokens/s", "MFU": "%"},
-              [[12, "bfloat16", 633000, 51.4], [12, "bfloat16", 641000, 52.0], [20, "float8", 218600, None]])  # fmt: skip
+STEPS = Table(
+    "Steps",
+    {"depth": None, "dtype": None, "speed": "tokens/s", "MFU": "%"},
+    [[12, "bfloat16", 633000, 51.4], [12, "bfloat16", 641000, 52.0], [20, "float8", 218600, None]],
+)
 WORDS = """
 claims:
 - {claim: Speed at depth 12, topic: Speed, table: steps, where: {depth: 12}, show: [speed, MFU]}
@@ -55,7 +58,8 @@ def test_pages_of_a_small_example(tmp_path, capsys):
     results = (tmp_path / "results.md").read_text()
     row = next(line for line in results.splitlines() if "Speed at depth 12" in line)
     assert row == (
-        "| [Speed at depth 12](records/2026-05-01-steps/README.md) | speed 633,000 to 641,000 tokens/s, MFU 51.4 to 52.0 % "
+        "| [Speed at depth 12](records/2026-05-01-steps/README.md) "
+        "| speed 633,000 to 641,000 tokens/s, MFU 51.4 to 52.0 % "
         "| 2 × NVIDIA H100 80GB | 2026-05-01 | `0123456` | [command](records/2026-05-01-steps/command) |"
     )
     assert "| prefetching into L2 | no gain |" in (tmp_path / "negative_results.md").read_text()
