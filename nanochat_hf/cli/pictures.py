@@ -55,14 +55,13 @@ def muon_vs_adamw(records: Path) -> "Figure":
     """Held-out bits per byte of both optimizers at depth 16, and the search of AdamW's rate."""
     tables = read_record(records / MUON).tables
     figure, (left, right) = _figure(9, 3.6, 2)
-    rows = tables["curves"].dicts()
+    curve, search = tables["curves"], tables["search"]
     for name, color in (("Muon", BLUE), ("AdamW", ORANGE)):
-        left.plot([r["tokens"] for r in rows], [r[name] for r in rows], marker=".", color=color, label=name)
+        left.plot(curve.numbers("tokens"), curve.numbers(name), marker=".", color=color, label=name)
     left.set(title="depth 16, held-out text", xlabel="million tokens", ylabel="bits per byte")
     left.legend(frameon=False)
-    search = tables["search"].dicts()
-    rates = [r["matrix_lr"] for r in search]
-    right.plot(rates, [r["bpb"] for r in search], marker="o", color=ORANGE)
+    rates = search.numbers("matrix_lr")
+    right.plot(rates, search.numbers("bpb"), marker="o", color=ORANGE)
     right.set(title="AdamW after 61 steps", xlabel="learning rate", ylabel="bits per byte", xscale="log")
     right.set_xticks(rates, labels=[f"{rate:g}" for rate in rates])
     right.set_xticks([], minor=True)
@@ -81,8 +80,8 @@ def schedules(records: Path) -> "Figure":
 
 def packing(records: Path) -> "Figure":
     """The same conversations one a row and as `plan_rows` packs them; what is grey is padding."""
-    rows = read_record(records / LENGTHS).tables["lengths"].dicts()
-    lengths = [int(row["length"]) for row in rows]
+    table = read_record(records / LENGTHS).tables["lengths"]
+    rows, lengths = table.dicts(), [int(length) for length in table.numbers("length")]
     plans = {
         "one conversation a row": [[i] for i in range(len(lengths))],
         "packed by plan_rows": plan_rows(lengths, ROW),

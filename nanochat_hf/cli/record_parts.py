@@ -5,15 +5,19 @@ A fault is one line: which record, what is wrong, what to do.
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
 from nanochat_hf.tools.record import Environment, Table, Value, load_tables
 
 SENTENCES = ("Asked", "Found", "Follows")
+Part = TypeVar("Part")
 METRICS = "metrics"  # the name under which a claim takes figures from metrics.jsonl
 
 
@@ -65,21 +69,22 @@ def read_record(folder: Path) -> Record:
     """The record in `folder`. Raises an ExceptionGroup of every Fault in it."""
     faults: list[Exception] = []
 
-    def part(read, *arguments):
+    def part(read: Callable[[], Part]) -> Part | None:
         try:
-            return read(*arguments)
+            return read()
         except Fault as fault:
             faults.append(Fault(f"{folder.name}: {fault}"))
             return None
 
-    title = part(read_title, folder)
-    part(check_command, folder)
-    environment = part(read_environment, folder)
-    tables = part(read_tables, folder)
-    words = part(read_words, folder)
-    for claim in words[0] if words and tables is not None else []:
-        part(claim_text, claim, tables)
-    if faults:
+    title = part(lambda: read_title(folder))
+    part(lambda: check_command(folder))
+    environment = part(lambda: read_environment(folder))
+    tables = part(lambda: read_tables(folder))
+    words = part(lambda: read_words(folder))
+    if words is not None and tables is not None:
+        for claim in words[0]:
+            part(partial(claim_text, claim, tables))
+    if faults or title is None or environment is None or tables is None or words is None:
         raise ExceptionGroup(f"{folder.name} is not whole", faults)
     return Record(folder, title, environment, tables, *words)
 
@@ -226,8 +231,9 @@ def label(name: str) -> str:
 
 def value_range(values: list[Value]) -> str:
     """`[2, 1, 3]` → `1 to 3`; words are listed, each once."""
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        low, high = min(values), max(values)
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) == len(values):
+        low, high = min(numbers), max(numbers)
         return number(low) if low == high else f"{number(low)} to {number(high)}"
     return ", ".join(dict.fromkeys(number(value) for value in values))
 

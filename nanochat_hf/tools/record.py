@@ -69,6 +69,14 @@ class Table:
         """The rows, each as {column: value}."""
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
+    def numbers(self, column: str) -> list[float]:
+        """The values of a column of numbers. ValueError where one is no number."""
+        values = [row[list(self.columns).index(column)] for row in self.rows]
+        numbers = [value for value in values if isinstance(value, int | float)]
+        if len(numbers) < len(values):
+            raise ValueError(f"column {column} of table {self.about!r} holds values that are no numbers; use dicts()")
+        return numbers
+
 
 def table_of(about: str, rows: Sequence[Mapping[str, Value]], units: Mapping[str, str] | None = None) -> Table:
     """A table from rows that are mappings; a column that a row lacks is None there.

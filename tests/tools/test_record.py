@@ -22,6 +22,12 @@ def test_a_table_of_mappings_has_none_where_a_row_lacks_a_column():
     assert table.rows == [["rope", 0.17, None], ["head", None, 8192]]
 
 
+def test_numbers_of_a_column():
+    assert STEPS.numbers("depth") == [12, 20]
+    with pytest.raises(ValueError, match="column speed of table 'Steps' holds values that are no numbers"):
+        STEPS.numbers("speed")
+
+
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="row 1 .* has 1 values for 2 columns; give one value a column"):
         Table("Steps", {"a": None, "b": None}, [[1, 2], [3]])
