@@ -60,7 +60,8 @@ def accelerate(config, accumulation, width=cpu.WIDTH):
     )
     if config.report_to != "none" and not accelerator.log_with:  # Accelerate only warns
         raise ValueError(
-            f"--report-to {config.report_to}: the package is not installed; pip install {config.report_to}, or leave the flag out"
+            f"--report-to {config.report_to}: the package is not installed; pip install 'nanochat_hf[tracking]', "
+            "or leave the flag out"
         )
     if chose_float8(config.dtype):
         able, reason = float8.capable(accelerator.device)
