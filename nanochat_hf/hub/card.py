@@ -186,7 +186,7 @@ def data_sets(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """
     entries: Sequence[Mapping[str, Any]] = settings.get("train_data") or [{"path": settings.get("data"), "task": None}]
     named = [found[0] if (found := hub_name(e.get("path"))) else TASK_DATA.get(e.get("task", "")) for e in entries]
-    tasks = [e["task"] for e, name in zip(entries, named, strict=True) if e.get("task") and not name]
+    tasks = [str(e["task"]) for e, name in zip(entries, named, strict=True) if e.get("task") and not name]
     names = [name for name in named if name is not None]
     return list(dict.fromkeys(names)), list(dict.fromkeys(tasks))
 

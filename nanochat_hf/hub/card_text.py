@@ -136,7 +136,8 @@ def _summary(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any],
         f"A nanochat {kind}{origin} with nanochat_hf, [nanochat](https://github.com/karpathy/nanochat)'s recipe as a "
         f"Hugging Face Accelerate trainer: {count_parameters(folder):,} parameters, "
         f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, "
-        f"{config['num_attention_heads']} heads, a vocabulary of {config['vocab_size']:,} tokens, {config['max_position_embeddings']:,} positions.{data}"
+        f"{config['num_attention_heads']} heads, a vocabulary of {config['vocab_size']:,} tokens, "
+        f"{config['max_position_embeddings']:,} positions.{data}"
     )
 
 

@@ -1,11 +1,15 @@
-"""CORE in batches beside one item at a time: python -m scripts.bench core --core-data eval_bundle.zip (--model DIR | --depth N --vocab-size V)
+"""CORE in batches beside one item at a time.
 
-One item at a time is what the definition says and most implementations do: its options stacked, a whole forward pass, logits everywhere.
+python -m scripts.bench core --core-data eval_bundle.zip (--model DIR | --depth N --vocab-size V)
+
+One item at a time is what the definition says and most implementations do: its options stacked, a whole forward pass,
+logits everywhere.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +63,8 @@ def random_model(args, tasks, device):
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench core", description=__doc__)
     parser.add_argument("--core-data", required=True, help=BUNDLE_HELP)
     parser.add_argument("--model", help="folder or Hub name; without it, random weights")

@@ -1,4 +1,4 @@
-"""chat_eval: the same answers in any batch and on any number of processes, ours and other models, results as table and JSON."""
+"""chat_eval: the same answers in any batch and on any number of processes, for our models and others."""
 
 import json
 from types import SimpleNamespace

@@ -292,7 +292,7 @@ def test_what_is_no_bundle_is_named_and_where_to_get_one(tmp_path, files, reason
         (path / name).write_text(text)
     with pytest.raises(ValueError, match=reason):
         load_bundle(path)
-    with pytest.raises(ValueError, match="https://.*eval_bundle.zip"):
+    with pytest.raises(ValueError, match=r"https://.*eval_bundle.zip"):
         load_bundle(tmp_path / "none")
 
 
