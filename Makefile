@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
+WORKERS ?= 2
 .PHONY: test test-kernels test-xla quickstart quickstart-clean lint
 
 $(VENV)/.installed: constraints.txt setup.cfg
@@ -19,8 +20,9 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check nanochat_hf scripts tests
 	$(VENV)/bin/ruff format --check nanochat_hf scripts tests
 
+# in random order, a file on one process; `make test WORKERS=8` where there are more cores
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 # the kernels of CUDA on a GPU, or without one by Triton's interpreter; Triton comes with torch's builds for CUDA alone, and takes 700 MB
 test-kernels: $(VENV)/.installed
