@@ -143,8 +143,7 @@ def plan(root: Path) -> list[Stage]:
 
     read = ("--data", str(text), "--vocab-size", str(VOCABULARY), "--max-chars", "4000000", "--output", str(draft))
     known = ("--data", str(text), "--validation", str(root / "validation.jsonl"), "--tokenizer", str(tokenizer))
-    asked = ("--tasks", "simple_spelling,spelling_bee,calculator,identity", "--limit", "200", "--batch-size", "200")
-    asked = (*asked, "--max-new-tokens", "192", "--model", str(sft / "final"), "--output", str(answers))
+    asked = ("--config", str(RECIPES / "quickstart_eval.yaml"), "--model", str(sft / "final"), "--output", str(answers))
     return [
         Stage("tokenizer", "nanochat_hf.cli.tok_train", read, makes=tokenizer, draft=draft, seconds=10),
         training("base", "nanochat_hf.cli.base_train", *known),

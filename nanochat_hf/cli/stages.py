@@ -48,7 +48,7 @@ class Stage:
         return self.makes.exists()
 
     def step_times(self) -> tuple[int, list[float]]:
-        """(steps done, seconds of each step recorded), from the metrics of the run; (0, []) where there are none yet."""
+        """(steps done, seconds of each recorded step), from the run's metrics; (0, []) where there are none yet."""
         if self.metrics is None or not self.metrics.is_file():
             return 0, []
         entries = [entry for entry in read_metrics(self.metrics) if "train/step_seconds" in entry]
@@ -57,7 +57,7 @@ class Stage:
 
 
 class Screen:
-    """Shows the output of a stage: lines as they come; bars in place on a terminal, elsewhere each tenth of them as a line.
+    """Shows the output of a stage: lines as they come; a bar in place on a terminal, elsewhere a line for each tenth of it.
 
     `log`: a file for all of it, None for none.
     """
