@@ -30,7 +30,9 @@ class Kernel:
     run: Callable
     serves: Callable
     formula: Callable
-    summed: tuple[tuple[str, ...], ...]  # layers whose weights' gradients it adds to their sums, see kernels/lib/weights.py
+    summed: tuple[
+        tuple[str, ...], ...
+    ]  # layers whose weights' gradients it adds to their sums, see kernels/lib/weights.py
 
     def __call__(self, *args):
         return self.run(*args) if self.serves(*args) else self.formula(*args)

@@ -34,7 +34,19 @@ def _momentum(grads_ptr, buffer_ptr, out_ptr, squares_ptr, ok_ptr, momentum, siz
 
 
 @triton.jit
-def _apply(params_ptr, out_ptr, update_ptr, factor_ptr, ok_ptr, rate, weight_decay, size, c: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr):
+def _apply(
+    params_ptr,
+    out_ptr,
+    update_ptr,
+    factor_ptr,
+    ok_ptr,
+    rate,
+    weight_decay,
+    size,
+    c: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i = tl.program_id(1).to(tl.int64)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
@@ -63,7 +75,9 @@ class Tables:
 
 def fit(tensors, width: int) -> bool:
     """Whether the kernels can read these tensors in place: contiguous float32, aligned, as must be the rows of a stack of `width` elements."""
-    return width % ALIGNMENT == 0 and all(t.dtype == torch.float32 and t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in tensors)
+    return width % ALIGNMENT == 0 and all(
+        t.dtype == torch.float32 and t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in tensors
+    )
 
 
 def momentum_(grads: torch.Tensor, buffer: torch.Tensor, momentum: float, ok: torch.Tensor, dtype: torch.dtype):
@@ -79,7 +93,9 @@ def momentum_(grads: torch.Tensor, buffer: torch.Tensor, momentum: float, ok: to
     return out, squares.sum(1).sqrt().view(n, 1, 1)
 
 
-def apply(params, out, update: torch.Tensor, factor: torch.Tensor, rate: float, weight_decay: float, ok: torch.Tensor) -> None:
+def apply(
+    params, out, update: torch.Tensor, factor: torch.Tensor, rate: float, weight_decay: float, ok: torch.Tensor
+) -> None:
     """Write param − rate·(update·factor + cautious decay) of the matrices of table `params` (n) to those of table `out` (n).
 
     update: (n, r, c); factor: (n, r, 1) or (n, 1, c), float32 and contiguous. Where `ok` is false the values are copied.
@@ -88,4 +104,4 @@ def apply(params, out, update: torch.Tensor, factor: torch.Tensor, rate: float, 
     by_row = factor.shape[-1] == 1
     _apply[(triton.cdiv(r * c, BLOCK), n)](
         params, out, update, factor, ok, rate, weight_decay, r * c, c=c, BY_ROW=by_row, BLOCK=BLOCK, num_warps=8
-    )  # fmt: skip
+    )

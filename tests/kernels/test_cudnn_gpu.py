@@ -46,6 +46,8 @@ def test_on_the_gpu_the_model_strays_no_further_from_float32_than_eager(packed, 
         _, plain_ones = learned(eager(**sizes).cuda(), ids, **more)
         model = model_of(**sizes).cuda()
         _, ours = learned(model, ids, torch.compile(model.train(), dynamic=False) if compile else None, **more)
-    for (name, parameter), gradient, other, wanted in zip(model.named_parameters(), ours, plain_ones, exact, strict=True):
+    for (name, parameter), gradient, other, wanted in zip(
+        model.named_parameters(), ours, plain_ones, exact, strict=True
+    ):
         if parameter.ndim == 2:
             assert relative(gradient, wanted) < 1.5 * relative(other, wanted) + 5e-3, name

@@ -30,7 +30,10 @@ def chosen(monkeypatch, *modules):
 
 def test_the_highest_rank_that_fits_is_chosen_and_reasons_are_told(monkeypatch):
     ops, report = chosen(monkeypatch, Module(), Module(rank=1, reason="made for Hopper"))
-    assert report["squared_relu_mlp"] == ("twice", "Says twice what the formula says.") and ops.squared_relu_mlp.name == "twice"
+    assert (
+        report["squared_relu_mlp"] == ("twice", "Says twice what the formula says.")
+        and ops.squared_relu_mlp.name == "twice"
+    )
     assert ops.mix_and_norm is PLAIN.mix_and_norm and report["mix_and_norm"] == ("formula", "triton is not installed")
     _, report = chosen(monkeypatch, Module(reason="no Triton on cpu"), Module(rank=1, reason="made for Hopper"))
     assert report["squared_relu_mlp"] == ("formula", "twice: made for Hopper; twice: no Triton on cpu")

@@ -18,7 +18,9 @@ from nanochat_hf.training.run import accelerate, install_kernels
 from tests.support.kernels import FLOAT8_DEVICES as DEVICES
 from tests.support.kernels import relative
 
-FORMULAS = dict(rms_norm_eps=1e-6, final_logit_softcapping=50.0)  # settings which the other kernels do not know, so that no Triton is needed
+FORMULAS = dict(
+    rms_norm_eps=1e-6, final_logit_softcapping=50.0
+)  # settings which the other kernels do not know, so that no Triton is needed
 IDS = 256
 
 
@@ -38,7 +40,14 @@ def with_float8(model, monkeypatch):
 
 def tiny(device="cpu", random=True, **settings):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=IDS, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    sizes = dict(
+        vocab_size=IDS,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
     model = NanochatForCausalLM(NanochatConfig(**sizes | settings)).to(device).train()
     for parameter in model.parameters() if random else ():  # at their zero initialisation most paths carry no gradient
         if parameter.ndim == 2:
@@ -88,9 +97,13 @@ def test_evaluation_is_the_plain_model_to_the_bit(device, monkeypatch):
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         ours, plain = (each(inputs["input_ids"]).logits for each in (model, twin))
     assert torch.equal(ours, plain)
-    assert torch.equal(*(each.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False) for each in (model, twin)))
+    assert torch.equal(
+        *(each.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False) for each in (model, twin))
+    )
     after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[n], before[n]) and after[n].dtype == before[n].dtype for n in before)
+    assert list(after) == list(before) and all(
+        torch.equal(after[n], before[n]) and after[n].dtype == before[n].dtype for n in before
+    )
     with torch.no_grad():
         assert not torch.equal(model.train()(**inputs, skip_logits=False).logits, twin(inputs["input_ids"]).logits)
 
@@ -108,7 +121,9 @@ def test_layers_that_do_not_fit_stay_as_they_were(monkeypatch):
     model = tiny(**FORMULAS)
     assert len(with_float8(model, monkeypatch)) == 3
     assert products_of(model, monkeypatch) == 2 * 4
-    model = tiny(**FORMULAS, hidden_size=64, num_attention_heads=4, num_key_value_heads=1, head_dim=24)  # 64 → 96, 24, 24
+    model = tiny(
+        **FORMULAS, hidden_size=64, num_attention_heads=4, num_key_value_heads=1, head_dim=24
+    )  # 64 → 96, 24, 24
     assert set(with_float8(model, monkeypatch)) == {"project_and_add", "squared_relu_mlp"}
     assert products_of(model, monkeypatch) == 2 * 2
 
@@ -129,7 +144,9 @@ def test_replaced_layers_and_odd_numbers_of_tokens_are_multiplied_as_before(monk
     plain = gradients(model, inputs)
     with_float8(model, monkeypatch)
     ours = gradients(model, inputs)
-    assert ours[0] == pytest.approx(plain[0], rel=1e-6) and all(relative(ours[1][n], plain[1][n]) < 1e-5 for n in plain[1])
+    assert ours[0] == pytest.approx(plain[0], rel=1e-6) and all(
+        relative(ours[1][n], plain[1][n]) < 1e-5 for n in plain[1]
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -159,7 +176,9 @@ def test_checkpointed_layers_have_the_same_gradients(monkeypatch):
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
-@pytest.mark.parametrize(("dtype", "launched"), [("float8", None), ("float8", "bf16"), ("float8", "fp8"), (None, "fp8")])
+@pytest.mark.parametrize(
+    ("dtype", "launched"), [("float8", None), ("float8", "bf16"), ("float8", "fp8"), (None, "fp8")]
+)
 def test_both_ways_to_choose_it_give_bfloat16_to_accelerate(monkeypatch, dtype, launched):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setenv("ACCELERATE_FP8_BACKEND", "AO")  # as the launcher sets it
@@ -177,11 +196,16 @@ def test_both_ways_to_choose_it_give_bfloat16_to_accelerate(monkeypatch, dtype, 
         install_kernels(TrainConfig(output_dir="", dtype=dtype, kernels=False), accelerator, model)
 
 
-@pytest.mark.parametrize(("dtype", "launched", "message"), [
-    ("float8", None, "--dtype float8: cpu has no float8 products; use bfloat16"), (None, "fp8", "mixed_precision=fp8 of the launcher: cpu has no"),
-    ("float8", "fp16", "disagrees with the launcher's mixed_precision=fp16"), ("bfloat16", "fp8", "disagrees with the launcher's mixed_precision=fp8"),
-    ("fp8", None, "--dtype fp8 must be float32, bfloat16, float16 or float8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "launched", "message"),
+    [
+        ("float8", None, "--dtype float8: cpu has no float8 products; use bfloat16"),
+        (None, "fp8", "mixed_precision=fp8 of the launcher: cpu has no"),
+        ("float8", "fp16", "disagrees with the launcher's mixed_precision=fp16"),
+        ("bfloat16", "fp8", "disagrees with the launcher's mixed_precision=fp8"),
+        ("fp8", None, "--dtype fp8 must be float32, bfloat16, float16 or float8"),
+    ],
+)
 def test_errors(monkeypatch, dtype, launched, message):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     if launched:
@@ -193,4 +217,7 @@ def test_errors(monkeypatch, dtype, launched, message):
 def test_a_gpu_without_float8_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    assert float8.capable(torch.device("cuda")) == (False, "NVIDIA A100 has compute capability 8.0, float8 begins with 8.9")
+    assert float8.capable(torch.device("cuda")) == (
+        False,
+        "NVIDIA A100 has compute capability 8.0, float8 begins with 8.9",
+    )

@@ -9,14 +9,23 @@ from tests.support.kernels import DEVICE, relative, triton
 
 @triton
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (80, 80)])  # 96·64 and 80·80 elements do not fill the last block
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])  # the directions are rounded before or after their division
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)]
+)  # the directions are rounded before or after their division
 def test_muons_kernels_are_its_formulas(shape, dtype, tolerance):
     """Five steps with a schedule, cautious decay and a gradient that is not finite; the way without kernels is held to float64 elsewhere."""
     runs = []
     for fused in (False, True):
         generator = torch.Generator().manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for _ in range(3)]
-        group = {"kind": "muon", "params": params, "lr": 0.02, "momentum": 0.9, "betas": (0.0, 0.95), "weight_decay": 0.03}
+        group = {
+            "kind": "muon",
+            "params": params,
+            "lr": 0.02,
+            "momentum": 0.9,
+            "betas": (0.0, 0.95),
+            "weight_decay": 0.03,
+        }
         optimizer = MuonAdamW([group], orthogonalize_dtype=dtype, fused=fused, compile=False)
         for step in range(5):
             optimizer.param_groups[0] |= {"lr": 0.02 * (1 - step / 10), "momentum": 0.85 + step / 100}
@@ -53,7 +62,9 @@ def test_muons_kernels_write_elsewhere_too():
 
 @triton
 def test_muon_does_without_kernels_where_they_do_not_fit():
-    params = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in [(6, 5)] * 2]  # 30 elements: the second of a stack is not aligned
+    params = [
+        torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in [(6, 5)] * 2
+    ]  # 30 elements: the second of a stack is not aligned
     optimizer = MuonAdamW([{"kind": "muon", "params": params, "lr": 0.02}], fused=True, compile=False)
     for param in params:
         param.grad = torch.randn_like(param)

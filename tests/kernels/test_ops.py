@@ -68,7 +68,9 @@ def alike(ours, formulas, tolerance):
         if b.count_nonzero() == 0:
             assert a.count_nonzero() == 0
         elif b.numel() <= 2:  # sums over all elements that cancel: the terms' size counts, not the sum's
-            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * max(t.numel() for t in ours) ** 0.5)
+            torch.testing.assert_close(
+                a.double(), b, rtol=tolerance, atol=tolerance * max(t.numel() for t in ours) ** 0.5
+            )
         else:
             assert relative(a, b) < tolerance, relative(a, b)
 

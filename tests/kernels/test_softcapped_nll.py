@@ -9,7 +9,9 @@ from tests.support.kernels import DEVICE, relative, triton
 
 @triton
 @pytest.mark.parametrize("vocab", [300, 5000, 16384, 40000, 65536])  # rows that a program holds whole, and longer ones
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)])  # bfloat16 is rounded twice
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)]
+)  # bfloat16 is rounded twice
 def test_cross_entropy_kernel(dtype, tolerance, vocab):
     from nanochat_hf.kernels.ops.softcapped_nll import softcapped_nll_
 

@@ -25,11 +25,14 @@ def one_order(request):
 
 
 @triton
-@pytest.mark.parametrize(("shape", "programs", "cuts"), [
-    ((700, 384, 256), 2, 1),  # a round and a half, no more cuts
-    ((640, 304, 520), 4, 2),  # tiles that reach beyond the result; the last piece cut again
-    ((70, 640, 704), 7, 3),  # fewer steps than pieces would have
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "programs", "cuts"),
+    [
+        ((700, 384, 256), 2, 1),  # a round and a half, no more cuts
+        ((640, 304, 520), 4, 2),  # tiles that reach beyond the result; the last piece cut again
+        ((70, 640, 704), 7, 3),  # fewer steps than pieces would have
+    ],
+)
 def test_a_weight_gradient_is_added_by_pieces(shape, programs, cuts, one_order):
     pytest.importorskip("triton.tools.tensor_descriptor")
     from nanochat_hf.kernels.lib import weight_gradient as module
@@ -102,10 +105,15 @@ def test_cudnns_products(dtype, N, C):
     """That it is cuDNN which computes them, and right."""
     dy, down, kept, stream = randoms((N, C), (C, 4 * C), (N, 4 * C), (N, C), dtype=dtype)
     kept = kept.relu().square()
-    assert cudnn_products.plan_of("slope", dy.device, dtype, N, C, 4 * C) and cudnn_products.plan_of("sum", dy.device, dtype, N, C, C)
+    assert cudnn_products.plan_of("slope", dy.device, dtype, N, C, 4 * C) and cudnn_products.plan_of(
+        "sum", dy.device, dtype, N, C, C
+    )
     assert relative(cudnn_products.slope(dy, down, kept), (dy.float() @ down.float()) * 2 * kept.float().sqrt()) < 5e-3
     weight = down[:, :C].contiguous()
-    assert relative(cudnn_products.product_plus(dy, weight, stream), dy.float() @ weight.float().mT + stream.float()) < 5e-3
+    assert (
+        relative(cudnn_products.product_plus(dy, weight, stream), dy.float() @ weight.float().mT + stream.float())
+        < 5e-3
+    )
 
 
 @pytest.mark.parametrize("shape", [(5120, 1280), (1280, 5120)] if HALF else [(80, 48)])

@@ -35,7 +35,10 @@ def test_the_whole_model_with_kernels_is_the_model_in_float32():
     model, inputs = tiny(DEVICE), batch(DEVICE)
     loss, plain = gradients(model, inputs)
     with_kernels(model)
-    assert sum(op is not formula for op, formula in zip(vars(model.model.ops).values(), vars(PLAIN).values(), strict=True)) >= 8
+    assert (
+        sum(op is not formula for op, formula in zip(vars(model.model.ops).values(), vars(PLAIN).values(), strict=True))
+        >= 8
+    )
     fused_loss, fused = gradients(model, inputs)
     assert abs(fused_loss - loss) < 2e-5
     assert max(relative(fused[name], plain[name]) for name in plain) < 1e-4
@@ -104,5 +107,3 @@ def test_evaluation_and_generation_use_the_formulas():
     with_kernels(model)
     assert model.model.ops is PLAIN and torch.equal(model(inputs).logits, expected)
     assert model.train().model.ops is not PLAIN
-
-

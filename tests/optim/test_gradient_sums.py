@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from nanochat_hf import kernels
@@ -15,6 +16,14 @@ from nanochat_hf.optim import MuonAdamW, build_param_groups
 from nanochat_hf.optim.gradient_sums import gradient_sums
 from nanochat_hf.training.trainer import Trainer
 from tests.support.kernels import DEVICE, HALF, IDS, TOLERANCE, batch, compiled, relative, tiny, triton, with_kernels
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Accelerate remembers the device of the first Accelerator of a process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 def two_micro_batches(model, call, wanted, dtype=None):
@@ -160,8 +169,15 @@ def trained(monkeypatch, wanted):
 
     optimizer = MuonAdamW(build_param_groups(model), orthogonalize_dtype=torch.float32, compile=False)
     Trainer(
-        accelerator, model, optimizer, Batches(), num_steps=4, schedule=lambda optimizer, step: 1.0, norms_every=1, callbacks=[watch]
-    ).fit()  # fmt: skip
+        accelerator,
+        model,
+        optimizer,
+        Batches(),
+        num_steps=4,
+        schedule=lambda optimizer, step: 1.0,
+        norms_every=1,
+        callbacks=[watch],
+    ).fit()
     assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
     return seen, [parameter.detach() for parameter in model.parameters()]
 

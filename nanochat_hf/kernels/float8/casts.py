@@ -13,9 +13,22 @@ CAST, SQUARE, SLOPE, TRANSPOSE = range(4)
 
 @triton.jit
 def _cast(
-    x_ptr, kept_ptr, kept_unit_ptr, unit_ptr, out_ptr, transposed_ptr, n, c, x_row, out_row, transposed_row, HIGHEST: tl.constexpr,
-    MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    kept_ptr,
+    kept_unit_ptr,
+    unit_ptr,
+    out_ptr,
+    transposed_ptr,
+    n,
+    c,
+    x_row,
+    out_row,
+    transposed_row,
+    HIGHEST: tl.constexpr,
+    MODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < n)[:, None] & (column < c)[None, :]
@@ -51,9 +64,23 @@ def launch(mode, x, out, transposed, unit=None, kept=None, kept_unit=None):
         x, transposed = x.view(torch.uint8), transposed.view(torch.uint8)
     grid = (triton.cdiv(n, ROWS), triton.cdiv(c, COLUMNS))
     _cast[grid](
-        x, kept, kept_unit, unit, out, transposed, n, c, x.stride(0), 0 if out is None else out.stride(0), transposed.stride(0), HIGHEST=highest,
-        MODE=mode, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
-    )  # fmt: skip
+        x,
+        kept,
+        kept_unit,
+        unit,
+        out,
+        transposed,
+        n,
+        c,
+        x.stride(0),
+        0 if out is None else out.stride(0),
+        transposed.stride(0),
+        HIGHEST=highest,
+        MODE=mode,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        num_warps=8,
+    )
     if mode != TRANSPOSE and x.element_size() == 4:
         # Triton 3.6 wrote three in eight rows of the transpose wrongly on an H100 where x is float32, as weights are; bytes it turns rightly
         launch(TRANSPOSE, out, None, transposed)

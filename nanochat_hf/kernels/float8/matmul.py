@@ -15,7 +15,17 @@ ROWS, COLUMNS, DEPTH = 128, 256, 128  # a tile of the result, and how much of th
 
 @triton.jit
 def _finish(
-    value, kept_desc, out_desc, turned_desc, factor, kept_unit, inverse, row, column, SLOPE: tl.constexpr, HIGHEST: tl.constexpr
+    value,
+    kept_desc,
+    out_desc,
+    turned_desc,
+    factor,
+    kept_unit,
+    inverse,
+    row,
+    column,
+    SLOPE: tl.constexpr,
+    HIGHEST: tl.constexpr,
 ):
     value *= factor
     if SLOPE:
@@ -32,10 +42,30 @@ def _finish(
 
 @triton.jit
 def _wide(
-    a_desc, b_desc, kept_desc, out_desc, turned_desc, a_unit_ptr, b_unit_ptr, kept_unit_ptr, unit_ptr, N, W, C, SLOPE: tl.constexpr,
-    HIGHEST: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    factor, inverse, kept_unit = tl.load(a_unit_ptr) * tl.load(b_unit_ptr), 1.0 / tl.load(unit_ptr), tl.load(kept_unit_ptr)
+    a_desc,
+    b_desc,
+    kept_desc,
+    out_desc,
+    turned_desc,
+    a_unit_ptr,
+    b_unit_ptr,
+    kept_unit_ptr,
+    unit_ptr,
+    N,
+    W,
+    C,
+    SLOPE: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    factor, inverse, kept_unit = (
+        tl.load(a_unit_ptr) * tl.load(b_unit_ptr),
+        1.0 / tl.load(unit_ptr),
+        tl.load(kept_unit_ptr),
+    )
     across = tl.cdiv(W, COLUMNS)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS) * across, PROGRAMS, flatten=True):
         row, column = tile // across * ROWS, tile % across * COLUMNS
@@ -44,7 +74,19 @@ def _wide(
             product = tl.dot(a_desc.load([row, start]), b_desc.load([column, start]).T, product)
         left, right = halves(product, ROWS, COLUMNS)
         _finish(left, kept_desc, out_desc, turned_desc, factor, kept_unit, inverse, row, column, SLOPE, HIGHEST)
-        _finish(right, kept_desc, out_desc, turned_desc, factor, kept_unit, inverse, row, column + COLUMNS // 2, SLOPE, HIGHEST)
+        _finish(
+            right,
+            kept_desc,
+            out_desc,
+            turned_desc,
+            factor,
+            kept_unit,
+            inverse,
+            row,
+            column + COLUMNS // 2,
+            SLOPE,
+            HIGHEST,
+        )
 
 
 def suits(x) -> bool:
@@ -60,9 +102,24 @@ def launch(a, b, units, unit, dtype, kept=None, kept_unit=None):
     half = [COLUMNS // 2, ROWS]  # what a program holds of the result beside the accumulators
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
     _wide[(programs,)](
-        TensorDescriptor.from_tensor(a, [ROWS, DEPTH]), TensorDescriptor.from_tensor(b, [COLUMNS, DEPTH]),
-        TensorDescriptor.from_tensor(turned if kept is None else kept, half), TensorDescriptor.from_tensor(out, half[::-1]),
-        TensorDescriptor.from_tensor(turned, half), *units, unit if kept is None else kept_unit, unit, N, W, C, SLOPE=kept is not None,
-        HIGHEST=torch.finfo(dtype).max, PROGRAMS=programs, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=3,
-    )  # fmt: skip
+        TensorDescriptor.from_tensor(a, [ROWS, DEPTH]),
+        TensorDescriptor.from_tensor(b, [COLUMNS, DEPTH]),
+        TensorDescriptor.from_tensor(turned if kept is None else kept, half),
+        TensorDescriptor.from_tensor(out, half[::-1]),
+        TensorDescriptor.from_tensor(turned, half),
+        *units,
+        unit if kept is None else kept_unit,
+        unit,
+        N,
+        W,
+        C,
+        SLOPE=kept is not None,
+        HIGHEST=torch.finfo(dtype).max,
+        PROGRAMS=programs,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        DEPTH=DEPTH,
+        num_warps=8,
+        num_stages=3,
+    )
     return out, turned

@@ -17,7 +17,9 @@ except ImportError:
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # the tensor cores want rows of 16 bytes
 TINY = 2.0**-100  # in place of the maximum of a tensor of zeros
-INSIDE = True  # the MLP's casts inside its products where the GPU can; False: a product of cuBLAS, then a cast, to compare
+INSIDE = (
+    True  # the MLP's casts inside its products where the GPU can; False: a product of cuBLAS, then a cast, to compare
+)
 
 
 def inside(x) -> bool:
@@ -56,7 +58,9 @@ def product(a, b, units, dtype, fast=True):
 
 # An operator of our own around torch's, so that the compiler neither changes layouts nor tries templates of its own.
 @torch.library.custom_op("nanochat_hf::float8_product", mutates_args=())
-def _product(a: torch.Tensor, b: torch.Tensor, a_unit: torch.Tensor, b_unit: torch.Tensor, dtype: torch.dtype, fast: bool) -> torch.Tensor:
+def _product(
+    a: torch.Tensor, b: torch.Tensor, a_unit: torch.Tensor, b_unit: torch.Tensor, dtype: torch.dtype, fast: bool
+) -> torch.Tensor:
     return torch._scaled_mm(a, b.t(), scale_a=a_unit, scale_b=b_unit, out_dtype=dtype, use_fast_accum=fast)
 
 
@@ -66,7 +70,9 @@ def _(a, b, a_unit, b_unit, dtype, fast):
 
 
 @torch.library.custom_op("nanochat_hf::float8_cast", mutates_args=())
-def cast(parts: Sequence[torch.Tensor], unit: torch.Tensor, dtype: torch.dtype, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+def cast(
+    parts: Sequence[torch.Tensor], unit: torch.Tensor, dtype: torch.dtype, axis: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Matrices, joined along `axis` → (n, c) float8 in units of `unit`, and its transpose (c, n)."""
     if not parts[0].is_cuda:
         joined = scaled(torch.cat(parts, axis), unit, dtype)
@@ -137,13 +143,21 @@ def _(x, up, x_unit, up_unit, unit):
 
 @torch.library.custom_op("nanochat_hf::float8_slope", mutates_args=())
 def slope(
-    g: torch.Tensor, down_t: torch.Tensor, g_unit: torch.Tensor, down_unit: torch.Tensor, a_t: torch.Tensor, a_unit: torch.Tensor, unit: torch.Tensor
+    g: torch.Tensor,
+    down_t: torch.Tensor,
+    g_unit: torch.Tensor,
+    down_unit: torch.Tensor,
+    a_t: torch.Tensor,
+    a_unit: torch.Tensor,
+    unit: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(g·down)·2·√a, the gradient before the squared ReLU, of g (N, C), downᵀ (W, C), aᵀ (W, N), float8, as e5m2 in units of `unit` → (N, W), (W, N)."""
     if inside(g):
         return matmul.launch(g, down_t, (g_unit, down_unit), unit, E5M2, a_t, a_unit)
     if not g.is_cuda:
-        s = scaled(product(g, down_t, (g_unit, down_unit), torch.float32) * (2 * (a_t.t().float() * a_unit).sqrt()), unit, E5M2)
+        s = scaled(
+            product(g, down_t, (g_unit, down_unit), torch.float32) * (2 * (a_t.t().float() * a_unit).sqrt()), unit, E5M2
+        )
         return s, s.t().contiguous()
     from . import casts
 

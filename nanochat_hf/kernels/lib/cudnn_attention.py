@@ -31,7 +31,10 @@ def missing(device):
 
         version = cudnn.backend_version()
     except Exception as error:  # a wheel for another Python, another package of that name, no libcudnn: whatever it is, the reason is in it
-        return f"cudnn cannot be imported ({type(error).__name__}: {error})", f"pip install -U nvidia-cudnn-frontend, or {other}"
+        return (
+            f"cudnn cannot be imported ({type(error).__name__}: {error})",
+            f"pip install -U nvidia-cudnn-frontend, or {other}",
+        )
     if version < OLDEST:
         return f"cuDNN {version} is older than {OLDEST}", f"install a newer torch or nvidia-cudnn, or {other}"
     return None
@@ -40,7 +43,11 @@ def missing(device):
 def _ready(tensor, packed):
     """The tensor as it lies, where a kernel can read it there: whole vectors of 16 bytes, and packed tokens all at one distance."""
     whole, (B, T, *_), (row, token, *_) = 16 // tensor.element_size(), tensor.shape, tensor.stride()
-    aligned = tensor.stride(-1) == 1 and all(s and s % whole == 0 for s in tensor.stride()[:-1]) and tensor.data_ptr() % 16 == 0
+    aligned = (
+        tensor.stride(-1) == 1
+        and all(s and s % whole == 0 for s in tensor.stride()[:-1])
+        and tensor.data_ptr() % 16 == 0
+    )
     even = not packed or B == 1 or row == T * token
     return tensor if aligned and even else tensor.clone(memory_format=torch.contiguous_format)
 
@@ -64,9 +71,16 @@ def attention(
 
 @torch.library.custom_op("nanochat_hf::cudnn_attention_backward", mutates_args=())
 def attention_backward(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, borders: torch.Tensor | None,
-    scale: float, window: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    borders: torch.Tensor | None,
+    scale: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `attention`'s out with respect to q, k and v, contiguous, from what it was given and gave."""
     gradients = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     write_gradients(gradients, do, q, k, v, out, stats, borders, scale, window)
@@ -111,9 +125,15 @@ def runs(q, k, v):
     """
     (_, T, _, D), half = q.shape, (torch.bfloat16, torch.float16)
     return (
-        q.device.type == "cuda" and q.dtype == k.dtype == v.dtype and q.dtype in half and D == v.shape[-1] and D % 8 == 0 and D <= WIDEST
-        and k.shape[1] == T > 1 and (torch.is_grad_enabled() or T % 128 == 0)
-    )  # fmt: skip
+        q.device.type == "cuda"
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in half
+        and D == v.shape[-1]
+        and D % 8 == 0
+        and D <= WIDEST
+        and k.shape[1] == T > 1
+        and (torch.is_grad_enabled() or T % 128 == 0)
+    )
 
 
 def packed_mask(shape, borders, window, device):
@@ -127,7 +147,18 @@ def packed_mask(shape, borders, window, device):
     return mask & (number.unsqueeze(-1) == number.unsqueeze(-2))
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None, dropout=0.0, **kwargs):
+def attend(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    cu_seq_lens_q=None,
+    dropout=0.0,
+    **kwargs,
+):
     """Attention for transformers: query (B, H, T, D), key and value (B, K, S, D) → (B, T, H, D), None.
 
     Under a mask, for queries that continue a cache, and for what the kernels do not know, SDPA with the same meaning.
@@ -135,11 +166,23 @@ def attend(module, query, key, value, attention_mask, scaling=None, sliding_wind
     (B, _, T, D), window = query.shape, sliding_window or 0
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     if attention_mask is None and not dropout and runs(q, k, v):
-        return torch.ops.nanochat_hf.cudnn_attention(q, k, v, cu_seq_lens_q, D**-0.5 if scaling is None else scaling, window)[0], None
+        return torch.ops.nanochat_hf.cudnn_attention(
+            q, k, v, cu_seq_lens_q, D**-0.5 if scaling is None else scaling, window
+        )[0], None
     if attention_mask is None and key.shape[2] == T and (cu_seq_lens_q is not None or 0 < window < T):
         attention_mask = packed_mask((B, T), cu_seq_lens_q, window, query.device)
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs)
+    return sdpa(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        **kwargs,
+    )
 
 
 attend.takes_borders = True  # so the model hands it the borders of documents, and no mask of them

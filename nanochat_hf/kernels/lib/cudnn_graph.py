@@ -14,7 +14,9 @@ import torch.nn.functional as F
 
 FEWEST = 64  # documents a graph is built for; above, powers of two: few graphs serve all batches
 HEADS = {"q": "H", "o": "H", "do": "H", "dq": "H", "stats": "H"}  # others have K heads
-UID = {name: i for i, name in enumerate(("q", "k", "v", "o", "stats", "do", "dq", "dk", "dv", "length_q", "length_kv"), 1)}
+UID = {
+    name: i for i, name in enumerate(("q", "k", "v", "o", "stats", "do", "dq", "dk", "dv", "length_q", "length_kv"), 1)
+}
 OFFSETS = 32  # the first number of a tensor of offsets
 _lock = threading.Lock()  # a handle has one stream at a time, and backward runs in a thread of its own
 
@@ -82,13 +84,17 @@ def describe(call, handle, **options):
 
     types = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", torch.float32: "FLOAT"}
     io, single = getattr(cudnn.data_type, types[call.dtype]), cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(io_data_type=io, intermediate_data_type=single, compute_data_type=single, handle=handle, **options)
+    graph = cudnn.pygraph(
+        io_data_type=io, intermediate_data_type=single, compute_data_type=single, handle=handle, **options
+    )
     n, (B, T, *_) = call.documents, call.sizes
 
     def integers(name, uid, count, kind):
         return graph.tensor(dim=[count, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kind, uid=uid, name=name)
 
-    offsets = {unit: integers(f"at {unit}", uid, n + 1, cudnn.data_type.INT64) for unit, uid in call.offset_ids().items()}
+    offsets = {
+        unit: integers(f"at {unit}", uid, n + 1, cudnn.data_type.INT64) for unit, uid in call.offset_ids().items()
+    }
 
     def given(name):
         dims, strides = call.layout(name)
@@ -97,12 +103,16 @@ def describe(call, handle, **options):
 
     def wanted(name, tensor):
         dims, strides = call.layout(name)
-        tensor.set_output(True).set_dim(dims).set_stride(strides).set_uid(UID[name]).set_data_type(single if name == "stats" else io)
+        tensor.set_output(True).set_dim(dims).set_stride(strides).set_uid(UID[name]).set_data_type(
+            single if name == "stats" else io
+        )
         if n:
             tensor.set_ragged_offset(offsets[call.unit(name)])
 
     # query i sees keys j with i − left < j ≤ i + right ("masks columns at or before row − left bound"): left is the window as it stands
-    options = dict(attn_scale=call.scale, diagonal_alignment=cudnn.diagonal_alignment.TOP_LEFT, diagonal_band_right_bound=0)
+    options = dict(
+        attn_scale=call.scale, diagonal_alignment=cudnn.diagonal_alignment.TOP_LEFT, diagonal_band_right_bound=0
+    )
     if call.window:
         options["diagonal_band_left_bound"] = call.window
     if n:
@@ -115,7 +125,9 @@ def describe(call, handle, **options):
     if n:
         options |= dict(max_total_seq_len_q=B * T, max_total_seq_len_kv=B * T)  # or the workspace would hold n·T tokens
     inputs = [given(name) for name in ("q", "k", "v", "o", "do", "stats")]
-    gradients = graph.sdpa_backward(*inputs, use_deterministic_algorithm=call.deterministic, name="attention_backward", **options)
+    gradients = graph.sdpa_backward(
+        *inputs, use_deterministic_algorithm=call.deterministic, name="attention_backward", **options
+    )
     for name, tensor in zip(("dq", "dk", "dv"), gradients, strict=True):
         wanted(name, tensor)
     return graph
@@ -131,7 +143,9 @@ def graph_of(call):
         graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         return graph, graph.get_workspace_size()
     except Exception as error:
-        raise RuntimeError(f"cuDNN {cudnn.backend_version()} cannot run {call}: {error}; use --attn flex_attention or sdpa") from error
+        raise RuntimeError(
+            f"cuDNN {cudnn.backend_version()} cannot run {call}: {error}; use --attn flex_attention or sdpa"
+        ) from error
 
 
 def call_of(backward, tensors, scale, window, borders):
@@ -140,16 +154,22 @@ def call_of(backward, tensors, scale, window, borders):
     (B, T, H, D), K = q.shape, k.shape[2]
     n = 0 if borders is None else max(FEWEST, 1 << (len(borders) - 2).bit_length())
     # rows of packed tokens follow one another, so that their distance says nothing
-    strides = tuple((name, (0 if n else t.stride(0), *t.stride()[1:3])) for name, t in tensors.items() if name != "stats")
+    strides = tuple(
+        (name, (0 if n else t.stride(0), *t.stride()[1:3])) for name, t in tensors.items() if name != "stats"
+    )
     deterministic = backward and torch.are_deterministic_algorithms_enabled()
-    return Call(backward, q.device, q.dtype, (B, T, H, K, D), strides, scale, window if window < T else 0, n, deterministic)
+    return Call(
+        backward, q.device, q.dtype, (B, T, H, K, D), strides, scale, window if window < T else 0, n, deterministic
+    )
 
 
 def run(backward, tensors, scale, window, borders):
     """Launch attention, or its gradient, on the current stream. `tensors` {name: tensor}; `borders` (documents + 1) or None."""
     call = call_of(backward, tensors, scale, window, borders)
     numbered = {UID[name]: tensor for name, tensor in tensors.items()}
-    if call.documents:  # what fills the list up begins at the end and has no tokens; so do none that the last border leaves out
+    if (
+        call.documents
+    ):  # what fills the list up begins at the end and has no tokens; so do none that the last border leaves out
         B, T, *_ = call.sizes
         borders = F.pad(borders[:-1].long(), (0, call.documents + 2 - len(borders)), value=B * T)
         numbered |= dict.fromkeys((UID["length_q"], UID["length_kv"]), borders.diff().int())

@@ -31,7 +31,9 @@ def plan_of(kind, device, dtype, N, K, W):
 
     single = cudnn.data_type.FLOAT
     io = cudnn.data_type.BFLOAT16 if dtype == torch.bfloat16 else cudnn.data_type.HALF
-    graph = cudnn.pygraph(io_data_type=io, intermediate_data_type=single, compute_data_type=single, handle=handle_of(device))
+    graph = cudnn.pygraph(
+        io_data_type=io, intermediate_data_type=single, compute_data_type=single, handle=handle_of(device)
+    )
 
     def given(name, rows, columns, turned=False):
         strides = [rows * columns, 1, rows] if turned else [rows * columns, columns, 1]
@@ -65,7 +67,9 @@ def _run(kind, a, w, kept):
     out, workspace = torch.empty_like(kept), torch.empty(max(size, 1), dtype=torch.uint8, device=a.device)
     tensors = {"a": a, "w": w, "kept": kept, "result": out}
     with held(a.device) as handle:
-        graph.execute_plan_at_index({UID[name]: t.data_ptr() for name, t in tensors.items()}, workspace.data_ptr(), number, handle=handle)
+        graph.execute_plan_at_index(
+            {UID[name]: t.data_ptr() for name, t in tensors.items()}, workspace.data_ptr(), number, handle=handle
+        )
     return out
 
 

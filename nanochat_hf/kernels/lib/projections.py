@@ -19,8 +19,20 @@ GROUP = 4  # tiles of rows that share the weights' tiles, for the cache
 
 @triton.jit
 def _turned(
-    part, token, live, head, cos, sin, scale_ptr, rotated, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, MIXED: tl.constexpr,
-):  # fmt: skip
+    part,
+    token,
+    live,
+    head,
+    cos,
+    sin,
+    scale_ptr,
+    rotated,
+    eps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    MIXED: tl.constexpr,
+):
     # part (ROWS, COLUMNS) of heads from `head` on; those from `rotated` on stay as they are, by cos 1 and sin 0
     HEADS: tl.constexpr = COLUMNS // D
     x1, x2 = part.reshape(ROWS, HEADS, 2, D // 2).permute(0, 1, 3, 2).split()
@@ -40,12 +52,28 @@ def _turned(
 
 
 @triton.jit
-def _gated(part, token, live, row, column, gate_ptr, table_ptr, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
+def _gated(
+    part,
+    token,
+    live,
+    row,
+    column,
+    gate_ptr,
+    table_ptr,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+):
     # part (ROWS, COLUMNS) of the values from `column` on, and to it the token's row of the table, by a gate for each head
     HEADS: tl.constexpr = COLUMNS // D
     at, head, heads = column + tl.arange(0, COLUMNS), column // D + tl.arange(0, HEADS), width // D
-    rows = tl.load(table_ptr + row[:, None] * width + at[None, :], live[:, None] & (at < width)[None, :], 0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + token[:, None] * heads + head[None, :], live[:, None] & (head < heads)[None, :], 0.0).to(tl.float32)
+    rows = tl.load(table_ptr + row[:, None] * width + at[None, :], live[:, None] & (at < width)[None, :], 0.0).to(
+        tl.float32
+    )
+    gate = tl.load(gate_ptr + token[:, None] * heads + head[None, :], live[:, None] & (head < heads)[None, :], 0.0).to(
+        tl.float32
+    )
     return (part.reshape(ROWS, HEADS, D) + gate[:, :, None] * rows.reshape(ROWS, HEADS, D)).reshape(ROWS, COLUMNS)
 
 
@@ -67,10 +95,31 @@ def _product_of(x_desc, w_desc, row, column, C, ROWS: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def _project(
-    x_desc, w_desc, out_desc, rope_ptr, scale_ptr, gate_ptr, table_ptr, id_ptr, N, W, C, period, plane, rotated, eps, D: tl.constexpr,
-    MIXED: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_desc,
+    w_desc,
+    out_desc,
+    rope_ptr,
+    scale_ptr,
+    gate_ptr,
+    table_ptr,
+    id_ptr,
+    N,
+    W,
+    C,
+    period,
+    plane,
+    rotated,
+    eps,
+    D: tl.constexpr,
+    MIXED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    GATED: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-):  # fmt: skip
+):
     down, turning = tl.cdiv(N, ROWS), tl.cdiv(rotated * D, COLUMNS)
     for tile in tl.range(tl.program_id(0), down * turning, PROGRAMS, flatten=True):
         row, column = _corner(tile, down, turning, ROWS, COLUMNS, GROUP)
@@ -87,7 +136,9 @@ def _project(
         token = token.to(tl.int64)
         left = _turned(left, token, live, head, cos, sin, scale_ptr, rotated, eps, ROWS, COLUMNS // 2, D, MIXED)
         out_desc.store([row, column], left.to(out_desc.dtype))
-        right = _turned(right, token, live, head + half // D, cos, sin, scale_ptr, rotated, eps, ROWS, COLUMNS // 2, D, MIXED)
+        right = _turned(
+            right, token, live, head + half // D, cos, sin, scale_ptr, rotated, eps, ROWS, COLUMNS // 2, D, MIXED
+        )
         out_desc.store([row, column + half], right.to(out_desc.dtype))
     # values alone, first in the programs that had a tile less before
     plain, program = tl.cdiv(W, COLUMNS) - turning, (tl.program_id(0) + PROGRAMS - down * turning % PROGRAMS) % PROGRAMS
@@ -99,7 +150,9 @@ def _project(
             token, width = row + tl.arange(0, ROWS), W - rotated * D
             number, live = tl.load(id_ptr + token, token < N, 0).to(tl.int64), token < N
             left = _gated(left, token, live, number, value, gate_ptr, table_ptr, width, ROWS, COLUMNS // 2, D)
-            right = _gated(right, token, live, number, value + COLUMNS // 2, gate_ptr, table_ptr, width, ROWS, COLUMNS // 2, D)
+            right = _gated(
+                right, token, live, number, value + COLUMNS // 2, gate_ptr, table_ptr, width, ROWS, COLUMNS // 2, D
+            )
         out_desc.store([row, column], left.to(out_desc.dtype))
         out_desc.store([row, column + COLUMNS // 2], right.to(out_desc.dtype))
 
@@ -111,9 +164,15 @@ def adds(rotated, head_dim):
 
 @torch.library.custom_op("nanochat_hf::rotated_projections", mutates_args=())
 def rotated_projections(
-    x: torch.Tensor, w: torch.Tensor, rope: torch.Tensor, rotated: int, head_dim: int, gate: torch.Tensor | None = None,
-    table: torch.Tensor | None = None, ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x: torch.Tensor,
+    w: torch.Tensor,
+    rope: torch.Tensor,
+    rotated: int,
+    head_dim: int,
+    gate: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, T, C), w (W, C), angles (2, B or 1, T, 1, D/2) → x·wᵀ (B, T, W), its first `rotated` heads rotated and normed, and their 1/rms
     (B, T, rotated) float32. With gate (B, T, K), table (V, K·D) and ids (B, T), gate·table[ids] is added to the last K heads: where `adds`."""
     B, T, C = x.shape
@@ -124,11 +183,28 @@ def rotated_projections(
     period = rope.shape[1] * T
     kinds = dict(MIXED=not adds(rotated, head_dim), WHOLE=period % tiles["ROWS"] == 0, GATED=gate is not None)
     # not read where there is no gate; and float32's rows would not fit beside the tiles in shared memory
-    lookup = (rope, rope, rope) if gate is None else (gate.contiguous(), table.to(gate.dtype).contiguous(), ids.contiguous())
+    lookup = (
+        (rope, rope, rope) if gate is None else (gate.contiguous(), table.to(gate.dtype).contiguous(), ids.contiguous())
+    )
     _project[(tiles["PROGRAMS"],)](
-        *descriptors, rope, scale, *lookup, B * T, w.shape[0], C, period, rope[0].numel(), rotated, eps, D=head_dim, **kinds, GROUP=GROUP, **tiles,
-        num_warps=8, num_stages=3,
-    )  # fmt: skip
+        *descriptors,
+        rope,
+        scale,
+        *lookup,
+        B * T,
+        w.shape[0],
+        C,
+        period,
+        rope[0].numel(),
+        rotated,
+        eps,
+        D=head_dim,
+        **kinds,
+        GROUP=GROUP,
+        **tiles,
+        num_warps=8,
+        num_stages=3,
+    )
     return out, scale
 
 
@@ -145,7 +221,13 @@ def parts(qkv, heads, key_heads):
 
 @torch.library.custom_op("nanochat_hf::rotated_backward", mutates_args=())
 def rotated_backward(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, qkv: torch.Tensor, scale: torch.Tensor, rope: torch.Tensor, heads: int
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    qkv: torch.Tensor,
+    scale: torch.Tensor,
+    rope: torch.Tensor,
+    heads: int,
 ) -> torch.Tensor:
     """Gradient (B, T, W) of the product within `rotated_projections`, from those of q, k and v and from its results."""
     q, k, _ = parts(qkv, heads, dk.shape[2])

@@ -12,8 +12,20 @@ TOKENS = 32  # of a program, which takes one head: with D = 128 it moves 8 KiB e
 
 @triton.jit
 def _forward(
-    x_ptr, rope_ptr, q_ptr, k_ptr, scale_ptr, tokens, period, plane, q_heads, k_heads, eps, D: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    rope_ptr,
+    q_ptr,
+    k_ptr,
+    scale_ptr,
+    tokens,
+    period,
+    plane,
+    q_heads,
+    k_heads,
+    eps,
+    D: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     program, heads = tl.program_id(0), q_heads + k_heads
     token, head = program // heads * TOKENS + tl.arange(0, TOKENS), program % heads
     live, position = token < tokens, token % period
@@ -38,14 +50,45 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, rope_ptr, scale_ptr, dx_ptr, tokens, positions, period, plane, q_heads, k_heads, v_heads, q_token, k_token,
-    dx_token, dq_row, dq_token, dq_head, dk_row, dk_token, dk_head, dv_row, dv_token, dv_head, D: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    q_ptr,
+    k_ptr,
+    rope_ptr,
+    scale_ptr,
+    dx_ptr,
+    tokens,
+    positions,
+    period,
+    plane,
+    q_heads,
+    k_heads,
+    v_heads,
+    q_token,
+    k_token,
+    dx_token,
+    dq_row,
+    dq_token,
+    dq_head,
+    dk_row,
+    dk_token,
+    dk_head,
+    dv_row,
+    dv_token,
+    dv_head,
+    D: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     program, heads = tl.program_id(0), q_heads + k_heads + v_heads
     token, head = program // heads * TOKENS + tl.arange(0, TOKENS), program % heads
     live, half = token < tokens, tl.arange(0, D // 2)[None, :]
     keep = live[:, None]
-    row, position, place = (token // positions).to(tl.int64), (token % positions).to(tl.int64), (token % period)[:, None]
+    row, position, place = (
+        (token // positions).to(tl.int64),
+        (token % positions).to(tl.int64),
+        (token % period)[:, None],
+    )
     token = token.to(tl.int64)
     target = dx_ptr + (token * dx_token + head * D)[:, None] + half
     if head >= q_heads + k_heads:  # a value's gradient goes as it is beside the others
@@ -75,7 +118,9 @@ def _backward(
 
 
 @torch.library.custom_op("nanochat_hf::rope_norm", mutates_args=())
-def rope_norm_forward(x: torch.Tensor, rope: torch.Tensor, q_heads: int, k_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rope_norm_forward(
+    x: torch.Tensor, rope: torch.Tensor, q_heads: int, k_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries and keys x (B, T, (H + K)·D), angles (2, B or 1, T, 1, D/2) → q (B, T, H, D), k (B, T, K, D), 1/rms (B, T, H + K)."""
     B, T, width = x.shape
     D = width // (q_heads + k_heads)
@@ -85,7 +130,20 @@ def rope_norm_forward(x: torch.Tensor, rope: torch.Tensor, q_heads: int, k_heads
     grid = (triton.cdiv(B * T, TOKENS) * (q_heads + k_heads),)
     eps = torch.finfo(torch.float32).eps  # F.rms_norm's own: that of the dtype it computes in
     _forward[grid](
-        x, rope, q, k, scale, B * T, rope.shape[1] * T, rope[0].numel(), q_heads, k_heads, eps, D=D, TOKENS=TOKENS, num_warps=4
+        x,
+        rope,
+        q,
+        k,
+        scale,
+        B * T,
+        rope.shape[1] * T,
+        rope[0].numel(),
+        q_heads,
+        k_heads,
+        eps,
+        D=D,
+        TOKENS=TOKENS,
+        num_warps=4,
     )
     return q, k, scale
 
@@ -118,9 +176,31 @@ def write_gradient(dx, dq, dk, dv, q, k, scale, rope):
     dv = dq if dv is None else dv  # then without heads, and not read
     grid = (triton.cdiv(B * T, TOKENS) * (q_heads + k_heads + values),)
     _backward[grid](
-        dq, dk, dv, q, k, rope, scale, dx, B * T, T, rope.shape[1] * T, rope[0].numel(), q_heads, k_heads, values, q.stride(1), k.stride(1), dx.stride(1),
-        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], D=D, TOKENS=TOKENS, num_warps=4,
-    )  # fmt: skip
+        dq,
+        dk,
+        dv,
+        q,
+        k,
+        rope,
+        scale,
+        dx,
+        B * T,
+        T,
+        rope.shape[1] * T,
+        rope[0].numel(),
+        q_heads,
+        k_heads,
+        values,
+        q.stride(1),
+        k.stride(1),
+        dx.stride(1),
+        *dq.stride()[:3],
+        *dk.stride()[:3],
+        *dv.stride()[:3],
+        D=D,
+        TOKENS=TOKENS,
+        num_warps=4,
+    )
 
 
 @rope_norm_backward.register_fake

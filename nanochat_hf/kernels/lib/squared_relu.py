@@ -12,7 +12,18 @@ from .hopper import descriptors_and_tiles, halves
 
 
 @triton.jit
-def _squared_relu(x_desc, w_desc, out_desc, N, W, C, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+def _squared_relu(
+    x_desc,
+    w_desc,
+    out_desc,
+    N,
+    W,
+    C,
+    PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     across = tl.cdiv(W, COLUMNS)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS) * across, PROGRAMS, flatten=True):
         row, column = tile // across * ROWS, tile % across * COLUMNS
@@ -27,8 +38,18 @@ def _squared_relu(x_desc, w_desc, out_desc, N, W, C, PROGRAMS: tl.constexpr, ROW
 
 @triton.jit
 def _slope(
-    dy_desc, w_desc, a_desc, out_desc, N, W, C, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    dy_desc,
+    w_desc,
+    a_desc,
+    out_desc,
+    N,
+    W,
+    C,
+    PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     across = tl.cdiv(W, COLUMNS)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS) * across, PROGRAMS, flatten=True):
         row, column = tile // across * ROWS, tile % across * COLUMNS

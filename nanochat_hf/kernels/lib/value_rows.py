@@ -13,9 +13,25 @@ CHUNK = 128  # tokens of a program
 
 @triton.jit
 def _tokens(
-    d_ptr, table_ptr, gate_ptr, order_ptr, id_ptr, start_ptr, d_gate_ptr, row_ptr, part_ptr, N, C, d_row, d_token, positions,
-    ADD: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    d_ptr,
+    table_ptr,
+    gate_ptr,
+    order_ptr,
+    id_ptr,
+    start_ptr,
+    d_gate_ptr,
+    row_ptr,
+    part_ptr,
+    N,
+    C,
+    d_row,
+    d_token,
+    positions,
+    ADD: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     begin = tl.program_id(0) * CHUNK
     column, head = tl.arange(0, HEADS * D), tl.arange(0, HEADS)
     keep, width, heads = column < C, tl.full((1,), C, tl.int64), C // D
@@ -83,16 +99,38 @@ def _backward(d, table, gate, order, ids, starts, d_table, add):
     heads = triton.next_power_of_2(K)
     warps = min(max(heads * D // 512, 1), 16)
     _tokens[(chunks,)](
-        d, table, gate, order, ids, starts, d_gate, d_table, parts, B * T, K * D, d.stride(0), d.stride(1), T, ADD=add, D=D, HEADS=heads, CHUNK=CHUNK,
+        d,
+        table,
+        gate,
+        order,
+        ids,
+        starts,
+        d_gate,
+        d_table,
+        parts,
+        B * T,
+        K * D,
+        d.stride(0),
+        d.stride(1),
+        T,
+        ADD=add,
+        D=D,
+        HEADS=heads,
+        CHUNK=CHUNK,
         num_warps=warps,
-    )  # fmt: skip
+    )
     _rows[(len(table),)](starts, d_table, parts, K * D, ADD=add, BLOCK=heads * D, CHUNK=CHUNK, num_warps=warps)
     return d_gate
 
 
 @torch.library.custom_op("nanochat_hf::gated_rows_backward", mutates_args=())
 def gated_rows_backward(
-    d: torch.Tensor, table: torch.Tensor, gate: torch.Tensor, order: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor
+    d: torch.Tensor,
+    table: torch.Tensor,
+    gate: torch.Tensor,
+    order: torch.Tensor,
+    ids: torch.Tensor,
+    starts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """d (B, T, K, D), table (V, C), gate (B, T, K), and what `order_of_ids` gives → gradients of table and gate, float32."""
     d_table = torch.empty(table.shape, dtype=torch.float32, device=d.device)
@@ -106,7 +144,13 @@ def _(d, table, gate, order, ids, starts):
 
 @torch.library.custom_op("nanochat_hf::add_gated_rows_backward", mutates_args=("total",))
 def add_gated_rows_backward(
-    total: torch.Tensor, d: torch.Tensor, table: torch.Tensor, gate: torch.Tensor, order: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor
+    total: torch.Tensor,
+    d: torch.Tensor,
+    table: torch.Tensor,
+    gate: torch.Tensor,
+    order: torch.Tensor,
+    ids: torch.Tensor,
+    starts: torch.Tensor,
 ) -> torch.Tensor:
     """As `gated_rows_backward`, with the gradient of the table added to total (V, C) float32."""
     return _backward(d, table, gate, order, ids, starts, total, True)

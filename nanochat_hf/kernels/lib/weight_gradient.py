@@ -23,9 +23,17 @@ SUM_ROWS, SUM_COLUMNS = 32, 64  # of a tile that one program sums: memory has th
 
 @triton.jit
 def _pieces(
-    g_desc, x_desc, out_desc, table_ptr, pieces, APART: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    g_desc,
+    x_desc,
+    out_desc,
+    table_ptr,
+    pieces,
+    APART: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-):  # fmt: skip
+):
     for piece in tl.range(tl.program_id(0), pieces, PROGRAMS, flatten=True):
         entry = table_ptr + piece * 4
         row, column, begin, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
@@ -43,8 +51,18 @@ def _pieces(
 
 @triton.jit
 def _sum(
-    pieces_ptr, corner_ptr, first_ptr, list_ptr, out_ptr, G, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    pieces_ptr,
+    corner_ptr,
+    first_ptr,
+    list_ptr,
+    out_ptr,
+    G,
+    K,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     tile, part = tl.program_id(2), tl.program_id(1) * PART + tl.arange(0, PART)
     column, total = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.zeros((PART, WIDTH), tl.float32)
     for i in tl.range(tl.load(first_ptr + tile), tl.load(first_ptr + tile + 1)):
@@ -63,7 +81,9 @@ def cut(tiles, steps, programs, cuts):
     whole = len(pieces) // programs * programs
     rest, pieces = pieces[whole:], pieces[:whole]
     again = programs // len(rest) if rest else 1
-    finer = [(tile, a + (b - a) * i // again, a + (b - a) * (i + 1) // again) for i in range(again) for tile, a, b in rest]
+    finer = [
+        (tile, a + (b - a) * i // again, a + (b - a) * (i + 1) // again) for i in range(again) for tile, a, b in rest
+    ]
     return *pieces, *(piece for piece in finer if piece[1] < piece[2])
 
 
@@ -77,14 +97,20 @@ def length(pieces, programs):
 def plan(N, G, K, programs):
     """Pieces of the product, or None where cutting does not gain enough."""
     tiles, steps = -(-G // ROWS) * -(-K // COLUMNS), -(-N // DEPTH)
-    best = min((cut(tiles, steps, programs, cuts) for cuts in range(1, CUTS + 1)), key=lambda pieces: length(pieces, programs))
+    best = min(
+        (cut(tiles, steps, programs, cuts) for cuts in range(1, CUTS + 1)), key=lambda pieces: length(pieces, programs)
+    )
     return best if length(best, programs) < EXCESS * tiles * steps / programs else None
 
 
 def _corners(G, K):
     # (row, column) of the tiles, those of the shorter side side by side: what programs do at one time reads few rows and columns
     rows, columns = range(0, G, ROWS), range(0, K, COLUMNS)
-    return [(row, column) for row in rows for column in columns] if G >= K else [(row, column) for column in columns for row in rows]
+    return (
+        [(row, column) for row in rows for column in columns]
+        if G >= K
+        else [(row, column) for column in columns for row in rows]
+    )
 
 
 @functools.cache
@@ -96,7 +122,10 @@ def _tables(pieces, G, K, device):
     for number, (tile, *_) in enumerate(pieces):
         lists[tile].append(number)
     first = torch.tensor([0, *map(len, lists)]).cumsum(0)
-    return [torch.tensor(table, dtype=torch.int32).to(device) for table in (entries, corners, first.tolist(), list(chain(*lists)))]
+    return [
+        torch.tensor(table, dtype=torch.int32).to(device)
+        for table in (entries, corners, first.tolist(), list(chain(*lists)))
+    ]
 
 
 def by_pieces(g, x, total, pieces, programs):
@@ -111,10 +140,22 @@ def by_pieces(g, x, total, pieces, programs):
     descriptors = [TensorDescriptor.from_tensor(g, [DEPTH, ROWS]), TensorDescriptor.from_tensor(x, [DEPTH, COLUMNS])]
     descriptors.append(TensorDescriptor.from_tensor(out, [ROWS, COLUMNS // 2]))
     _pieces[(programs,)](
-        *descriptors, table, len(table), APART=apart, PROGRAMS=programs, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=3
-    )  # fmt: skip
+        *descriptors,
+        table,
+        len(table),
+        APART=apart,
+        PROGRAMS=programs,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        DEPTH=DEPTH,
+        num_warps=8,
+        num_stages=3,
+    )
     if apart:
-        grid, sizes = (COLUMNS // SUM_COLUMNS, ROWS // SUM_ROWS, len(tiles[0])), dict(ROWS=ROWS, COLUMNS=COLUMNS, PART=SUM_ROWS, WIDTH=SUM_COLUMNS)
+        grid, sizes = (
+            (COLUMNS // SUM_COLUMNS, ROWS // SUM_ROWS, len(tiles[0])),
+            dict(ROWS=ROWS, COLUMNS=COLUMNS, PART=SUM_ROWS, WIDTH=SUM_COLUMNS),
+        )
         _sum[grid](out, *tiles, total, G, K, **sizes, num_warps=4)
 
 

@@ -12,7 +12,9 @@ from ..lib.devices import lacks_triton
 from ..lib.rows import epsilon, programs, warps
 
 OP = "mix_and_norm"
-SMALL = tl.constexpr(1 / 4)  # below this |r| the sum x + update is kept for backward; above, r·(x + update) + s·x0 says it
+SMALL = tl.constexpr(
+    1 / 4
+)  # below this |r| the sum x + update is kept for backward; above, r·(x + update) + s·x0 says it
 
 
 def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -26,11 +28,22 @@ def run(x: Tensor, update: Tensor, x0: Tensor, lambdas: Tensor, eps: float | Non
     return MixAndNorm.apply(x, update, x0.view_as(x0), lambdas, epsilon(eps), channels)
 
 
-
 @triton.jit
 def _forward(
-    stream_ptr, update_ptr, x0_ptr, lambdas_ptr, kept_ptr, mixed_ptr, normed_ptr, first_ptr, scale_ptr, C, eps, F: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    stream_ptr,
+    update_ptr,
+    x0_ptr,
+    lambdas_ptr,
+    kept_ptr,
+    mixed_ptr,
+    normed_ptr,
+    first_ptr,
+    scale_ptr,
+    C,
+    eps,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     at, keep = row * C + column, column < C
     x = tl.load(stream_ptr + at, keep, 0.0).to(tl.float32) + tl.load(update_ptr + at, keep, 0.0).to(tl.float32)
@@ -50,9 +63,24 @@ def _forward(
 
 @triton.jit
 def _backward(
-    d_mixed_ptr, d_normed_ptr, d_first_ptr, d_x0_ptr, kept_ptr, mixed_ptr, x0_ptr, lambdas_ptr, scale_ptr, dx_ptr, dx0_ptr, sums_ptr, N, C,
-    PROGRAMS, F: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    d_mixed_ptr,
+    d_normed_ptr,
+    d_first_ptr,
+    d_x0_ptr,
+    kept_ptr,
+    mixed_ptr,
+    x0_ptr,
+    lambdas_ptr,
+    scale_ptr,
+    dx_ptr,
+    dx0_ptr,
+    sums_ptr,
+    N,
+    C,
+    PROGRAMS,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     keep, r, s, width = column < C, tl.load(lambdas_ptr), tl.load(lambdas_ptr + 1), tl.full((1,), C, tl.int64)
     along, along_x0 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -65,7 +93,9 @@ def _backward(
         scale, g = tl.load(scale_ptr + row), tl.load(d_normed_ptr + at, keep, 0.0).to(tl.float32)
         if F:
             g += tl.load(d_first_ptr + row * F + column, column < F, 0.0).to(tl.float32)
-        normed = (from_kept * kept + from_x0 * x0).to(dx_ptr.dtype.element_ty).to(tl.float32) * scale  # as forward rounded it
+        normed = (from_kept * kept + from_x0 * x0).to(dx_ptr.dtype.element_ty).to(
+            tl.float32
+        ) * scale  # as forward rounded it
         g = (g - normed * (tl.sum(g * normed, 0) / C)) * scale + tl.load(d_mixed_ptr + at, keep, 0.0).to(tl.float32)
         tl.store(dx_ptr + at, (r * g).to(dx_ptr.dtype.element_ty), keep)
         total = tl.load(d_x0_ptr + at, keep, 0.0).to(tl.float32) + s * g
@@ -92,8 +122,21 @@ def mix_and_norm(
     scale = stream.new_empty(stream.shape[:-1], dtype=torch.float32)
     block = triton.next_power_of_2(C)
     _forward[(scale.numel(),)](
-        stream, update, x0, lambdas, kept, mixed, normed, first, scale, C, eps, F=channels, BLOCK=block, num_warps=warps(block)
-    )  # fmt: skip
+        stream,
+        update,
+        x0,
+        lambdas,
+        kept,
+        mixed,
+        normed,
+        first,
+        scale,
+        C,
+        eps,
+        F=channels,
+        BLOCK=block,
+        num_warps=warps(block),
+    )
     return kept, mixed, normed, first, scale
 
 
@@ -105,18 +148,41 @@ def _(stream, update, x0, lambdas, eps, channels):
 
 @torch.library.custom_op("nanochat_hf::mix_and_norm_backward", mutates_args=())
 def mix_and_norm_backward(
-    d_mixed: Tensor, d_normed: Tensor, d_first: Tensor, d_x0: Tensor, kept: Tensor, mixed: Tensor,
-    x0: Tensor, lambdas: Tensor, scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_mixed: Tensor,
+    d_normed: Tensor,
+    d_first: Tensor,
+    d_x0: Tensor,
+    kept: Tensor,
+    mixed: Tensor,
+    x0: Tensor,
+    lambdas: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and of update, which are one, of x0 with the later layers' `d_x0` added, and of lambdas (2)."""
     d_mixed, d_normed, d_first, d_x0, x0 = (t.contiguous() for t in (d_mixed, d_normed, d_first, d_x0, x0))
     dx, dx0, C, N = torch.empty_like(mixed), torch.empty_like(x0), x0.shape[-1], scale.numel()
     count, block = programs(x0, N), triton.next_power_of_2(C)
     sums = x0.new_empty(2, count, dtype=torch.float32)
     _backward[(count,)](
-        d_mixed, d_normed, d_first, d_x0, kept, mixed, x0, lambdas, scale, dx, dx0, sums, N, C, count, F=d_first.shape[-1], BLOCK=block,
+        d_mixed,
+        d_normed,
+        d_first,
+        d_x0,
+        kept,
+        mixed,
+        x0,
+        lambdas,
+        scale,
+        dx,
+        dx0,
+        sums,
+        N,
+        C,
+        count,
+        F=d_first.shape[-1],
+        BLOCK=block,
         num_warps=warps(block),
-    )  # fmt: skip
+    )
     return dx, dx0, sums.sum(1)
 
 

@@ -60,9 +60,17 @@ def run(ops: Ops, x: Tensor, heads: Heads, value: ValueEmbedding | None, rope: T
 
 @torch.library.custom_op("nanochat_hf::rotated_attention_backward", mutates_args=())
 def rotated_attention_backward(
-    do: torch.Tensor, qkv: torch.Tensor, v: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, borders: torch.Tensor | None, scale: torch.Tensor,
-    rope: torch.Tensor, scaling: float, window: int,
-) -> torch.Tensor:  # fmt: skip
+    do: torch.Tensor,
+    qkv: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    borders: torch.Tensor | None,
+    scale: torch.Tensor,
+    rope: torch.Tensor,
+    scaling: float,
+    window: int,
+) -> torch.Tensor:
     """Gradient (B, T, W) of the product within `rotated_projections`, from that of cuDNN's attention upon qkv with values v: each kernel writes
     its part of one tensor, so that nothing is copied or summed."""
     q, k, _ = parts(qkv, out.shape[2], v.shape[2])
@@ -87,8 +95,26 @@ class ProductAndAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, q, k, v, added, rope, borders, heads, key_heads, scaling, window, total,
-        gate=None, table=None, ids=None, order=None, sorted_ids=None, starts=None, table_total=None,
+        ctx,
+        x,
+        q,
+        k,
+        v,
+        added,
+        rope,
+        borders,
+        heads,
+        key_heads,
+        scaling,
+        window,
+        total,
+        gate=None,
+        table=None,
+        ids=None,
+        order=None,
+        sorted_ids=None,
+        starts=None,
+        table_total=None,
     ):
         lookup = () if gate is None else (gate, table, ids)
         x, w, qkv, scale = forward_product(ctx, x, (q, k, v), rope, (heads, key_heads), *lookup)

@@ -37,7 +37,9 @@ def _r(z, inner):
 
 
 @triton.jit
-def _row(logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, outer, vocab: tl.constexpr, BLOCK: tl.constexpr):
+def _row(
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, outer, vocab: tl.constexpr, BLOCK: tl.constexpr
+):
     # as _kernel, for rows that a program holds whole: each function of a logit is taken once, and the slopes wait for the sum as rounded as the result
     # will be, in half the registers, so that two programs share a multiprocessor and one computes while the other reads
     column, EVEN = tl.arange(0, BLOCK), vocab == BLOCK
@@ -65,7 +67,9 @@ def _row(logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, outer
 
 
 @triton.jit
-def _kernel(logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, outer, vocab: tl.constexpr, COLUMNS: tl.constexpr):
+def _kernel(
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, outer, vocab: tl.constexpr, COLUMNS: tl.constexpr
+):
     # inner = 2·log2(e)/cap and outer = 2·log2(e)·cap: the hardware has powers of 2
     row = tl.program_id(0).to(tl.int64)
     target, weight = tl.load(target_ptr + row), tl.load(weight_ptr + row)
@@ -87,7 +91,9 @@ def _kernel(logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, ou
         column = start + tl.arange(0, COLUMNS)
         if EVEN:
             r = _r(tl.load(line + column), inner)
-            tl.store(line + column, (tl.exp2(r * -outer - shift) * (weight * (r - r * r))).to(logits_ptr.dtype.element_ty))
+            tl.store(
+                line + column, (tl.exp2(r * -outer - shift) * (weight * (r - r * r))).to(logits_ptr.dtype.element_ty)
+            )
         else:
             r = _r(tl.load(line + column, column < vocab, 0.0), inner)
             slope = tl.exp2(r * -outer - shift) * (weight * (r - r * r))
@@ -106,8 +112,12 @@ def softcapped_nll_(logits: Tensor, target: Tensor, weight: Tensor, cap: float) 
     loss = torch.empty_like(weight)
     inner, outer = 2 / math.log(2) / cap, 2 / math.log(2) * cap
     (n, vocab), scalars = logits.shape, (logits.stride(0), cap, inner, outer)
-    if vocab <= COLUMNS and logits.dtype != torch.float16:  # in which slopes not yet divided by their sum would be zeros
-        _row[(n,)](logits, target, weight, loss, *scalars, vocab=vocab, BLOCK=triton.next_power_of_2(vocab), num_warps=16)
+    if (
+        vocab <= COLUMNS and logits.dtype != torch.float16
+    ):  # in which slopes not yet divided by their sum would be zeros
+        _row[(n,)](
+            logits, target, weight, loss, *scalars, vocab=vocab, BLOCK=triton.next_power_of_2(vocab), num_warps=16
+        )
     else:
         _kernel[(n,)](logits, target, weight, loss, *scalars, vocab=vocab, COLUMNS=COLUMNS, num_warps=16)
     return loss

@@ -51,7 +51,11 @@ def _norm_backward(d_x_ptr, d_normed_ptr, x_ptr, scale_ptr, out_ptr, N, C, PROGR
 def stream_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x (…, C) → its RMS norm, 1/rms (…) float32."""
     x, C = x.contiguous(), x.shape[-1]
-    normed, scale, block = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32), triton.next_power_of_2(C)
+    normed, scale, block = (
+        torch.empty_like(x),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
+        triton.next_power_of_2(C),
+    )
     _norm[(scale.numel(),)](x, normed, scale, C, eps, BLOCK=block, num_warps=warps(block))
     return normed, scale
 
