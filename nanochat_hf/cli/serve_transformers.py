@@ -1,7 +1,7 @@
-"""transformers' own server for a folder of ours: python -m scripts.serve_transformers MODEL [flags of `transformers serve`]
+"""transformers' own server for a folder of ours: python -m scripts.serve_transformers MODEL [flags].
 
-`transformers serve` looks a model's class up by its name in transformers itself, where the class of a folder with code of its
-own never is. This command puts the class there, for its own process alone, and then is `transformers serve`.
+`transformers serve` looks a model's class up by its name in transformers itself, where the class of a folder with
+its own code never is. This command puts the class there, for its own process only, and then is `transformers serve`.
 """
 
 import sys
@@ -9,7 +9,7 @@ import sys
 
 def main(argv: list[str] | None = None) -> None:
     """Serve; needs transformers[serving]."""
-    # first the command line: the module of transformers that it holds is another than the one that is imported afterwards
+    # the command line first: it holds another copy of the module transformers than a later import gives
     from transformers.cli.transformers import main as transformers_main  # isort: skip
     from transformers.cli.serving import model_manager
 

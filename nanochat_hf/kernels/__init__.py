@@ -1,4 +1,4 @@
-"""Kernels for training on CUDA, in place of the model's plain formulas, which each of them is tested against. See README.md."""
+"""Kernels for training on CUDA, in place of the plain formulas that each of them is tested against. See README.md."""
 
 from .dispatch import choose, registered, summed, table
 from .lib.cudnn_attention import register

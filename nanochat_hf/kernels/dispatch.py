@@ -40,7 +40,7 @@ class Kernel:
 
 @cache
 def registered() -> tuple[ModuleType, ...]:
-    """The modules of ops/ that can be imported here, the highest RANK first. Without Triton those that need it are absent."""
+    """The modules of ops/ that can be imported here, the highest RANK first; without Triton some are absent."""
     found = []
     for entry in pkgutil.iter_modules(folder.__path__):
         try:
@@ -94,11 +94,11 @@ def summed(model: nn.Module) -> list[list[nn.Module]]:
 
     Empty for a model with frozen parts: below the first weight that is trained no gradient comes, and kernels see none.
     """
-    table = getattr(getattr(model, "model", None), "training_ops", PLAIN)
+    ops = getattr(getattr(model, "model", None), "training_ops", PLAIN)
     if not all(parameter.requires_grad for parameter in model.parameters()):
         return []
     found = []
-    for names in dict.fromkeys(names for op in vars(table).values() for names in getattr(op, "summed", ())):
+    for names in dict.fromkeys(names for op in vars(ops).values() for names in getattr(op, "summed", ())):
         for module in model.modules():
             children = dict(module.named_children())
             if not all(name in children for name in names):

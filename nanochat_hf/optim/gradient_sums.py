@@ -1,12 +1,12 @@
 """Gradients summed over the micro-batches of a step, in one float32 tensor that kernels and autograd share.
 
-A kernel that adds its product to the sum spares a pass over memory, which would read two tensors of the weight's size and write
-one. A kernel that finds the weight in half precision, rounded once a step, spares another.
+A kernel that adds its product to the sum saves a pass over memory, which would read two tensors and write one. A
+kernel that finds the weight in half precision, rounded once a step, saves another.
 
 A weight that takes part has these attributes, and its `grad` is its sum:
 - `main_grad`: its sum, float32, under the name that Megatron and Transformer Engine use;
-- `joint_grad`: on the first of a group of weights that are multiplied together, the sums of all of them below one another;
-- `joint_half`: on the same weight, the group's weights in half precision, as they were at the last `refresh`.
+- `joint_grad`: on the first of the weights that one product multiplies, the sums of all of them below one another;
+- `joint_half`: on the same weight, those weights in half precision, as they were at the last `refresh`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -52,10 +52,10 @@ def _fits(group: list[nn.Module]) -> bool:
 
 @contextmanager
 def gradient_sums(groups: Iterable[list[nn.Module]], dtype: torch.dtype | None = None) -> Iterator[GradientSums | None]:
-    """While this lasts, the weights of `groups` that are float32 and whole have sums; None where there is no such group.
+    """While this lasts, the weights of `groups` that are float32 and whole have sums; it yields None if there are none.
 
-    `dtype`: the half precision that weights are rounded to, None for no copies. Within it, zero gradients after a step instead
-    of setting them to None, and call `refresh` before each step. Gradients are None before and after.
+    `dtype` is the half precision to round weights to, None for no copies. Within it, zero gradients after a step
+    instead of setting them to None, and call `refresh` before each step. Gradients are None before and after.
     """
     groups = [group for group in groups if _fits(group)]
     sums = GradientSums(groups, dtype) if groups else None

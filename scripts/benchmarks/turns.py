@@ -1,4 +1,4 @@
-"""Two checkouts train on one GPU in turns, so that both see the same clocks: run it in both at one time, under other names.
+"""Two checkouts train on one GPU in turns, so that both see the same clocks: start it in both at one time.
 
 PYTHONPATH=OLD python scripts/benchmarks/turns.py old new --folder /tmp/turns --depth 12 --rows 64 &
 PYTHONPATH=NEW python scripts/benchmarks/turns.py new old --folder /tmp/turns --depth 12 --rows 64
@@ -26,7 +26,7 @@ FIRST = 3  # steps before the first turn: compilation, and the allocator's growt
 
 
 class Turns:
-    """A callback of the trainer that lets the other process train after every `steps` steps. They meet by files in a folder."""
+    """A callback that lets the other process train after every `steps` steps; they meet by files in a folder."""
 
     def __init__(self, args):
         self.args, self.folder, self.leads = args, Path(args.folder), args.name < args.other
@@ -67,7 +67,7 @@ def model_for(args, device):
 
 
 def schedule(wrapped, step):
-    """Constant rates, but none for the residual scalars: their first gradients are rounding alone, and would part the runs."""
+    """Constant rates, none for the residual scalars: their first gradients are rounding, and would part the runs."""
     apply_schedule(wrapped.optimizer, 1.0, muon_momentum(step))
     for group in wrapped.optimizer.param_groups:
         group["lr"] *= "lambdas" not in group["name"]

@@ -283,9 +283,12 @@ def test_where_it_cannot_run_the_flag_says_why_and_auto_takes_another(
 ):
     monkeypatch.setitem(sys.modules, "cudnn", cudnn_stand_in.module())
     real = find_spec
-    found = lambda name: (
-        (object() if installed else None) if name == "cudnn" else object() if name == "triton" else real(name)
-    )  # noqa: E731
+
+    def found(name):
+        if name == "cudnn":
+            return object() if installed else None
+        return object() if name == "triton" else real(name)
+
     monkeypatch.setattr(cudnn_attention, "find_spec", found), monkeypatch.setattr(attention, "find_spec", found)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
     device = torch.device(device)

@@ -1,4 +1,4 @@
-"""transformers' own server with a saved folder, by our command; without it transformers does not find the class (stated below)."""
+"""transformers' own server with a saved folder, started by our command, which puts the class where it looks."""
 
 import importlib.util
 import json

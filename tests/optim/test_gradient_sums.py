@@ -46,7 +46,7 @@ def two_micro_batches(model, call, wanted, dtype=None):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_models_sums_are_autograds(compile, dtype):
-    """In half precision a compiled graph rounds elsewhere with the sums than without: most in the scalars, small differences of large sums."""
+    """In half precision a compiled graph rounds elsewhere with sums, most of all in the scalars."""
     model = tiny(DEVICE)
     half = HALF or dtype is not None
     with_kernels(model)

@@ -26,5 +26,5 @@ def lacks(device: torch.device, dtype: torch.dtype, *sides: int) -> str | None:
 
 
 def takes(x: torch.Tensor) -> bool:
-    """Whether the tokens of x (…, C), the inner axis of the weights' gradients, are as many as the tensor cores want."""
+    """Whether 16 divides the number of tokens of x (…, C): tokens are the inner axis of the weights' gradients."""
     return x.shape[:-1].numel() % MULTIPLE == 0

@@ -1,6 +1,6 @@
-"""Casts to float8 that write a matrix and its transpose in one pass, as one Triton kernel. For GPUs that know float8 (Ada, Hopper and later).
+"""Casts to float8 that write a matrix and its transpose in one pass over memory.
 
-Letters: n rows, c columns.
+For GPUs that have float8: Ada, Hopper and later. Letters: n rows, c columns.
 """
 
 import torch
@@ -52,9 +52,9 @@ def _cast(
 
 
 def launch(mode, x, out, transposed, unit=None, kept=None, kept_unit=None):
-    """Write x (n, c), cast in units of the 0-d `unit`, to out (n, c) and transposed (c, n), both of which may be parts of wider matrices.
+    """Write x (n, c), in units of the 0-d `unit`, to out (n, c) and transposed (c, n), which may be parts of wider tensors.
 
-    SQUARE: relu(x)²; SLOPE: x·2·√(kept·kept_unit) with kept (c, n); TRANSPOSE: a float8 x as it is, out unused.
+    SQUARE writes relu(x)². SLOPE writes x·2·√(kept·kept_unit), kept (c, n). TRANSPOSE moves a float8 x as it is; out is unused.
     """
     n, c = x.shape
     if x.stride(1) != 1:
@@ -82,5 +82,5 @@ def launch(mode, x, out, transposed, unit=None, kept=None, kept_unit=None):
         num_warps=8,
     )
     if mode != TRANSPOSE and x.element_size() == 4:
-        # Triton 3.6 wrote three in eight rows of the transpose wrongly on an H100 where x is float32, as weights are; bytes it turns rightly
+        # Triton 3.6 on an H100 wrote three in eight rows of the transpose of a float32 x wrongly; it turns bytes correctly
         launch(TRANSPOSE, out, None, transposed)

@@ -1,7 +1,8 @@
-"""The float8 forms of a layer's parts, from the casts and products of products.py. Same letters; each keeps for backward transposed float8 copies alone.
+"""The parts of a layer by float8 products. Each keeps only transposed float8 copies for backward.
 
-x of a layer is normed: no element exceeds √C and no row is longer, so that x and, by Cauchy and Schwarz, what the products make of it have bounds that
-cost no pass over memory. Bounds serve as well as maxima where float8's range has room: e5m2 always, e4m3 for the squared ReLU (docs/log.md).
+The input of a layer is normed. So no element of x exceeds √C and no row is longer than √C, and by Cauchy and Schwarz the
+products of x have bounds as well. A bound costs no pass over memory, a maximum costs one. Bounds serve as well as maxima where
+float8 has range to spare: e5m2 always, e4m3 for the squared ReLU. Letters: N tokens, C hidden_size, W = 4C intermediate_size.
 """
 
 import torch
@@ -11,7 +12,7 @@ from .products import E4M3, E5M2, cast, largest, longest, product, scaled, slope
 
 
 def _normed(x):
-    # (…, C) → (N, C) e4m3, its transpose, its unit: torch's own operations, so that the compiler casts in the kernel of the norm
+    # (…, C) → (N, C) e4m3, its transpose, its unit; by torch's operations, which the compiler joins to the norm's kernel
     flat = x.reshape(-1, x.shape[-1])
     unit = unit_of(torch.full((), flat.shape[1] ** 0.5, device=x.device), E4M3)
     flat = scaled(flat, unit, E4M3)

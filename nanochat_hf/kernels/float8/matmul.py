@@ -1,6 +1,7 @@
-"""Float8 products of the MLP with the squared ReLU, or its slope, and the casts of the result inside. For Hopper, by TMA.
+"""Float8 products of the MLP, with the squared ReLU or its slope and the cast of the result inside. For Hopper.
 
-The unit of the result must be known before, which is what bounds in place of maxima are good for. Letters: N tokens, C hidden_size, W = 4C.
+The cast needs the unit of the result before the product is taken. That is why bounds are used and not maxima.
+Letters: N tokens, C hidden_size, W = 4C intermediate_size.
 """
 
 import torch
@@ -95,8 +96,10 @@ def suits(x) -> bool:
 
 
 def launch(a, b, units, unit, dtype, kept=None, kept_unit=None):
-    """a (N, C) · bᵀ of b (W, C), float8 in `units`, with the squared ReLU, or times 2·√(keptᵀ·kept_unit) of kept (W, N) → `dtype` in units of `unit`:
-    (N, W), (W, N)."""
+    """a (N, C) · bᵀ of b (W, C), float8 in `units`, as `dtype` in units of `unit` → (N, W) and its transpose (W, N).
+
+    Without `kept` the squared ReLU of the product; with kept (W, N) the product times 2·√(keptᵀ·kept_unit).
+    """
     (N, C), W = a.shape, b.shape[0]
     out, turned = a.new_empty(N, W, dtype=dtype), a.new_empty(W, N, dtype=dtype)
     half = [COLUMNS // 2, ROWS]  # what a program holds of the result beside the accumulators

@@ -1,7 +1,7 @@
-"""Training with float8 products: each operand is cast to float8 in units of one number a tensor, which the product multiplies back in.
+"""Training with float8 products. A tensor is cast in units of one number, which the product multiplies back in.
 
-Activations and weights are e4m3 (3 bits of mantissa), gradients e5m2 (2 bits, 32 of range). The tensor cores want both operands with the inner
-axis contiguous, so the products of backward read transposes, which are written where the tensor is cast (docs/log.md has the reckoning).
+Activations and weights are e4m3 (3 bits of mantissa), gradients e5m2 (2 bits, 32 of range). The tensor cores want the inner axis
+of both operands contiguous. So the products of backward read transposes, which are written where a tensor is cast.
 Letters: N tokens, C hidden_size, W = 4C intermediate_size.
 """
 
@@ -28,12 +28,12 @@ def inside(x) -> bool:
 
 
 def unit_of(largest, dtype):
-    """What a float8 1.0 stands for, 0-d float32, where the largest absolute value, or a bound of it, is to be the dtype's own largest."""
+    """The number that a float8 1.0 stands for, 0-d float32, so that `largest` (or a bound) becomes the dtype's own largest."""
     return largest.float().clamp(min=TINY) / torch.finfo(dtype).max
 
 
 def largest(x):
-    """Largest absolute value of x (N, C): along rows first, so that the compiler takes it in the kernel of a norm that makes x."""
+    """Largest absolute value of x (N, C); along rows first, which the compiler joins to the kernel of a norm."""
     return x.abs().amax(-1).amax()
 
 
@@ -103,7 +103,7 @@ def _(parts, unit, dtype, axis):
 
 @torch.library.custom_op("nanochat_hf::float8_transposed", mutates_args=())
 def transposed(x: torch.Tensor) -> torch.Tensor:
-    """A float8 matrix (n, c) → (c, n). An operator, so that the compiler keeps it for backward and never writes byte by byte."""
+    """A float8 matrix (n, c) → (c, n). An operator, so that the compiler keeps the result for backward."""
     out = x.new_empty(x.shape[::-1])
     if x.is_cuda:
         from . import casts
@@ -151,7 +151,10 @@ def slope(
     a_unit: torch.Tensor,
     unit: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(g·down)·2·√a, the gradient before the squared ReLU, of g (N, C), downᵀ (W, C), aᵀ (W, N), float8, as e5m2 in units of `unit` → (N, W), (W, N)."""
+    """(g·down)·2·√a, the gradient before the squared ReLU, as e5m2 in units of `unit` → (N, W), (W, N).
+
+    g (N, C), downᵀ (W, C) and aᵀ (W, N) are float8.
+    """
     if inside(g):
         return matmul.launch(g, down_t, (g_unit, down_unit), unit, E5M2, a_t, a_unit)
     if not g.is_cuda:

@@ -1,1 +1,1 @@
-"""What several kernels share: Hopper's products, cuDNN's graphs, rotation, weights and their sums. Nothing here is an operation."""
+"""What several kernels share: products, cuDNN's graphs, rotation, weights and their sums. No operation is here."""

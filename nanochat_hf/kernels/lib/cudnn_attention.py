@@ -1,4 +1,4 @@
-"""Causal attention with windows and packed documents by cuDNN, as operators of torch and as an implementation for transformers.
+"""Causal attention by cuDNN with windows and packed documents: operators of torch, and a name for transformers.
 
 Letters: B rows, T positions, H query heads, K key/value heads, D head_dim.
 """
@@ -13,7 +13,8 @@ from .cudnn_graph import run
 
 # not "cudnn_flash": transformers looks for each name with "flash" in it among FlashAttention's packages and on the Hub
 NAME = "cudnn"
-OLDEST = 90600  # cuDNN 9.6: ragged statistics, packed documents with shared key heads, a workspace by tokens in place of documents × T
+# cuDNN 9.6 has ragged statistics, packed documents with shared key heads, and a workspace that grows with the tokens
+OLDEST = 90600
 WIDEST = 128  # head_dim; beyond, support differs by GPU and version
 
 
@@ -30,7 +31,7 @@ def missing(device):
         import cudnn
 
         version = cudnn.backend_version()
-    except Exception as error:  # a wheel for another Python, another package of that name, no libcudnn: whatever it is, the reason is in it
+    except Exception as error:  # a wheel for another Python, another package of that name, no libcudnn
         return (
             f"cudnn cannot be imported ({type(error).__name__}: {error})",
             f"pip install -U nvidia-cudnn-frontend, or {other}",
@@ -41,7 +42,7 @@ def missing(device):
 
 
 def _ready(tensor, packed):
-    """The tensor as it lies, where a kernel can read it there: whole vectors of 16 bytes, and packed tokens all at one distance."""
+    """The tensor itself where a kernel can read it: vectors of 16 bytes, packed tokens at one distance; else a copy."""
     whole, (B, T, *_), (row, token, *_) = 16 // tensor.element_size(), tensor.shape, tensor.stride()
     aligned = (
         tensor.stride(-1) == 1
@@ -56,10 +57,11 @@ def _ready(tensor, packed):
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: torch.Tensor | None, scale: float, window: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (B, T, H, D), k and v (B, T, K, D), any strides → out (B, T, H, D), log-sum-exp ((B, T, H) with `borders`, else (B, H, T)) float32.
+    """q (B, T, H, D), k and v (B, T, K, D), any strides → out (B, T, H, D), log-sum-exp float32.
 
-    A query sees the keys at distances 0 to window − 1, all before it where window is 0. `borders`: int32 offsets of the documents among the
-    B·T tokens, [0, …, B·T], none longer than T and none empty; None where each row is one document. RuntimeError where cuDNN refuses.
+    The log-sum-exp is (B, T, H) with `borders`, else (B, H, T). A query sees the keys at distances 0 to window − 1, and all before
+    it where window is 0. `borders` are int32 offsets of the documents among the B·T tokens, [0, …, B·T]; no document is empty or
+    longer than T. None: each row is one document. RuntimeError where cuDNN refuses.
     """
     q, k, v = (_ready(t, borders is not None) for t in (q, k, v))
     B, T, H, _ = q.shape
@@ -121,7 +123,7 @@ attention.register_autograd(_gradients, setup_context=_keep)
 def runs(q, k, v):
     """Whether the operator can take q (B, T, H, D), k and v (B, S, K, D): whole rows of half precision on CUDA.
 
-    Without gradients only rows of whole tiles: lengths that come once, as evaluation and generation bring them, are not worth a graph each.
+    Without gradients only lengths that 128 divides: evaluation and generation bring each length once, and a graph costs more.
     """
     (_, T, _, D), half = q.shape, (torch.bfloat16, torch.float16)
     return (
@@ -137,7 +139,7 @@ def runs(q, k, v):
 
 
 def packed_mask(shape, borders, window, device):
-    """Boolean mask (B or 1, 1, T, T) of documents and window, True where a query sees a key. `shape`: (B, T); `window` 0: none."""
+    """Mask (B or 1, 1, T, T) of documents and window, True where a query sees a key. `shape`: (B, T); window 0: none."""
     B, T = shape
     distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
     mask = (distance >= 0) & (distance < (window or T))

@@ -1,7 +1,7 @@
-"""cuDNN's graphs of causal attention with windows and packed documents, by the package nvidia-cudnn-frontend (module `cudnn`).
+"""cuDNN's graphs of causal attention with windows and packed documents (package nvidia-cudnn-frontend).
 
-Letters: B rows, T positions, H query heads, K key/value heads, D head_dim, n documents with those that only fill the list up. The facts come
-from NVIDIA/cudnn-frontend 1.18: docs/operations/Attention.md and include/cudnn_frontend/node/scaled_dot_product_flash_attention.h.
+The facts come from NVIDIA/cudnn-frontend 1.18, docs/operations/Attention.md and the header of its attention node.
+Letters: B rows, T positions, H query heads, K key/value heads, D head_dim, n documents, empty ones at the end included.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _lock = threading.Lock()  # a handle has one stream at a time, and backward runs
 
 
 class Call(NamedTuple):
-    """All that a graph is built for. `strides`: (name, (row, token, head)) of each tensor but stats; `documents`: n, 0 for plain rows."""
+    """All that a graph is built for. strides: (name, (row, token, head)) of tensors but stats; documents: 0 for plain rows."""
 
     backward: bool
     device: torch.device
@@ -109,7 +109,7 @@ def describe(call, handle, **options):
         if n:
             tensor.set_ragged_offset(offsets[call.unit(name)])
 
-    # query i sees keys j with i − left < j ≤ i + right ("masks columns at or before row − left bound"): left is the window as it stands
+    # query i sees keys j with i − left < j ≤ i + right, so left is the window itself
     options = dict(
         attn_scale=call.scale, diagonal_alignment=cudnn.diagonal_alignment.TOP_LEFT, diagonal_band_right_bound=0
     )
@@ -135,7 +135,7 @@ def describe(call, handle, **options):
 
 @functools.cache
 def graph_of(call):
-    """(graph ready to run, bytes of its workspace). RuntimeError with cuDNN's reason where it knows no kernel for it."""
+    """(graph ready to run, bytes of its workspace). RuntimeError with cuDNN's reason where it has no kernel."""
     import cudnn
 
     try:
@@ -164,7 +164,7 @@ def call_of(backward, tensors, scale, window, borders):
 
 
 def run(backward, tensors, scale, window, borders):
-    """Launch attention, or its gradient, on the current stream. `tensors` {name: tensor}; `borders` (documents + 1) or None."""
+    """Launch attention or its gradient on the current stream. tensors: {name: tensor}; borders: (documents + 1) or None."""
     call = call_of(backward, tensors, scale, window, borders)
     numbered = {UID[name]: tensor for name, tensor in tensors.items()}
     if (

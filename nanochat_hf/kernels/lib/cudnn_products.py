@@ -1,6 +1,6 @@
-"""Products of which more is made while the result lies in registers, by cuDNN's graphs (package nvidia-cudnn-frontend): their kernels multiply the next
-tile while the last one is finished and stored, which Triton's do not. For Hopper.
+"""Products with one more operation inside, by cuDNN's graphs (package nvidia-cudnn-frontend). For Hopper.
 
+cuDNN's kernels multiply the next tile while the last one is finished and stored; Triton's do not.
 Letters: N tokens, K inner width, W width of the result.
 """
 
@@ -16,15 +16,17 @@ UID = {"a": 1, "w": 2, "kept": 3, "result": 4}
 
 
 def _preferred(width):
-    # how cuDNN 9 names kernels, the fastest first as measured on an H100 (docs/log.md); one and the same each time, since results must be too
+    # cuDNN 9's names of kernels, the fastest on an H100 first; always the same one, so that results are the same too
     kernels = ("k24=2", "k24=40", "k24=3") if width % TILE == 0 else ("k24=3", "k24=40", "k24=2")
     return [f"eng4_{kernel}" for kernel in kernels]
 
 
 @functools.cache
 def plan_of(kind, device, dtype, N, K, W):
-    """(graph, its plan's number, bytes of workspace), None where cuDNN has none, of "slope", (a·w)·2·√kept with w (K, W), or "sum", a·wᵀ + kept with
-    w (W, K); a (N, K), kept and result (N, W)."""
+    """(graph, its plan's number, bytes of workspace) of a product a (N, K) with kept and result (N, W); None where cuDNN has none.
+
+    kind "slope": (a·w)·2·√kept, w (K, W). kind "sum": a·wᵀ + kept, w (W, K).
+    """
     if missing(device):
         return None
     import cudnn
@@ -74,13 +76,13 @@ def _run(kind, a, w, kept):
 
 
 def slope(dy, down, squared):
-    """(dy·down)·2·√squared of dy (N, C), down (C, W) and squared (N, W), all contiguous → (N, W); None where cuDNN has no kernel for it."""
+    """(dy·down)·2·√squared of contiguous dy (N, C), down (C, W), squared (N, W) → (N, W); None without a kernel for it."""
     return _run("slope", dy, down, squared)
 
 
 @torch.library.custom_op("nanochat_hf::product_plus", mutates_args=())
 def product_plus(a: torch.Tensor, w: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """a·wᵀ + kept of a (N, K), w (W, K) and kept (N, W), of one dtype → (N, W), summed in float32 where cuDNN has a kernel for it."""
+    """a·wᵀ + kept, a (N, K), w (W, K), kept (N, W) → (N, W); summed in float32 where cuDNN has a kernel for it."""
     a, w, kept = a.contiguous(), w.contiguous(), kept.contiguous()
     out = _run("sum", a, w, kept)
     return a @ w.mT + kept if out is None else out

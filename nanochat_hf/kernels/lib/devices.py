@@ -19,7 +19,7 @@ def lacks_triton(device: torch.device) -> str | None:
 
 
 def lacks_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why products made for Hopper cannot run. Later GPUs have TMA too, but less shared memory, and nobody has measured them."""
+    """Why products made for Hopper cannot run. Later GPUs have TMA too, but nobody has measured them."""
     if lacks_triton(device):
         return lacks_triton(device)
     if torch.cuda.get_device_capability(device)[0] != 9:

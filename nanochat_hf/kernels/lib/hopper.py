@@ -1,4 +1,4 @@
-"""Tiles of products for Hopper, whose operands come by TMA: sizes, descriptors, and the halves in which a tile is stored.
+"""Tiles of Hopper's products, whose operands come by TMA: sizes, descriptors, and the halves that are stored.
 
 Letters: N tokens, C inner width, W width of the result.
 """
@@ -20,9 +20,9 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 def descriptors_and_tiles(narrow: Tensor, weight: Tensor, *wide: Tensor, turned: bool = True) -> tuple[list, dict]:
-    """Descriptors of narrow (N, C), its weight, (W, C) where `turned` else (C, W), and `wide` (N, W); sizes of the tiles.
+    """Descriptors of narrow (N, C), weight and `wide` tensors (N, W), and the sizes of the tiles as keywords.
 
-    One program a multiprocessor, each of which walks over the tiles.
+    The weight is (W, C) where `turned`, else (C, W). There is one program a multiprocessor, which walks over tiles.
     """
     half = [ROWS, COLUMNS // 2]
     descriptors = [TensorDescriptor.from_tensor(narrow, [ROWS, DEPTH])]

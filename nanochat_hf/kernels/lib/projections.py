@@ -1,5 +1,4 @@
-"""Queries, keys and values by one product, rotated and normed while they lie in registers; for Hopper, by TMA. And cuDNN's attention upon them,
-whose gradient goes back through norm and rotation within one tensor.
+"""Queries, keys and values by one product, rotated and normed while they lie in registers. For Hopper.
 
 Letters: B rows, T positions, N = B·T tokens, C hidden_size, H query heads, K key/value heads, D head_dim, W = (H + 2K)·D.
 """
@@ -65,7 +64,7 @@ def _gated(
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
 ):
-    # part (ROWS, COLUMNS) of the values from `column` on, and to it the token's row of the table, by a gate for each head
+    # part (ROWS, COLUMNS) of the values from `column` on, plus the gated row of each token
     HEADS: tl.constexpr = COLUMNS // D
     at, head, heads = column + tl.arange(0, COLUMNS), column // D + tl.arange(0, HEADS), width // D
     rows = tl.load(table_ptr + row[:, None] * width + at[None, :], live[:, None] & (at < width)[None, :], 0.0).to(
@@ -173,8 +172,11 @@ def rotated_projections(
     table: torch.Tensor | None = None,
     ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (B, T, C), w (W, C), angles (2, B or 1, T, 1, D/2) → x·wᵀ (B, T, W), its first `rotated` heads rotated and normed, and their 1/rms
-    (B, T, rotated) float32. With gate (B, T, K), table (V, K·D) and ids (B, T), gate·table[ids] is added to the last K heads: where `adds`."""
+    """x (B, T, C), w (W, C), angles (2, B or 1, T, 1, D/2) → x·wᵀ (B, T, W), 1/rms (B, T, rotated) float32.
+
+    The first `rotated` heads are rotated and normed. With gate (B, T, K), table (V, K·D) and ids (B, T), gate·table[ids] is added to
+    the last K heads; `adds` says whether it can be.
+    """
     B, T, C = x.shape
     out, scale = x.new_empty(B, T, w.shape[0]), x.new_empty(B, T, rotated, dtype=torch.float32)
     flat = x.reshape(-1, C)
@@ -260,7 +262,7 @@ def forward_product(ctx, x, weights, rope, counts, *lookup):
 
 
 def backward_product(ctx, gradient, x, w, total):
-    """Gradients of x and of the weights of q, k and v from that of their product; the weights' go into `total`, where given."""
+    """Gradients of x and of the weights from that of their product; the weights' go into `total`, where given."""
     with torch.autocast(x.device.type, enabled=False):
         factors = gradient.flatten(0, -2), x.flatten(0, -2)
         dx = (gradient @ w).to(ctx.dtypes[0])

@@ -1,13 +1,14 @@
 """RoPE and QK norm of queries and keys in one pass over memory, as Triton kernels.
 
-Letters as in the model: B rows, T positions, N = B·T tokens, H query heads, K key/value heads, D head_dim.
+Letters: B rows, T positions, N = B·T tokens, H query heads, K key/value heads, D head_dim.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-TOKENS = 32  # of a program, which takes one head: with D = 128 it moves 8 KiB each way. Programs of a token's heads run side by side, as memory has them
+# Tokens of a program, which takes one head: with D = 128 it moves 8 KiB each way. A token's heads run side by side.
+TOKENS = 32
 
 
 @triton.jit
@@ -121,7 +122,7 @@ def _backward(
 def rope_norm_forward(
     x: torch.Tensor, rope: torch.Tensor, q_heads: int, k_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries and keys x (B, T, (H + K)·D), angles (2, B or 1, T, 1, D/2) → q (B, T, H, D), k (B, T, K, D), 1/rms (B, T, H + K)."""
+    """x (B, T, (H + K)·D), angles (2, B or 1, T, 1, D/2) → q (B, T, H, D), k (B, T, K, D), 1/rms (B, T, H + K)."""
     B, T, width = x.shape
     D = width // (q_heads + k_heads)
     x = x.contiguous()
@@ -168,8 +169,11 @@ def rope_norm_backward(
 
 
 def write_gradient(dx, dq, dk, dv, q, k, scale, rope):
-    """Write into dx (B, T, ≥ (H + K)·D) the gradients before rotation and norm, of dq and q (B, T, H, D), dk and k (B, T, K, D), and beside them dv
-    (B, T, K, D) where given. dq and dk may lie where their results go; q, k and dx have rows that follow one another."""
+    """Write the gradients before rotation and norm, of q (B, T, H, D) and k (B, T, K, D), into dx (B, T, ≥ (H + K)·D).
+
+    Where dv (B, T, K, D) is given it is copied beside them. dq and dk may lie where their results go. Rows of q, k and dx follow one
+    another.
+    """
     B, T, q_heads, D = q.shape
     k_heads, values = k.shape[2], 0 if dv is None else dv.shape[2]
     dq, dk, dv = (g if g is None or g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))

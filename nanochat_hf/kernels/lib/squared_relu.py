@@ -73,7 +73,7 @@ def _launch(kernel, narrow, wide, weight, turned, *kept):
 
 @torch.library.custom_op("nanochat_hf::squared_relu_up", mutates_args=())
 def squared_relu_up(x: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """relu(x·upᵀ)² of x (N, C) and up (W, C) → (N, W), in their dtype; the product itself is float32 until it is squared."""
+    """relu(x·upᵀ)² of x (N, C) and up (W, C) → (N, W), in their dtype; float32 until it is squared."""
     return _launch(_squared_relu, x.contiguous(), up.shape[0], up.contiguous(), True)
 
 
@@ -84,7 +84,7 @@ def _(x, up):
 
 @torch.library.custom_op("nanochat_hf::squared_relu_down_backward", mutates_args=())
 def squared_relu_down_backward(dy: torch.Tensor, down: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
-    """(dy·down)·2·√squared of dy (N, C), down (C, W) and squared (N, W) → (N, W): the gradient before the squared ReLU."""
+    """The gradient before the squared ReLU, (dy·down)·2·√squared: dy (N, C), down (C, W), squared (N, W) → (N, W)."""
     dy, down, squared = dy.contiguous(), down.contiguous(), squared.contiguous()
     by_cudnn = cudnn_products.slope(dy, down, squared)
     return _launch(_slope, dy, down.shape[1], down, False, squared) if by_cudnn is None else by_cudnn

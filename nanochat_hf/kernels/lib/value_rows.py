@@ -1,7 +1,7 @@
-"""Gradients of gated rows of a table, tokens of one id after another: each row is read and written once, in place of an atomic sum for each token,
-and the result is the same every time.
+"""Gradients of gated rows of a table, summed id after id.
 
-Letters: N tokens, V rows of the table, K heads, D elements of each, C = K·D.
+Each row of the table is read and written once, where atomic sums would touch it for each token; and the result is the same
+every time. Letters: N tokens, V rows of the table, K heads, D elements of each, C = K·D.
 """
 
 import torch
@@ -77,7 +77,7 @@ def _rows(start_ptr, row_ptr, part_ptr, C, ADD: tl.constexpr, BLOCK: tl.constexp
 
 @torch.library.custom_op("nanochat_hf::order_of_ids", mutates_args=())
 def order_of_ids(ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids (…) below `rows` → their places in the order of ids (N), the ids in that order (N), where each id begins in it (rows + 1), all int32."""
+    """ids (…) below `rows` → their order (N), the ids in it (N), where each id begins in it (rows + 1), all int32."""
     ids, order = ids.flatten().int().sort(stable=True)
     starts = torch.searchsorted(ids, torch.arange(rows + 1, dtype=torch.int32, device=ids.device), out_int32=True)
     return order.int(), ids, starts
@@ -132,7 +132,7 @@ def gated_rows_backward(
     ids: torch.Tensor,
     starts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """d (B, T, K, D), table (V, C), gate (B, T, K), and what `order_of_ids` gives → gradients of table and gate, float32."""
+    """d (B, T, K, D), table (V, C), gate (B, T, K) and what `order_of_ids` gives → float32 gradients of table and gate."""
     d_table = torch.empty(table.shape, dtype=torch.float32, device=d.device)
     return d_table, _backward(d, table, gate, order, ids, starts, d_table, False)
 
@@ -162,7 +162,7 @@ def _(total, d, table, gate, order, ids, starts):
 
 
 def gradients(d, gate, table, order, ids, starts, total):
-    """Of gate and table from d (B, T, K, D), that of gate·table[ids]; the table's is None where it was added to the total."""
+    """Gradients of gate and table from that of gate·table[ids], d (B, T, K, D); the table's is None if it went into `total`."""
     if total is not None:
         return add_gated_rows_backward(total, d, table, gate, order, ids, starts).to(gate.dtype), None
     d_table, d_gate = gated_rows_backward(d, table, gate, order, ids, starts)

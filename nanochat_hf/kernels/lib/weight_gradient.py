@@ -1,7 +1,7 @@
-"""Gradients of weights whose tiles leave many multiprocessors idle in the last round: tiles are cut along the tokens too, so that all work to the end.
-For Hopper, by TMA.
+"""Gradients of weights by pieces: tiles are cut along the tokens, so that all multiprocessors work to the end.
 
-Letters: N tokens (the inner axis), G rows and K columns of the result.
+Uncut tiles would leave many idle in the last round. For Hopper. Letters: N tokens (the inner axis), G rows and K columns of the
+result.
 """
 
 import functools
@@ -74,8 +74,11 @@ def _sum(
 
 
 def cut(tiles, steps, programs, cuts):
-    """((tile, first step, end), …) of `tiles` of `steps` each for `programs` that take one piece after another: each tile in `cuts` pieces, those
-    of the same steps side by side, since they read the same rows; and the pieces of a last round that would leave programs idle cut once more."""
+    """((tile, first step, end), …): `tiles` of `steps` each, for `programs` that take one piece after another.
+
+    Each tile is in `cuts` pieces. Pieces of the same steps are side by side, since they read the same rows. The pieces of a last
+    round that would leave programs idle are cut once more.
+    """
     bounds = [steps * i // cuts for i in range(cuts + 1)]
     pieces = [(tile, *pair) for pair in zip(bounds, bounds[1:], strict=False) for tile in range(tiles)]
     whole = len(pieces) // programs * programs
@@ -104,7 +107,7 @@ def plan(N, G, K, programs):
 
 
 def _corners(G, K):
-    # (row, column) of the tiles, those of the shorter side side by side: what programs do at one time reads few rows and columns
+    # (row, column) of the tiles, along the shorter side first: tiles computed at one time then share rows and columns
     rows, columns = range(0, G, ROWS), range(0, K, COLUMNS)
     return (
         [(row, column) for row in rows for column in columns]
@@ -115,7 +118,7 @@ def _corners(G, K):
 
 @functools.cache
 def _tables(pieces, G, K, device):
-    # of the pieces: row, column, first token, end; of the tiles: row and column, where their list of pieces begins, the lists
+    # pieces: row, column, first token, end; tiles: row and column, where each one's list of pieces begins, the lists
     corners = _corners(G, K)
     entries = [(*corners[tile], begin * DEPTH, end * DEPTH) for tile, begin, end in pieces]
     lists = [[] for _ in corners]
@@ -129,10 +132,10 @@ def _tables(pieces, G, K, device):
 
 
 def by_pieces(g, x, total, pieces, programs):
-    """Add gᵀ·x of contiguous g (N, G) and x (N, K) to contiguous total (G, K) float32, by `programs` that take `pieces`.
+    """Add gᵀ·x of g (N, G) and x (N, K) to total (G, K) float32, all contiguous, by `programs` that take `pieces`.
 
-    Pieces go straight into the sum, in the order in which they are done; where torch.use_deterministic_algorithms asks for one order, and where there is
-    no TMA to add them, each is written by itself first.
+    A piece goes straight into the sum when it is done. Where torch.use_deterministic_algorithms asks for one order, or there is no
+    TMA to add pieces, each is written by itself first.
     """
     (_, G), K, apart = g.shape, x.shape[1], not g.is_cuda or torch.are_deterministic_algorithms_enabled()
     table, *tiles = _tables(pieces, G, K, g.device)

@@ -1,7 +1,7 @@
 """How a kernel reads the weights of layers, and where it puts their gradients.
 
 optim/gradient_sums.py may have given weights a float32 sum over micro-batches. A kernel then adds to the sum and returns no
-gradient, which spares a pass over memory; the copy in half precision, rounded once a step, spares another.
+gradient, which saves a pass over memory. The copy in half precision, rounded once a step, saves another.
 """
 
 import torch
@@ -23,7 +23,7 @@ def joint_sum(layer: nn.Module) -> Tensor | None:
 
 
 def weights_of(layers: tuple[nn.Module, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """The weights as a product in `dtype` takes them: each by itself, or the joint copy in `dtype` and None for the others."""
+    """The weights as a product in `dtype` takes them: each one, or the joint copy and None for the others."""
     half = getattr(layers[0].weight, "joint_half", None)
     known = half is not None and half.dtype == dtype and joint_sum(layers[0]) is not None
     return (half, *[None] * (len(layers) - 1)) if known else tuple(layer.weight for layer in layers)

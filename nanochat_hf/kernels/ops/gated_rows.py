@@ -1,4 +1,4 @@
-"""Rows of the value embeddings by their gates, with a table's gradient summed id after id in place of an atomic sum a token."""
+"""Rows of the value embeddings by their gates; a table's gradient is summed id after id, without atomics."""
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,10 @@ def run(gate: Tensor, table: nn.Module, ids: Tensor) -> Tensor:
 
 
 class GatedRows(torch.autograd.Function):
-    """gate (B, T, K), table (V, K·D), ids (B, T) and their order → gate·table[ids] (B, T, K, D) of gate's dtype. The table's gradient goes into its
-    sum, where given."""
+    """gate (B, T, K), table (V, K·D), ids (B, T) and their order → gate·table[ids] (B, T, K, D) of gate's dtype.
+
+    The table's gradient goes into its sum, where that is given.
+    """
 
     @staticmethod
     def forward(ctx, gate, table, ids, order, sorted_ids, starts, total=None):

@@ -24,7 +24,7 @@ def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def run(x: Tensor, update: Tensor, x0: Tensor, lambdas: Tensor, eps: float | None, channels: int):
     """The stream, its norm, the norm's first channels, and x0."""
-    # a view, since before the first layer x is x0: torch.compile takes no tensor twice (2.11 drops one of its gradients)
+    # A view, since before the first layer x is x0. torch.compile takes no tensor twice; 2.11 silently drops a gradient.
     return MixAndNorm.apply(x, update, x0.view_as(x0), lambdas, epsilon(eps), channels)
 
 
@@ -192,11 +192,11 @@ def _(d_mixed, d_normed, d_first, d_x0, kept, mixed, x0, lambdas, scale):
 
 
 class MixAndNorm(torch.autograd.Function):
-    """x, update and x0 (…, C), lambdas (2) → the stream, its norm, that norm's first `channels`, and x0 for the next layer.
+    """x, update and x0 (…, C), lambdas (2) → the stream, its norm, the norm's first `channels`, and x0 for the next layer.
 
-    x0 is handed on from layer to layer: its gradient is then summed on the way back within the kernel that reads the rest, not
-    in one sum of as many tensors as there are layers. The first channels come apart because their gradient, filled up with
-    zeros, would be as large as the norm's.
+    x0 is handed on from layer to layer. Its gradient is then summed on the way back, in the kernel that reads the rest, not in one
+    sum of as many tensors as there are layers. The first channels come apart because their gradient, filled up with zeros, would
+    be as large as the norm's.
     """
 
     @staticmethod

@@ -30,7 +30,7 @@ def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def serves(ops: Ops, x: Tensor, heads: Heads, value: ValueEmbedding | None, rope: Tensor, attend: Attend) -> bool:
-    """For whole rows of more than one position, layers as they were made, and where cuDNN's attention is still asked for."""
+    """For whole rows of several positions, layers as they were made, and cuDNN's attention still asked for."""
     layers = heads[:3]
     return (
         attend.whole_rows
@@ -71,8 +71,10 @@ def rotated_attention_backward(
     scaling: float,
     window: int,
 ) -> torch.Tensor:
-    """Gradient (B, T, W) of the product within `rotated_projections`, from that of cuDNN's attention upon qkv with values v: each kernel writes
-    its part of one tensor, so that nothing is copied or summed."""
+    """Gradient (B, T, W) of the product of `rotated_projections`, from that of cuDNN's attention with values v.
+
+    Each kernel writes its part of one tensor, so that nothing is copied or summed.
+    """
     q, k, _ = parts(qkv, out.shape[2], v.shape[2])
     gradient = torch.empty_like(qkv)
     dq, dk, dv = parts(gradient, out.shape[2], v.shape[2])

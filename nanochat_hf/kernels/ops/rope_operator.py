@@ -1,4 +1,4 @@
-"""Rope tables as an operator of its own, which torch.compile computes once, and not anew in each kernel of each layer."""
+"""Rope tables as an operator, which torch.compile calls once and does not compute again in each layer."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ OP = "rope_tables"
 
 
 def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None: it runs anywhere. It is for training alone, since exporters such as torch.onnx know no operators of ours."""
+    """None: it runs anywhere. For training only, since exporters such as torch.onnx know no operators of ours."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""Soft-capped cross-entropy and its gradient in one kernel, which reads and writes the logits once, or twice where a row is long.
+"""Soft-capped cross-entropy and its gradient in one kernel that reads and writes the logits once, long rows twice.
 
 Letters: n tokens of a chunk, V vocabulary. The cap bounds the logits, so the sum of exponentials needs no maximum first.
 """
@@ -31,7 +31,7 @@ def run(logits: Tensor, target: Tensor, weight: Tensor, cap: float) -> tuple[Ten
 
 @triton.jit
 def _r(z, inner):
-    # tanh(z/cap) = 1 − 2r: two of the three functions that soft-cap and exponential cost; a root squared, since a quotient takes more than one
+    # tanh(z/cap) = 1 − 2r, so that soft-cap and exponential take two functions, not three; a root squared is cheaper than a quotient
     root = tl.rsqrt(tl.exp2(z.to(tl.float32) * inner) + 1.0)
     return root * root
 
@@ -40,8 +40,8 @@ def _r(z, inner):
 def _row(
     logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, outer, vocab: tl.constexpr, BLOCK: tl.constexpr
 ):
-    # as _kernel, for rows that a program holds whole: each function of a logit is taken once, and the slopes wait for the sum as rounded as the result
-    # will be, in half the registers, so that two programs share a multiprocessor and one computes while the other reads
+    # As _kernel, for rows that a program holds whole. Each function of a logit is taken once. The slopes wait for the sum in
+    # half precision, which takes half the registers: two programs share a multiprocessor, one computes while the other reads.
     column, EVEN = tl.arange(0, BLOCK), vocab == BLOCK
     row = tl.program_id(0).to(tl.int64)
     target, weight = tl.load(target_ptr + row), tl.load(weight_ptr + row)
