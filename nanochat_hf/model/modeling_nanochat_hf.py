@@ -68,9 +68,8 @@ class NanochatAttention(nn.Module):
         x (B, T, C) is the stream's norm, and `first` that norm's first channels, which the gate of the value embeddings reads.
         """
         # one call of the interface stands here, in forward's own source: vLLM looks for it there
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
         def call(q, k, v):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, K, T, D)
@@ -82,7 +81,7 @@ class NanochatAttention(nn.Module):
 
         attend = Attend(
             call=call,
-            implementation=self.config._attn_implementation,
+            implementation=implementation,
             whole_rows=attention_mask is None and past_key_values is None,
             scaling=self.scaling,
             window=self.sliding_window,
@@ -173,9 +172,8 @@ class NanochatModel(NanochatPreTrainedModel):
         layers = range(config.num_hidden_layers)
         self.embed_tokens = nn.Embedding(rows, config.hidden_size)
         self.embed_tokens.init_scheme = "unit"
-        self.value_embeds = nn.ModuleDict(
-            {str(i): nn.Embedding(rows, width) for i in layers if has_value_embedding(config, i)}
-        )
+        tables = {str(i): nn.Embedding(rows, width) for i in layers if has_value_embedding(config, i)}
+        self.value_embeds = nn.ModuleDict(tables)
         self.layers = nn.ModuleList(NanochatDecoderLayer(config, i) for i in layers)
         self.resid_lambdas = nn.Parameter(torch.ones(config.num_hidden_layers))
         self.x0_lambdas = nn.Parameter(torch.full((config.num_hidden_layers,), 0.1))
@@ -217,9 +215,8 @@ class NanochatModel(NanochatPreTrainedModel):
         if torch.is_autocast_enabled(x.device.type):
             # the residual stream in the low precision too, as the reference's bfloat16 table has it: half the bytes
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        masks, documents = masks_and_documents(
-            self.config, x, attention_mask, position_ids, past_key_values, "cu_seq_lens_q" in kwargs
-        )
+        given = "cu_seq_lens_q" in kwargs
+        masks, documents = masks_and_documents(self.config, x, attention_mask, position_ids, past_key_values, given)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
