@@ -16,10 +16,10 @@ from tests.support.processes import on_ranks
 ROWS, POSITIONS, STEPS = 6, 16, 20
 
 
-def build():
+def build(layers=4):
     torch.manual_seed(0)
     config = NanochatConfig(
-        vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=16
+        vocab_size=300, hidden_size=64, num_hidden_layers=layers, num_attention_heads=2, max_position_embeddings=16
     )
     model = NanochatForCausalLM(config)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def compiled_and_split(rank, world, folder, precision):
     from nanochat_hf.training.callbacks.base import evaluating
 
     dist.init_process_group("gloo")
-    model, mesh = build(), init_device_mesh("cpu", (world,))
+    model, mesh = build(2), init_device_mesh("cpu", (world,))
     compiled = CompileCounterWithBackend("aot_eager")
     compile_layers(model.model.layers, compiled)
     for layer in model.model.layers:
