@@ -6,11 +6,12 @@
 # Seen: it does update there, but `backward` has divided each loss by the full number of accumulation steps. With 6
 #   batches and 4 steps the second update is the mean of 2 batches times 2/4.
 # Matters: under SGD and Muon without normalisation the last batches of each epoch count less, under clipping they
-#   escape it, and a logged gradient norm has a dip per epoch; under Adam the moments get it. Drop the rest, or
+#   escape it, and a logged gradient norm dips once an epoch. Drop the rest, or
 #   `GradientAccumulationPlugin(sync_with_dataloader=False)`, which carries it over into the next epoch.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu accelerate 1.15.0
+#   6 batches of gradient 1, 4 accumulated, SGD at lr 1: the updates are [1.0, 0.5]
 set -euo pipefail
 packages=(torch==2.13.0 accelerate==1.15.0 numpy==2.4.6)
 work=$(mktemp -d)

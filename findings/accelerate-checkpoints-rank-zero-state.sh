@@ -8,7 +8,9 @@
 #   other shares are lost and rank 0's counts n times. Save such state in a file per rank.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu accelerate 1.15.0 2 processes
+#   files: custom_checkpoint_0.pkl, random_states_0.pkl, random_states_1.pkl
+#   saved by rank 0 and 1: [100, 101]; loaded: [100, 100]
 set -euo pipefail
 packages=(torch==2.13.0 accelerate==1.15.0 numpy==2.4.6)
 work=$(mktemp -d)

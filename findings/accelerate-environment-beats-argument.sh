@@ -3,14 +3,17 @@
 # precision the argument beats the environment.
 #
 # Expected: one rule; what the code says outright wins.
-# Seen: with ACCELERATE_GRADIENT_ACCUMULATION_STEPS=8 (which `accelerate launch` sets from its configuration)
-#   `Accelerator(gradient_accumulation_steps=2)` accumulates 8. With ACCELERATE_MIXED_PRECISION=bf16
+# Seen: with ACCELERATE_GRADIENT_ACCUMULATION_STEPS=8 (`accelerate launch` sets it from its configuration under
+#   DeepSpeed) `Accelerator(gradient_accumulation_steps=2)` accumulates 8. With ACCELERATE_MIXED_PRECISION=bf16
 #   `Accelerator(mixed_precision="no")` computes in float32. Only a GradientAccumulationPlugin is left alone.
 # Matters: loss scale, batch size and number of updates differ from those in the code and in the log of its
 #   arguments. Read `accelerator.gradient_accumulation_steps` back, or pass the plugin.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu accelerate 1.15.0
+#   environment: accumulate 8, bf16
+#   arguments gradient_accumulation_steps=2, mixed_precision='no': 8 steps, precision no
+#   GradientAccumulationPlugin(num_steps=2): 2 steps
 set -euo pipefail
 packages=(torch==2.13.0 accelerate==1.15.0 numpy==2.4.6)
 work=$(mktemp -d)

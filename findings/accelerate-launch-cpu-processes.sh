@@ -8,7 +8,10 @@
 #   having tested nothing distributed. A test for several processes should check its world size.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   accelerate launch --cpu --num_processes 2:
+#   torch 2.13.0+cpu accelerate 1.15.0: processes 1, DistributedType.NO
+#   torchrun --nproc-per-node 2, ACCELERATE_USE_CPU=1:
+#   torch 2.13.0+cpu accelerate 1.15.0: processes 2, DistributedType.MULTI_CPU
 set -euo pipefail
 packages=(torch==2.13.0 accelerate==1.15.0 numpy==2.4.6)
 work=$(mktemp -d)

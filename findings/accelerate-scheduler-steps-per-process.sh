@@ -11,7 +11,8 @@
 #   well.)
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu accelerate 1.15.0 2 processes
+#   decay to 0 over 6 steps; rate at step 0, 1, 2, 3: [1.0, 0.667, 0.333, 0.0]
 set -euo pipefail
 packages=(torch==2.13.0 accelerate==1.15.0 numpy==2.4.6)
 work=$(mktemp -d)

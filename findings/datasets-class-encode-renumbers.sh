@@ -4,12 +4,15 @@
 # Expected: labels 0 to 11 are classes already; encoding keeps the numbers and only adds the type.
 # Seen: the numbers become strings and are sorted as such, so "10" and "11" come before "2": label 2 becomes 4, 10
 #   becomes 2. Nothing changes with ten classes or fewer from 0, which is what one tries it on.
-# Matters: it is the step that `train_test_split(stratify_by_column=…)` demands. Afterwards the labels no longer are
-#   those of the model, of the names in a list, or of another split encoded another way. Use `cast_column("label",
-#   ClassLabel(num_classes=n))`.
+# Matters: `train_test_split(stratify_by_column=…)` demands a ClassLabel, so this is done in passing. Afterwards the
+#   labels no longer are those of the model, of the names in a list, or of another split encoded another way. Use
+#   `cast_column("label", ClassLabel(num_classes=n))`.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   datasets 5.2.0
+#   labels:              [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+#   class_encode_column: [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 2, 3]
+#   cast_column:         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
 set -euo pipefail
 packages=(torch==2.13.0 datasets==5.2.0 pyarrow==26.0.1 numpy==2.4.6)
 work=$(mktemp -d)

@@ -10,7 +10,11 @@
 #   choice.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   datasets 5.2.0
+#   rows: [{'prompt': 'a'}, {'prompt': 'b', 'tools': 'search'}]
+#   from_list: {'prompt': ['a', 'b']}
+#   load_dataset: {'prompt': ['a', 'b'], 'tools': [None, 'search']}
+#   from_list, nested: [{'prompt': 'a', 'tools': None}, {'prompt': 'b', 'tools': 'search'}]
 set -euo pipefail
 packages=(torch==2.13.0 datasets==5.2.0 pyarrow==26.0.1 numpy==2.4.6)
 work=$(mktemp -d)

@@ -9,7 +9,9 @@
 #   schemas. State `features=` when loading.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   datasets 5.2.0 pyarrow 26.0.1
+#   ['2024-01-15', '1999-12-31']: timestamp[s], the first as text: 2024-01-15 00:00:00
+#   ['2024-01-15', 'unknown']: string, the first as text: 2024-01-15
 set -euo pipefail
 packages=(torch==2.13.0 datasets==5.2.0 pyarrow==26.0.1 numpy==2.4.6)
 work=$(mktemp -d)

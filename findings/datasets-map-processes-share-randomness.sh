@@ -9,7 +9,10 @@
 #   the data set, and the result is cached. Draw from a generator seeded by the row's index (`with_indices=True`).
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   datasets 5.2.0 torch 2.13.0+cpu numpy 2.4.6
+#   numpy: 0.549 0.715 0.603 0.545 0.549 0.715 0.603 0.545 | halves equal: True
+#   torch: 0.496 0.768 0.088 0.132 0.496 0.768 0.088 0.132 | halves equal: True
+#   random: 0.940 0.391 0.362 0.419 0.125 0.830 0.852 0.165 | halves equal: False
 set -euo pipefail
 packages=(torch==2.13.0 datasets==5.2.0 pyarrow==26.0.1 numpy==2.4.6)
 work=$(mktemp -d)

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# datasets: a stream's state that was saved on 2 processes loads on 4 without an error, and a third of the data is
-# lost.
+# datasets: a stream's state that was saved on 2 processes loads on 4 without an error, and rows are lost.
 #
 # Expected: loading the state of another split of the data fails, or goes on with the rows that are left.
 # Seen: the state holds a place in a list of shards and not whose list. On 4 processes the same numbers point into
@@ -9,7 +8,10 @@
 #   refuse another, or count global rows and skip.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   datasets 5.2.0
+#   12 of 32 rows read on 2 processes, resumed on 2: 20 more, never read: []
+#   12 of 32 rows read on 2 processes, resumed on 4: 8 more, never read: [16, 17, 18, 19, 20, 21, 24, 25, 26, 27,
+#     28, 29]
 set -euo pipefail
 packages=(torch==2.13.0 datasets==5.2.0 pyarrow==26.0.1 numpy==2.4.6)
 work=$(mktemp -d)

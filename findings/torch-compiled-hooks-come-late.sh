@@ -10,7 +10,9 @@
 #   silently. What must run in between belongs into a custom operator.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu
+#   eager: backward 3, hook 3, backward 2, hook 2, backward 1, hook 1, backward 0, hook 0
+#   aot_eager: backward 3, backward 2, backward 1, backward 0, hook 0, hook 2, hook 1, hook 3
 set -euo pipefail
 packages=(torch==2.13.0 numpy==2.4.6)
 work=$(mktemp -d)

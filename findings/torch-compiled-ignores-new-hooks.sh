@@ -10,7 +10,8 @@
 #   or call `torch._dynamo.reset()`.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu
+#   hook added after the first call: 0 calls compiled, 1 call of the same module uncompiled
 set -euo pipefail
 packages=(torch==2.13.0 numpy==2.4.6)
 work=$(mktemp -d)

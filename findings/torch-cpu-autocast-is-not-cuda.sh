@@ -10,7 +10,14 @@
 #   comparisons with eager code differ. Put in `.float()` where it counts.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu
+#   softmax: autocast has a rule for CUDA True; its result on the CPU is torch.bfloat16
+#   log_softmax: autocast has a rule for CUDA True; its result on the CPU is torch.bfloat16
+#   layer_norm: autocast has a rule for CUDA True; its result on the CPU is torch.bfloat16
+#   rms_norm: autocast has a rule for CUDA True; its result on the CPU is torch.bfloat16
+#   sum: autocast has a rule for CUDA True; its result on the CPU is torch.bfloat16
+#   cumsum: autocast has a rule for CUDA True; its result on the CPU is torch.bfloat16
+#   cross_entropy on the CPU: torch.float32
 set -euo pipefail
 packages=(torch==2.13.0 numpy==2.4.6)
 work=$(mktemp -d)

@@ -11,7 +11,10 @@
 #   say it. (Skipped with AVX-512, AMX or another architecture, where there may be instructions for it.)
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu AVX2
+#   (1024 × 192) · (192 × 768), one thread, float32 = 1: torch.bfloat16 55.9, by float32 1.4
+#   (1024 × 192) · (192 × 768), one thread, float32 = 1: torch.float16 98.1, by float32 2.1
+#   dtype of a product under torch.autocast('cpu'): torch.bfloat16
 set -euo pipefail
 packages=(torch==2.13.0 numpy==2.4.6)
 work=$(mktemp -d)

