@@ -37,8 +37,9 @@ SETTLED = 3  # steps after which the time of one is known; the first, which comp
 LONG = 30 * 60  # seconds from which a stage says why it takes so long
 SLOW_PRODUCTS = 20  # GFLOP/s below which the processor itself is the reason
 PROMPTS = ("Spell the word: elephant", "How many r are in strawberry?", "What is 123*45?")
-# what every stage imports; the fork server does it once
-PRELOAD = tuple(f"nanochat_hf.cli.{name}" for name in ("base_train", "chat_sft", "chat_eval", "chat_cli", "tok_train"))
+# what the stages import; the fork server does it once
+COMMANDS = ("base_train", "chat_sft", "chat_eval", "chat_cli", "tok_train")
+PRELOAD = (*(f"nanochat_hf.cli.{name}" for name in COMMANDS), "matplotlib.backends.backend_agg")
 
 
 @user_errors
