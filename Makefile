@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
 WORKERS ?= 2
-.PHONY: test test-kernels test-xla quickstart quickstart-clean lint
+.PHONY: test test-kernels test-xla quickstart quickstart-clean lint docs
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,15 @@ $(XLA)/.installed: constraints-xla.txt setup.cfg
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check nanochat_hf scripts tests
 	$(VENV)/bin/ruff format --check nanochat_hf scripts tests
+	$(VENV)/bin/ty check
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -c constraints.txt mkdocs-material
+	touch $@
+
+# the site, in build/site; a broken link is an error
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -q -d build/site
 
 # in random order, a file on one process; `make test WORKERS=8` where there are more cores
 test: lint

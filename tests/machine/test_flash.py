@@ -1,4 +1,7 @@
-"""The model under every name of transformers' flash family against eager attention. No GPU: see flash.py for what stands in the kernels' place."""
+"""The model under every name of transformers' flash family against eager attention.
+
+Without a GPU, tests/support/flash.py stands in for the kernels.
+"""
 
 from functools import cache
 from importlib import import_module, util
@@ -202,7 +205,7 @@ def test_cached_is_uncached_past_the_window(monkeypatch, name, rows, sizes):
 
 
 def test_other_numbers_of_documents_compile_nothing_anew():
-    """For the whole model with real kernels, as operators: what reads the borders is compiled once, though shapes are said to be fixed."""
+    """The whole model with real kernels, as operators: what reads the borders of documents is compiled once."""
     counter = CompileCounter()
     borders = torch.compile(
         lambda positions: modeling.varlen_arguments(positions, 1)["cu_seq_lens_q"] * 2, backend=counter, dynamic=False
@@ -269,6 +272,6 @@ def test_where_flash_cannot_run_the_flag_says_why_and_what_to_do(
 
 def test_what_transformers_cannot_load_is_one_error_of_the_flag():
     with pytest.raises(
-        ValueError, match="--attn flash_attention_3 cannot be loaded: .*(installed|CPU).*; use sdpa or auto"
+        ValueError, match=r"--attn flash_attention_3 cannot be loaded: .*(installed|CPU).*; use sdpa or auto"
     ):
         attention.set_attention(build(), "flash_attention_3")
