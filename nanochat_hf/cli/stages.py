@@ -1,6 +1,4 @@
-"""Stages of a long command. Each runs in a process of its own; what it prints becomes one screen: its plan, one bar,
-its result.
-"""
+"""Stages of a long command, each in a process of its own. What it prints becomes a screen: plan, one bar, result."""
 
 import contextlib
 import importlib
@@ -57,7 +55,7 @@ class Stage:
 
 
 class Screen:
-    """Shows the output of a stage: lines as they come; a bar in place on a terminal, elsewhere a line for each tenth of it.
+    """Shows the output of a stage: lines as they come, a bar in place on a terminal and elsewhere a line a tenth of it.
 
     `log`: a file for all of it, None for none.
     """
@@ -107,7 +105,7 @@ class Processes:
 
     def __init__(self, preload: Sequence[str]):
         forks = "forkserver" in multiprocessing.get_all_start_methods()
-        self.context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        self.context = multiprocessing.get_context("forkserver") if forks else multiprocessing.get_context("spawn")
         if forks:
             self.context.set_forkserver_preload(list(preload))
 
@@ -159,7 +157,8 @@ def _child(module, argv, writer):
 
 
 def _end_with_parent():
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
