@@ -128,22 +128,21 @@ class Processes:
         asked = 0
         while True:
             try:
-                alive = process.is_alive()  # looked at before reading, so that nothing is left unread at the end
-                if reader.poll(0.5):
-                    data = os.read(reader.fileno(), 65536)
+                ended = process.exitcode is not None  # looked at before reading, so that nothing stays unread
+                data = os.read(reader.fileno(), 65536) if reader.poll(0 if ended else 0.5) else None
+                if data:
                     screen.feed(data)
-                    alive = alive and bool(data)
-                if not alive and not (reader.poll(0) and data):
+                elif ended or data is not None:
                     break
                 tick()
             except KeyboardInterrupt:
                 asked += 1
                 screen.say("stopping after this step; Ctrl-C again ends at once" if asked == 1 else "ended")
-                with contextlib.suppress(ProcessLookupError):
+                if process.pid is not None and process.is_alive():
                     os.kill(process.pid, signal.SIGINT if asked == 1 else signal.SIGKILL)
         process.join()
         screen.close()
-        return 130 if asked else process.exitcode
+        return 130 if asked or process.exitcode is None else process.exitcode
 
 
 def _child(module, argv, writer):

@@ -21,8 +21,8 @@ def choose_compile(
 ) -> tuple[bool, str]:
     """(whether training on `device` is compiled, the reason).
 
-    `wanted`: True, False, or None for where it pays. `step_flops`: FLOPs of one process in one step. `trial`: a run that
-    writes nothing.
+    `wanted`: True, False, or None for where it pays. `step_flops`: FLOPs of one process in one step. `trial`: a run
+    that writes nothing.
 
     >>> choose_compile(torch.device("cpu"), None, 8, 1e10)
     (False, '8 steps on a CPU; at this size it pays from 1,000')
