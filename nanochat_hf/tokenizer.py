@@ -6,7 +6,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .conversation import CHAT_TEMPLATE, SPECIAL_TOKENS
+from .conversation import CHAT_TEMPLATE, RESPONSE_TEMPLATE, SPECIAL_TOKENS
 
 # GPT-4's pattern with at most two digits together: small vocabularies cannot afford a thousand numbers
 SPLIT_PATTERN = (
@@ -49,7 +49,7 @@ def train_tokenizer(texts, vocab_size, max_length=2048, progress=False):
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template, tokenizer.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
     return tokenizer
 
 
