@@ -1,4 +1,7 @@
-"""Draw the schedules of a run, or print them as a table: python -m scripts.plot_schedules --num-steps 3000 --output docs/schedules.png"""
+"""Draw the schedules of a run, or print them as a table.
+
+python -m nanochat_hf.cli.plot_schedules --num-steps 3000 --output docs/schedules.png
+"""
 
 import argparse
 from pathlib import Path
@@ -7,7 +10,7 @@ from nanochat_hf.training import schedules
 
 
 def curves(num_steps: int, points: int = 200) -> dict[str, list[tuple[float, float]]]:
-    """Each schedule as (progress, value) pairs of a run of `num_steps` steps; `curves(10, 2)` gives progress 0 and 1."""
+    """Each schedule of a run of `num_steps` steps as pairs of progress and value, at `points` points from 0 to 1."""
     grid = [i / (points - 1) for i in range(points)]
     return {
         "base learning rate": [(x, schedules.base_lr(x)) for x in grid],
@@ -48,6 +51,7 @@ def table(series: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def main() -> None:
+    """Draw, or print a table if there is no --output."""
     parser = argparse.ArgumentParser(description="Draw the schedules of a run.")
     parser.add_argument("--num-steps", type=int, default=1000, help="optimizer steps of the run")
     parser.add_argument("--output", type=Path, help="image to write (png, svg, pdf); without it a table is printed")

@@ -11,7 +11,7 @@ from nanochat_hf.config import SMALLER, dump, resolved
 from nanochat_hf.interop.folder import export
 from nanochat_hf.kernels import cudnn_attention, float8
 from nanochat_hf.machine import cpu
-from nanochat_hf.machine.accelerator import build_accelerator, chose_float8, on_cuda
+from nanochat_hf.machine.accelerator import Host, Tracking, build_accelerator, chose_float8, on_cuda
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.machine.compiling import choose_compile, compile_prepared
 from nanochat_hf.machine.peaks import device_memory, peak_flops
@@ -51,10 +51,8 @@ def accelerate(config, accumulation, width=cpu.WIDTH):
     accelerator = build_accelerator(
         accumulation,
         dtype=config.dtype or dtype,
-        width=width,
-        threads=threads,
-        trackers=None if config.report_to == "none" else config.report_to,
-        output_dir=config.output_dir,
+        host=Host(width, threads),
+        tracking=Tracking(None if config.report_to == "none" else config.report_to, config.output_dir),
         seed=config.seed,
         compile=bool(config.compile),
     )
