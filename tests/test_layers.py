@@ -24,7 +24,7 @@ LAYERS = (
         "machine",
         "scaling",
     ),
-    *("tools", "model", "tokenizer", "conversation", "config", "errors", "__about__"),
+    *("tools", "model", "tokenizer", "conversation", "messages", "config", "errors", "__about__"),
 )
 CIRCLES_ALLOWED = "kernels"  # four of its files import one another
 XLA = {"machine/xla.py"}
