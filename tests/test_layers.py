@@ -24,7 +24,7 @@ LAYERS = (
         "machine",
         "scaling",
     ),
-    *("tools", "model", "tokenizer", "conversation", "config", "errors", "__about__"),
+    *("tools", "model", "tokenizer", "conversation", "messages", "config", "errors", "__about__"),
 )
 XLA = {"machine/xla.py"}
 # errors.py meets the other processes at the launcher's store, where there may be no process group
