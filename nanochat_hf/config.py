@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from nanochat_hf.errors import say_error
+from nanochat_hf.errors import is_consequence, say_error
 
 SMALLER = (
     "it does not fit; lower --device-batch-size (with --total-batch-size the step stays the same), give --gradient-checkpointing true, lower "
@@ -145,6 +145,8 @@ def user_errors(main):
                 print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
         except RuntimeError as error:
+            if is_consequence(error):  # the process that failed has said why
+                sys.exit(2)
             if not out_of_memory(error):
                 raise
             reason = str(error).split(". ")[0]

@@ -17,6 +17,7 @@ from nanochat_hf.scaling import accumulation_steps, flops_per_token
 
 from .config import TrainConfig
 from .resuming import measured_before
+from .trackers import refuse_missing
 
 GPU_WORKERS = 4  # data workers that keep a GPU fed; a thread makes 0.35 M tokens/s
 
@@ -33,7 +34,8 @@ def accelerate(config: TrainConfig, width: int = cpu.WIDTH) -> Accelerator:
     would differ. The bars of transformers are silenced, since the run has its own.
     """
     disable_progress_bar()
-    run, tracker = config.run, config.track.report_to
+    run = config.run
+    refuse_missing(config.track.trackers)
     accumulation = accumulation_steps(run.total_batch_size, run.device_batch_size, run.max_seq_len, process_count())
     dtype, threads = measured_before(run.output_dir, run.resume)
     accelerator = build_accelerator(
@@ -41,15 +43,11 @@ def accelerate(config: TrainConfig, width: int = cpu.WIDTH) -> Accelerator:
         dtype=config.compute.dtype or dtype,
         width=width,
         threads=threads,
-        trackers=None if tracker == "none" else tracker,
+        trackers=list(config.track.trackers),
         output_dir=run.output_dir,
         seed=run.seed,
         compile=bool(config.compute.compile),
     )
-    if tracker != "none" and not accelerator.log_with:  # Accelerate only warns
-        raise ValueError(
-            f"--report-to {tracker}: the package is not installed; pip install {tracker}, or leave the flag out"
-        )
     if chose_float8(config.compute.dtype):
         able, reason = float8.capable(accelerator.device)
         if not able:

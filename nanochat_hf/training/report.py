@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from nanochat_hf.machine.durable import write_whole
+
 from .tracking import read_metrics
 
 CURVES = (
@@ -56,7 +58,7 @@ def write_report(output_dir, title, settings, figures):
         *(f"| {key} | {_shown(value)} |" for key, value in settings.items()),
     ]
     path = folder / "report.md"
-    path.write_text("\n".join(lines) + "\n")
+    write_whole(path, "\n".join(lines) + "\n")
     return path
 
 

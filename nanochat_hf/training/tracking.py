@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from nanochat_hf.config import at_least
+from nanochat_hf.machine.durable import write_whole
 
 TRACKERS = ("wandb", "trackio", "tensorboard")
 
@@ -23,14 +24,25 @@ class TrackConfig:
 
     _argument_group_name = "tracking"
 
-    report_to: str = field(default="none", metadata={"help": "wandb, trackio, tensorboard or none"})
+    report_to: str = field(
+        default="none", metadata={"help": "wandb, trackio, tensorboard, several with commas, or none"}
+    )
     run_name: str = field(default="nanochat_hf", metadata={"help": "project name for the tracker"})
     log_every: int = field(default=10, metadata={"help": "steps between log entries"})
 
     def __post_init__(self) -> None:
         at_least(self, 1, "log_every")
-        if self.report_to not in (*TRACKERS, "none"):
-            raise ValueError(f"--report-to {self.report_to} is unknown; choose wandb, trackio, tensorboard or none")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(
+                    f"--report-to {name} is unknown; choose wandb, trackio, tensorboard, several with commas, or none"
+                )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers' names: "wandb,tensorboard" → ("wandb", "tensorboard"), "none" → ()."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return () if names == ["none"] else tuple(dict.fromkeys(names))
 
 
 class Ema:
@@ -62,16 +74,29 @@ class MetricsFile:
     def write(self, **values):
         """Append `values`."""
         if self.path:
-            with self.path.open("a") as handle:
-                handle.write(json.dumps(values) + "\n")
+            try:
+                with self.path.open("a") as handle:
+                    handle.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise OSError(
+                    f"{self.path} could not be written ({error.strerror}); checkpoints are whole: free space, "
+                    "then --resume auto"
+                ) from None
 
-    def truncate(self, step):
-        """Forget entries after `step`: a resumed run writes them again."""
-        if self.path and self.path.is_file():
-            kept = [entry for entry in read_metrics(self.path) if entry.get("step", 0) <= step]
-            shorter = self.path.with_suffix(".tmp")
-            shorter.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            shorter.replace(self.path)  # whole or as it was, whenever a kill comes
+    def rewind(self, step: int) -> None:
+        """Forget what a run that goes on from `step` will write again: all entries after it, and at it what is measured after saving.
+
+        At 0, where a run starts, nothing stays.
+        """
+        if not self.path or not self.path.is_file():
+            return
+        kept = [entry for entry in read_metrics(self.path) if _stays(entry, step)]
+        write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def _stays(entry, step):
+    at = entry.get("step", 0)
+    return at < step or (at == step and "train/loss" in entry)
 
 
 def read_metrics(path):
@@ -148,11 +173,3 @@ def environment(accelerator):
         "mixed_precision": accelerator.mixed_precision,
         **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate")},
     }
-
-
-def wandb_run_id(accelerator):
-    """The id of the running W&B run, by which a resumed run continues it; None without one."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "wandb" and accelerator.is_main_process:
-            return tracker.tracker.id
-    return None

@@ -69,6 +69,7 @@ class Trainer:
         self.state, self.stopped = TrainState(), False
         self.overflows = 0  # overflowed steps in a row until now
         self.kept = None  # what kernels keep over a step, see kept_sums
+        self.restored: dict[str, dict] = {}  # the callbacks' states in the checkpoint that was loaded
 
     def fit(self):
         """Train to `num_steps` or until a stop is agreed on; returns the TrainState."""

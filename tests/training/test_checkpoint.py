@@ -3,8 +3,6 @@
 import os
 import pickle
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,9 @@ import pytest
 import torch
 
 from nanochat_hf.tokenizer import load_tokenizer
-from nanochat_hf.training import checkpoint
+from nanochat_hf.training.generators import rng_state, set_rng_state
+from nanochat_hf.training.opening import claimed
+from nanochat_hf.training.saved import read_plain
 from tests.support.processes import on_ranks
 
 
@@ -31,22 +31,16 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path):
     torch.save({"data": Bomb(tmp_path / "ran")}, tmp_path / "rank1.pt")
     for name in ("rank0.pt", "rank1.pt", "missing.pt"):
         with pytest.raises(ValueError, match=f"{name}: damaged, missing or not ours .*older checkpoint") as caught:
-            checkpoint._torch_load(tmp_path / name)
+            read_plain(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
 
 
 def test_generators_come_back_exactly_from_a_file(tmp_path):
-    torch.save(checkpoint.rng_state(), tmp_path / "rng.pt")
+    torch.save(rng_state(), tmp_path / "rng.pt")
     drawn = random.random(), np.random.rand(), torch.rand(3).tolist(), random.gauss(0, 1), np.random.randn()
-    checkpoint.set_rng_state(checkpoint._torch_load(tmp_path / "rng.pt"))
+    set_rng_state(read_plain(tmp_path / "rng.pt"))
     assert drawn == (random.random(), np.random.rand(), torch.rand(3).tolist(), random.gauss(0, 1), np.random.randn())
-
-
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="--output-dir .*file/run: cannot be written to .*give a folder that can"):
-        checkpoint.prepare_folder(tmp_path / "file" / "run")
 
 
 def share(rank, world, folder, where):
@@ -56,8 +50,8 @@ def share(rank, world, folder, where):
     assert accelerator.num_processes == world
     os.chdir(Path(folder) / f"machine{rank}")  # a relative path is another folder on each "machine"
     try:
-        checkpoint.share_folder(accelerator, where)
-        said = "shared"
+        with claimed(accelerator, where):
+            said = "shared"
     except (OSError, ValueError) as error:
         said = str(error)
     (Path(folder) / f"{rank}.txt").write_text(said)
@@ -78,21 +72,6 @@ def test_a_folder_that_one_process_does_not_see_ends_all_of_them(tmp_path, where
     on_ranks(share, 2, str(tmp_path), where)
     for rank in range(2):
         assert (tmp_path / f"{rank}.txt").read_text().startswith(said[rank])
-
-
-def test_a_disk_that_is_full_at_any_file_is_an_oserror(tmp_path):
-    """In a process of its own, since the limit cannot be taken back."""
-    code = (
-        "import resource, signal, torch, pathlib, sys\nfrom nanochat_hf import checkpoint\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try:\n    checkpoint._torch_save({'a': torch.zeros(1_000_000)}, pathlib.Path(sys.argv[1]))\n"
-        "except OSError as error:\n    print(error)"
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "optimizer.pt")], capture_output=True, text=True, cwd=root
-    )
-    assert done.returncode == 0 and done.stdout.startswith("optimizer.pt: "), done.stderr
 
 
 def test_a_run_in_place_of_its_model_is_told_where_the_model_is(tmp_path):

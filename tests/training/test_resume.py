@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from nanochat_hf import NanochatConfig, NanochatForCausalLM
+from nanochat_hf.training.integrity import seal
 from nanochat_hf.training.tracking import read_metrics
-from tests.support.training import STEPS, train, weights
+from tests.support.training import STEPS, here, train, weights
 
 
 def assert_near(ours, expected, limit=3e-2):
@@ -122,53 +122,44 @@ def test_checkpoints_of_another_run_in_the_folder_are_neither_mixed_nor_lost(sta
     assert run.wait() == [0] and "no checkpoint in" in run.text(), run.text()
 
 
-def test_what_a_resumed_run_does_otherwise_is_said(start, whole, tmp_path):
-    newest = whole / "1" / f"checkpoint-{STEPS:06d}"
-    run = train(
-        start,
-        tmp_path / "run",
-        tmp_path / "log",
-        resume=newest,
-        matrix_lr=0.01,
-        warmdown_ratio=0.5,
-        num_steps=STEPS + 1,
-    )
-    assert run.wait() == [0], run.text()
-    said = sorted(line for line in run.text().splitlines() if line.startswith("warning: resumed"))
+def test_what_a_resumed_run_does_otherwise_is_said_and_config_json_shows_what_is_in_force(start, tmp_path, capsys):
+    assert here(start, tmp_path / "first", num_steps=2) == 0
+    newest = tmp_path / "first" / "checkpoint-000002"
+    facts = json.loads((newest / "trainer.json").read_text())
+    facts["settings"]["mixed_precision"] = "bf16"
+    (newest / "trainer.json").write_text(json.dumps(facts))
+    seal(newest)
+    capsys.readouterr()
+    flags = {"matrix_lr": 0.01, "warmdown_ratio": 0.5, "num_steps": 3, "resume": newest}
+    assert here(start, tmp_path / "run", **flags) == 0
+    said = sorted(line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: resumed"))
     assert said == [
         "warning: resumed with matrix_lr 0.01, the checkpoint has 0.02; the checkpoint's optimizer holds that, so the flag does nothing",
-        "warning: resumed with num_steps 9, the checkpoint has 8",
+        "warning: resumed with mixed_precision no, the checkpoint has bf16",
+        "warning: resumed with num_steps 3, the checkpoint has 2",
         "warning: resumed with warmdown_ratio 0.5, the checkpoint has 0.2",
     ]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["matrix_lr"], config["warmdown_ratio"], config["mixed_precision"]) == (0.02, 0.5, "no")
     last = [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in e][-1]
-    assert last["lr/" + next(n[3:] for n in last if n.startswith("lr/matri"))] == pytest.approx(
-        0.02 * last["train/lr_multiplier"]
-    )
+    matrices = {value for name, value in last.items() if name.startswith("lr/matrix")}
+    assert matrices == {pytest.approx(config["matrix_lr"] * last["train/lr_multiplier"])}
 
 
-def test_damaged_and_foreign_checkpoints_are_named(start, whole, tmp_path):
-    newest = whole / "1" / f"checkpoint-{STEPS:06d}"
-    cases = {
-        "weights": "damaged",
-        "optimizer": "damaged",
-        "other": "another architecture",
-        "empty": "no whole checkpoint",
-    }
-    for case, reason in cases.items():
-        folder = tmp_path / case
-        shutil.copytree(newest, folder)
-        if case == "weights":
-            (folder / "model.safetensors").write_bytes(b"\0" * 50)
-        elif case == "optimizer":
-            (folder / "optimizer.pt").write_bytes(b"cut short")
-        elif case == "other":
-            NanochatForCausalLM(
-                NanochatConfig(vocab_size=280, hidden_size=128, num_hidden_layers=1, num_attention_heads=2)
-            ).save_pretrained(folder)
-        else:
-            (folder / "trainer.json").unlink()
-        run = train(start, tmp_path / "out", tmp_path / f"{case}.log", resume=folder)
-        assert run.wait() == [2] and reason in run.text() and "Traceback" not in run.text(), run.text()
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"matrix_optimizer": "adamw"}, "--matrix-optimizer adamw: the checkpoint was trained with muon; resume with"),
+        ({"num_steps": 1}, "--num-steps 1 is below the 2 steps of"),
+    ],
+)
+def test_flags_that_cannot_take_effect_are_refused(start, tmp_path, capsys, changed, reason):
+    assert here(start, tmp_path / "run", num_steps=2) == 0
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert here(start, tmp_path / "run", **{"num_steps": 4, "resume": "auto"} | changed) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"error: {reason}"), said
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
 def test_streams_on_two_processes_stop_together_and_resume_to_the_same_bits(start, tmp_path):

@@ -1,8 +1,9 @@
-"""What happens during training beside the steps. Each callback owns its cadence and is called with (trainer, StepInfo)."""
+"""The numbers of the steps: on the console, in the trackers and in metrics.jsonl."""
 
 import math
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,24 +11,48 @@ from nanochat_hf.machine.accelerator import sum_over_ranks
 from nanochat_hf.machine.peaks import peak_flops
 from nanochat_hf.training.tracking import Ema, MetricsFile, Progress, say
 
+from .base import Callback
+
+if TYPE_CHECKING:
+    from nanochat_hf.training.trainer import StepInfo, Trainer
+
 SETTLING_STEPS, ESTIMATE_AT = 3, 10  # the steps that compile, and the one after which the rest of the run is foretold
 
 
-class Log:
+class Log(Callback):
     """Every step the bar; every `every` steps the trackers and metrics.jsonl. Ends the run when gradients stay non-finite."""
 
-    def __init__(self, trainer, description, flops_per_token, every=10, output_dir=None, max_skipped=20):
+    name = "log"
+
+    def __init__(
+        self,
+        trainer: "Trainer",
+        description: str,
+        flops_per_token: float,
+        every: int = 10,
+        output_dir: str | None = None,
+        max_skipped: int = 20,
+    ):
         self.every, self.flops, self.ema, self.max_skipped = every, flops_per_token, Ema(0.9), max_skipped
         self.peak = peak_flops(trainer.accelerator.device)
         self.main = trainer.accelerator.is_main_process
         self.metrics = MetricsFile(f"{output_dir}/metrics.jsonl" if output_dir and self.main else None)
-        self.metrics.truncate(trainer.state.step)
+        self.metrics.rewind(trainer.state.step)
         self.progress = Progress(trainer.accelerator, trainer.num_steps, trainer.state.step, description)
         self.clock, self.figures = time.perf_counter(), {}
         self.before = replace(trainer.state)  # as of the last entry
         self.first, self.settled, self.estimated = trainer.state.step, None, False
 
-    def __call__(self, trainer, info):
+    def state_dict(self) -> dict[str, Any]:
+        """The loss's moving average."""
+        return {"loss": self.ema.value, "weight": self.ema.weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with an average."""
+        self.ema.value, self.ema.weight = float(state["loss"]), float(state["weight"])
+
+    def __call__(self, trainer: "Trainer", info: "StepInfo") -> None:
+        """Show the step; log where it is due."""
         done = info.step - self.first
         if done == SETTLING_STEPS:
             self.settled = time.perf_counter(), info.step
