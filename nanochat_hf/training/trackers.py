@@ -22,7 +22,7 @@ def refuse_missing(names: tuple[str, ...]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
-                f"--report-to {name}: the package is not installed; pip install {name}, or leave the flag out"
+                f"--report-to {name}: the package is not installed; pip install 'nanochat_hf[tracking]', or leave it out"
             )
 
 
