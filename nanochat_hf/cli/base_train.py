@@ -1,4 +1,7 @@
-"""Pretrain a base model: accelerate launch -m scripts.base_train --depth 12 --tokenizer DIR --data 'text/*.parquet' --output-dir runs/base"""
+"""Pretrain a base model.
+
+Accelerate launch -m scripts.base_train --depth 12 --tokenizer DIR --data 'text/*.parquet' --output-dir runs/base
+"""
 
 import sys
 from collections.abc import Sequence

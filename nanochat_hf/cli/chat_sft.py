@@ -1,4 +1,7 @@
-"""Fine-tune on conversations: accelerate launch -m scripts.chat_sft --model DIR --data chats.jsonl --output-dir runs/sft"""
+"""Fine-tune on conversations.
+
+Accelerate launch -m scripts.chat_sft --model DIR --data chats.jsonl --output-dir runs/sft
+"""
 
 import sys
 from collections.abc import Sequence

@@ -14,7 +14,8 @@ CHUNK = 4096  # positions whose float32 logits exist at one time: 512 MiB at V =
 def evaluate_bpb(model, batches, token_bytes, reduce=None):
     """Σ nats ÷ (ln 2 · Σ bytes) over the counted targets of `batches` (dicts as collate.py makes them).
 
-    Targets of −100 and of zero bytes count in neither sum. `reduce` sums a tensor over ranks. Infinity if there is no byte.
+    Targets of −100 and of zero bytes count in neither sum. `reduce` sums a tensor over ranks. Infinity if there is no
+    byte.
     """
     device, scorer = model.device, Scorer(model)
     sizes = token_bytes.to(device)
@@ -57,8 +58,9 @@ def beginning(tokenizer):
 def text_batches(texts, tokenizer, *, positions, batch_tokens=8192, rank=0, world_size=1):
     """Batches of `texts`, each alone in its row, of about `batch_tokens` positions; texts of like length share one.
 
-    A text longer than `positions` continues in further rows that begin anew, so nothing is left out. Rows are padded behind, where
-    causal attention never looks from a token that counts. Without a bos or end token a row's first token is context only.
+    A text longer than `positions` continues in further rows that begin anew, so nothing is left out. Rows are padded
+    behind, where causal attention never looks from a token that counts. Without a bos or end token a row's first token
+    is context only.
     """
     start, windows = beginning(tokenizer), []
     for ids in encode_texts(tokenizer, texts):

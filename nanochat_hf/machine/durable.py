@@ -1,7 +1,7 @@
 """Files and folders that are whole or not there, whenever a kill, a full disk or a power cut comes.
 
-A folder is filled under a name of its own, flushed to the disk and then swapped in with one rename. What a killed program leaves behind has
-names that begin with a dot, and `clear_leftovers` takes it away.
+A folder is filled under a name of its own, flushed to the disk and then swapped in with one rename. What a killed
+program leaves behind has names that begin with a dot, and `clear_leftovers` takes it away.
 """
 
 import contextlib
@@ -21,7 +21,10 @@ _DISK_WORDS = ("PytorchStreamWriter failed", "unexpected pos", "(os error ")
 
 
 def disk_error(error: BaseException) -> bool:
-    """Whether `error` says that the disk could not be written to; torch, safetensors and tokenizers each have a kind of their own."""
+    """Whether `error` says that the disk could not be written to.
+
+    Torch, safetensors and tokenizers each have a kind of their own.
+    """
     return isinstance(error, OSError | SafetensorError) or any(word in str(error) for word in _DISK_WORDS)
 
 

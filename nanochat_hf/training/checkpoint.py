@@ -1,4 +1,7 @@
-"""Checkpoints: written whole beside the others, sealed with checksums, swapped in, then pruned. A folder with the final name is complete."""
+"""Checkpoints: written whole beside the others, sealed with checksums, swapped in, then pruned.
+
+A folder with the final name is complete.
+"""
 
 import json
 import re
@@ -45,13 +48,16 @@ def newest(output_dir: str | Path) -> Path | None:
 
 
 def whole(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None where nothing is: each is as its checksum says, and trainer.json can be used."""
+    """What is wrong with a checkpoint's files, None where nothing is.
+
+    Each is as its checksum says, and trainer.json can be used.
+    """
     wrong = damage(folder)
     if wrong is None:
         try:
             read_facts(folder)
-        except ValueError as error:
-            wrong = str(error).partition("(")[2].rpartition(")")[0] or str(error)
+        except ValueError as error:  # "--resume …/trainer.json: damaged or not ours (it has no step); give an older …"
+            wrong = f"trainer.json: {str(error).partition('(')[2].rpartition(')')[0]}"
     return wrong
 
 
@@ -63,10 +69,11 @@ def save(
     keep: int = 2,
     trackers: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write `output_dir/checkpoint-{step}`, all ranks together; then prune to the newest `keep` (0 keeps all). Returns the folder.
+    """Write `output_dir/checkpoint-{step}`, all ranks together; then prune to the newest `keep` (0 keeps all).
 
-    The optimizer's state is written whole, so that any number of processes can go on from it. OSError, on all ranks, names the folder
-    where the disk refuses; Diverged where a weight is not finite. Older checkpoints are untouched then.
+    Returns the folder. The optimizer's state is written whole, so that any number of processes can go on from it. OSError, on all ranks,
+    names the folder where the disk refuses; Diverged where a weight is not finite. Older checkpoints are untouched
+    then.
     """
     accelerator, step = trainer.accelerator, trainer.state.step
     final = Path(output_dir) / f"checkpoint-{step:06d}"
@@ -129,8 +136,8 @@ def refuse_not_finite(trainer: "Trainer", output_dir: str | Path) -> None:
     last = newest(output_dir)
     remedy = f"go on from {last} with --resume auto" if last else "there is no checkpoint to go on from: start anew"
     raise Diverged(
-        f"step {trainer.state.step}: {bad or 'a weight of another process'} is not finite, so nothing is saved or exported; "
-        f"{remedy}, with lower learning rates"
+        f"step {trainer.state.step}: {bad or 'a weight of another process'} is not finite, "
+        f"so nothing is saved or exported; {remedy}, with lower learning rates"
     )
 
 
@@ -145,11 +152,11 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
 
 
 def load(trainer: "Trainer", folder: Path) -> None:
-    """Restore weights, optimizer, data position, generators, counters and the callbacks' states: exactly on as many processes as wrote it.
+    """Restore weights, optimizer, data position, generators, counters and the callbacks' states.
 
-    On another number the optimizer and the weights are the same, the data goes on where its own state can (else ValueError), and
-    the generators start anew. ValueError names the file of a damaged or foreign checkpoint. The callbacks' states wait in
-    `trainer.restored` for those that are attached later.
+    On as many processes as wrote it the run goes on exactly. On another number the optimizer and the weights are the same, the data goes on where its own state can (else
+    ValueError), and the generators start anew. ValueError names the file of a damaged or foreign checkpoint. The
+    callbacks' states wait in `trainer.restored` for those that are attached later.
     """
     accelerator, optimizer = trainer.accelerator, trainer.optimizer.optimizer
     facts = read_facts(folder)

@@ -138,7 +138,10 @@ class TrainConfig:
 
     @classmethod
     def of(cls, **flags: Any) -> "TrainConfig":
-        """From flags by name, the rest by default: `TrainConfig.of(output_dir="runs/a", matrix_lr=0.01)`; TypeError for an unknown one."""
+        """From flags by name, the rest by default: `TrainConfig.of(output_dir="runs/a", matrix_lr=0.01)`.
+
+        TypeError for an unknown one.
+        """
         parts = []
         for kind in PARTS:
             names = {part.name for part in dataclasses.fields(kind)}

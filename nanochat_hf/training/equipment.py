@@ -23,15 +23,20 @@ GPU_WORKERS = 4  # data workers that keep a GPU fed; a thread makes 0.35 M token
 
 
 def data_workers(wanted: int | None) -> int:
-    """Processes that tokenise while training runs: as asked, else `GPU_WORKERS` where there is a GPU and a thread elsewhere."""
+    """Processes that tokenise while training runs.
+
+    As asked, else `GPU_WORKERS` where there is a GPU and a thread elsewhere.
+    """
     return wanted if wanted is not None else GPU_WORKERS if on_cuda() else 0
 
 
 def accelerate(config: TrainConfig, width: int = cpu.WIDTH) -> Accelerator:
-    """The Accelerator for `config` and a model `width` channels wide. ValueError where the flags ask for what cannot be.
+    """The Accelerator for `config` and a model `width` channels wide.
 
-    On a CPU a resumed run keeps the precision and the threads of its checkpoint: a new measurement may say otherwise, and then the sums
-    would differ. The bars of transformers are silenced, since the run has its own.
+    ValueError where the flags ask for what cannot be.
+
+    On a CPU a resumed run keeps the precision and the threads of its checkpoint: a new measurement may say otherwise,
+    and then the sums would differ. The bars of transformers are silenced, since the run has its own.
     """
     disable_progress_bar()
     run = config.run
@@ -64,7 +69,10 @@ def step_tokens(config: TrainConfig, accelerator: Accelerator) -> int:
 
 @dataclass(frozen=True)
 class Equipment:
-    """What a model was given: why this attention, whether it is compiled, and the lines that the plan shows of the rest."""
+    """What a model was given.
+
+    Why this attention, whether it is compiled, and the lines that the plan shows of the rest.
+    """
 
     attention: str
     compiled: bool

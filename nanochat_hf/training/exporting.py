@@ -21,7 +21,8 @@ def export_model(
 ) -> None:
     """Write the model as `from_pretrained` reads it, all ranks together; `notes`: {name: text} of further files.
 
-    Diverged, on all ranks, where a weight is not finite; OSError, on all ranks, where the disk refuses. `folder` stays what it was then.
+    Diverged, on all ranks, where a weight is not finite; OSError, on all ranks, where the disk refuses. `folder` stays
+    what it was then.
     """
     refuse_not_finite(trainer, folder.parent)
     weights = whole_weights(trainer.raw_model)

@@ -36,7 +36,10 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder: "optimizer.pt differs from its checksum"; None where nothing is, or it was never sealed."""
+    """What is wrong with a sealed folder: "optimizer.pt differs from its checksum".
+
+    None where nothing is, or it was never sealed.
+    """
     path = folder / CHECKSUMS
     if not path.is_file():  # a checkpoint of before checksums
         return None
@@ -53,7 +56,9 @@ def damage(folder: Path) -> str | None:
 
 
 def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The first name whose tensor holds NaN or infinity; None where all are finite. Of a split tensor this process looks at its part.
+    """The first name whose tensor holds NaN or infinity; None where all are finite.
+
+    Of a split tensor this process looks at its part.
 
     >>> first_not_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, float("nan")]))])
     'b'

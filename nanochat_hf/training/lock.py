@@ -20,8 +20,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def locked(folder: str | Path) -> Iterator[str]:
     """Hold the lock of `folder`, which exists; yields "" or a warning where the file system has no locks.
 
-    The lock is POSIX's (fcntl), which ends with the process however it dies, is not inherited by forked workers, and holds between
-    machines on NFS. ValueError names the host, the process and the start of the run that has it. OSError where nothing can be written.
+    The lock is POSIX's (fcntl), which ends with the process however it dies, is not inherited by forked workers, and
+    holds between machines on NFS. ValueError names the host, the process and the start of the run that has it. OSError
+    where nothing can be written.
     """
     path = Path(folder).resolve() / NAME
     if path in _held:

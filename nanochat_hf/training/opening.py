@@ -1,6 +1,10 @@
-"""The start of a run: its Accelerator, its folder, which no other run may write to until this one ends, and what it goes on from."""
+"""The start of a run: its Accelerator, its folder, and the checkpoint from which it goes on.
+
+No other run may write to the folder until this one ends.
+"""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +37,11 @@ class Opened:
 def opened(
     config: TrainConfig, width: int = cpu.WIDTH, fetch: Callable[[str | None], str | None] = lambda name: name
 ) -> Iterator[Opened]:
-    """Open a run, for a model `width` channels wide, before any data is prepared; close it when the body ends, however it ends.
+    """Open a run, for a model `width` channels wide, before any data is prepared, and close it when the body ends.
 
-    In this order: the accelerator; the folder, locked, seen by all processes and free of leftovers; the checkpoint that --resume means
-    (`fetch` brings names on the Hub to a folder); the trackers. ValueError and OSError, in one line, where one of these cannot be.
+    In this order: the accelerator; the folder, locked, seen by all processes and free of leftovers; the checkpoint that
+    --resume means (`fetch` brings names on the Hub to a folder); the trackers. ValueError and OSError, in one line,
+    where one of these cannot be.
     """
     accelerator = accelerate(config, width)
     if config.run.plan_only:
@@ -49,7 +54,7 @@ def opened(
         if config.run.writes:
             refuse_others(config.run.output_dir, checkpoint)
         if config.track.trackers:
-            name = Path(config.run.output_dir).name
+            name = f"{Path(config.run.output_dir).name}-{time.strftime('%Y%m%d-%H%M%S')}"
             _on_main(accelerator, lambda: trackers.start(accelerator, config.track, name, checkpoint))
         try:
             yield Opened(accelerator, checkpoint)
@@ -62,8 +67,8 @@ def opened(
 def claimed(accelerator: Accelerator, output_dir: str | Path) -> Iterator[None]:
     """Make and lock `output_dir` for this run, on all processes; where nothing was written it goes again.
 
-    ValueError where another run has it, or where one process does not see it, as on machines that share no storage. OSError where it
-    cannot be written to.
+    ValueError where another run has it, or where one process does not see it, as on machines that share no storage.
+    OSError where it cannot be written to.
     """
     with contextlib.ExitStack() as stack:
         _on_main(accelerator, lambda: _claim(stack, Path(output_dir)))

@@ -33,7 +33,10 @@ def curves(entries, path):
 
 
 def write_report(output_dir, title, settings, figures):
-    """Write report.md (and curves.png) into `output_dir`; `figures` and `settings` become tables. Returns the report's path."""
+    """Write report.md (and curves.png) into `output_dir`; `figures` and `settings` become tables.
+
+    Returns the report's path.
+    """
     folder = Path(output_dir)
     metrics = folder / "metrics.jsonl"
     drawn = metrics.is_file() and curves(read_metrics(metrics), folder / "curves.png")

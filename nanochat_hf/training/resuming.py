@@ -52,14 +52,17 @@ IN_OPTIMIZER = {
 
 
 def restore(trainer: "Trainer", tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Bring the trainer to the checkpoint in `folder`. ValueError where it cannot be used, or the run cannot go on from it."""
+    """Bring the trainer to the checkpoint in `folder`.
+
+    ValueError where it cannot be used, or the run cannot go on from it.
+    """
     same_tokenizer(tokenizer, folder)
     same_optimizer(trainer, checkpoint.settings_of(folder))
     checkpoint.load(trainer, folder)
     if trainer.state.step > trainer.num_steps:
         raise ValueError(
-            f"--num-steps {trainer.num_steps} is below the {trainer.state.step} steps of {folder}; give at least as many, "
-            "or an older checkpoint"
+            f"--num-steps {trainer.num_steps} is below the {trainer.state.step} steps of {folder}; "
+            "give at least as many, or an older checkpoint"
         )
     trainer.accelerator.print(f"resumed from {folder} at step {trainer.state.step} of {trainer.num_steps}")
 
@@ -67,8 +70,9 @@ def restore(trainer: "Trainer", tokenizer: PreTrainedTokenizerBase, folder: Path
 def choose(accelerator: Accelerator, output_dir: str, resume: str | None, set_aside: bool = False) -> Path | None:
     """The checkpoint that `resume` means, one for all processes, whose files are whole: None → None, a folder → itself.
 
-    "auto" is the newest whole one of `output_dir`, None where there is none. Damaged ones are told, and with `set_aside` they are renamed, so that
-    they neither count for pruning nor are taken another time. ValueError where all are damaged, or the folder is no whole checkpoint.
+    "auto" is the newest whole one of `output_dir`, None where there is none. Damaged ones are told, and with
+    `set_aside` they are renamed, so that they neither count for pruning nor are taken another time. ValueError where
+    all are damaged, or the folder is no whole checkpoint.
     """
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:  # reads every byte, so one process does it for all
@@ -125,7 +129,9 @@ def _free(path):
 
 
 def refuse_others(output_dir: str, resumed: Path | None) -> None:
-    """ValueError where `output_dir` holds checkpoints that the run does not go on from (`resumed`: the one it does, or None).
+    """ValueError where `output_dir` holds checkpoints that the run does not go on from.
+
+    `resumed`: the one from which it does, or None.
 
     Pruning by steps would keep them in place of the run's own, and --resume auto would take them.
     """
@@ -134,13 +140,15 @@ def refuse_others(output_dir: str, resumed: Path | None) -> None:
         return
     at = "goes on from another" if resumed else "starts anew"
     raise ValueError(
-        f"--output-dir {output_dir}: holds {last.name}, and this run {at}; continue that one with --resume auto, or give another "
-        "--output-dir, or move the checkpoints there away"
+        f"--output-dir {output_dir}: holds {last.name}, and this run {at}; "
+        "continue that one with --resume auto, or give another --output-dir, or move the checkpoints there away"
     )
 
 
 def measured_before(output_dir: str, resume: str | None) -> tuple[str | None, int | None]:
-    """(dtype, threads) that were measured and chosen when the checkpoint to resume from was written; (None, None) for other runs.
+    """(dtype, threads) that were measured and chosen when the checkpoint to resume from was written.
+
+    (None, None) for other runs.
 
     Known of checkpoints of this machine's folders alone; one on the Hub was most likely written on another machine.
     """
@@ -176,7 +184,11 @@ def changed_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[s
 
 
 def in_force(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` settings with the checkpoint's values where the flags do nothing: in_force({"matrix_lr": 1}, {"matrix_lr": 2}) → {"matrix_lr": 1}."""
+    """`own` settings, with the checkpoint's values where the flags do nothing.
+
+    >>> in_force({"matrix_lr": 0.1, "seed": 1}, {"matrix_lr": 0.2, "seed": 2})
+    {'matrix_lr': 0.1, 'seed': 2}
+    """
     return dict(own) | {name: saved[name] for name in IN_OPTIMIZER if name in saved and name in own}
 
 
@@ -190,7 +202,10 @@ def same_optimizer(trainer: "Trainer", saved: Mapping[str, Any]) -> None:
 
 
 def same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """ValueError where a checkpoint was trained with another vocabulary, which tables padded to the same size would hide."""
+    """ValueError where a checkpoint was trained with another vocabulary.
+
+    Tables that are padded to the same size would hide it.
+    """
     saved = load_tokenizer(folder)
     if saved.get_vocab() != tokenizer.get_vocab():
         raise ValueError(

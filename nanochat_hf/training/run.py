@@ -57,7 +57,10 @@ class RunStatus(enum.Enum):
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came of a run. `folder` holds the final model where the run finished and writes one; `bpb` is the validation's minimum."""
+    """What came of a run. `folder` holds the final model where the run finished and writes one.
+
+    `bpb` is the validation's minimum.
+    """
 
     status: RunStatus
     folder: Path | None = None
@@ -74,8 +77,8 @@ class RunResult:
 class Stage:
     """What a command adds to the shared flags.
 
-    `settings` are its own flags, for config.json; `lr_scale` multiplies every learning rate; `decay_falls`: the weight decay falls to 0;
-    `prompts` are (text shown, ids) that --sample-every answers.
+    `settings` are its own flags, for config.json; `lr_scale` multiplies every learning rate; `decay_falls`: the weight
+    decay falls to 0; `prompts` are (text shown, ids) that --sample-every answers.
     """
 
     name: str
@@ -88,7 +91,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from and is measured on. `train` is endless batches with a state, `lines` what the plan says of them."""
+    """What a run learns from and is measured on.
+
+    `train` is endless batches with a state, `lines` what the plan says of them.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train: Any
@@ -210,7 +216,8 @@ class Run:
         return log, evaluate
 
     def _measure_first(self, trainer, evaluate) -> None:
-        # before training; or, after a resume, what was due at the checkpoint's step, which was saved before it was measured
+        # before training; or, after a resume, what was due at the checkpoint's step, which was saved before it was
+        # measured
         if not self.resumed:
             if self.config.evaluate.eval_every:
                 evaluate.measure(trainer)

@@ -1,4 +1,7 @@
-"""The state in a checkpoint's files, read and checked: what is damaged or foreign is named in one line, and nothing of it is used."""
+"""The state in a checkpoint's files, read and checked.
+
+What is damaged or foreign is named in one line, and nothing of it is used.
+"""
 
 import contextlib
 import json
@@ -21,7 +24,10 @@ _MISUSE = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, Ty
 
 @dataclass(frozen=True)
 class Facts:
-    """What trainer.json says: the loop's counters, the processes, settings and trackers of the run that wrote it, its callbacks' states."""
+    """What trainer.json says.
+
+    The loop's counters, the processes, settings and trackers of the run that wrote it, its callbacks' states.
+    """
 
     state: dict[str, Any]
     num_processes: int
@@ -86,7 +92,10 @@ def _amount(value):
 
 
 def read_weights(folder: Path, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint; ValueError where they are not those of a model with the tensors `own`, or not finite."""
+    """The weights of a checkpoint.
+
+    ValueError where they are not those of a model with the tensors `own`, or not finite.
+    """
     weights = {}
     for part in sorted(folder.glob("*.safetensors")):
         try:
@@ -115,7 +124,9 @@ def read_weights(folder: Path, own: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 def read_plain(path: Path, *keys: str) -> dict[str, Any]:
-    """A file of tensors and plain values, a mapping with `keys`; ValueError where it is damaged, missing or something else.
+    """A file of tensors and plain values, a mapping with `keys`.
+
+    ValueError where it is damaged, missing or something else.
 
     Nothing in it can run: checkpoints come from the Hub too, and a pickle may hold any code.
     """
@@ -133,7 +144,7 @@ def read_plain(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def check_optimizer(path: Path, state: Any, groups: list[dict[str, Any]]) -> None:
-    """ValueError where an optimizer's saved state is not one of parameters like those in `groups`, or holds what is not finite."""
+    """ValueError where an optimizer's saved state is not of parameters like those in `groups`, or not finite."""
     with blamed(path):
         shapes = [tuple(param.shape) for group in groups for param in group["params"]]
         ids = [index for group in state["param_groups"] for index in group["params"]]

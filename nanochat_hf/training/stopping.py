@@ -8,8 +8,11 @@ from nanochat_hf.machine.accelerator import agree, any_rank
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the running step; so does the launcher's death, where there is a launcher: a script that
-    a shell started by itself outlives the shell (nohup). Ranks agree through `agreed`."""
+    """SIGTERM and SIGINT ask for a stop after the running step.
+
+    So does the launcher's death, where there is a launcher: a script that a shell started by itself outlives the shell
+    (nohup). Ranks agree through `agreed`.
+    """
 
     def __init__(self, accelerator):
         self.accelerator, self.received, self.earlier = accelerator, 0, None
@@ -24,7 +27,10 @@ class StopSignal:
             self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def release(self):
-        """Give the signals back to who had them, once there is no step left to finish: what comes later may end the program."""
+        """Give the signals back to who had them, once there is no step left to finish.
+
+        What comes later may end the program.
+        """
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}

@@ -18,7 +18,10 @@ REMEDIES = {
 
 
 def refuse_missing(names: tuple[str, ...]) -> None:
-    """ValueError where the package of a tracker is not installed; Accelerate would leave the tracker out without a word."""
+    """ValueError where the package of a tracker is not installed.
+
+    Accelerate would leave the tracker out without a word.
+    """
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(

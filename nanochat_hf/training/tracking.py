@@ -84,7 +84,9 @@ class MetricsFile:
                 ) from None
 
     def rewind(self, step: int) -> None:
-        """Forget what a run that goes on from `step` will write again: all entries after it, and at it what is measured after saving.
+        """Forget what a run that goes on from `step` will write again.
+
+        All entries after it, and at it what is measured after saving.
 
         At 0, where a run starts, nothing stays.
         """
@@ -118,7 +120,10 @@ def say(accelerator, *lines):
 
 
 class Progress:
-    """On a terminal one bar with %, step, figures and ETA; elsewhere a plain line whenever there are new figures. Main process only."""
+    """On a terminal one bar with %, step, figures and ETA; elsewhere a plain line whenever there are new figures.
+
+    Main process only.
+    """
 
     def __init__(self, accelerator, total, initial, description):
         self.total, self.description, self.shown = total, description, accelerator.is_main_process

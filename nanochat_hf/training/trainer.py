@@ -17,8 +17,11 @@ from .stopping import StopSignal
 
 @dataclass
 class TrainState:
-    """What a checkpoint must hold of the loop. `tokens` counts positions of all ranks, `seconds` training time only; `skipped` steps had no
-    target, `overflowed` ones a gradient beyond float16 (the scaler leaves them out and halves its scale)."""
+    """What a checkpoint must hold of the loop. `tokens` counts positions of all ranks, `seconds` training time only.
+
+    `skipped` steps had no target, `overflowed` ones a gradient beyond float16 (the scaler leaves them out and halves
+    its scale).
+    """
 
     step: int = 0
     tokens: int = 0
@@ -45,8 +48,9 @@ class StepInfo:
 class Trainer:
     """Takes `accumulation` micro-batches a step from `batches`, until `num_steps`.
 
-    The gradient is that of Σ nll·weight ÷ (valid targets of the step over all micro-batches and ranks), however the rows are split.
-    schedule(optimizer, step) sets lr, momentum and weight decay before the step. Each callback is called with (trainer, info).
+    The gradient is that of Σ nll·weight ÷ (valid targets of the step over all micro-batches and ranks), however the
+    rows are split. schedule(optimizer, step) sets lr, momentum and weight decay before the step. Each callback is
+    called with (trainer, info).
     """
 
     accelerator: Accelerator
@@ -84,8 +88,10 @@ class Trainer:
         return self.state
 
     def kept_sums(self):
-        """A context in which kernels, where the model has them, add up gradients over micro-batches themselves and find weights in half precision; with
-        one micro-batch a step there is nothing to gain."""
+        """A context in which kernels, where the model has them, add up gradients over micro-batches themselves.
+
+        They also find the weights in half precision there. With one micro-batch a step there is nothing to gain.
+        """
         alone = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cuda"
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         return kernels.kept_sums(self.raw_model, alone and self.accumulation > 1, half)
@@ -117,7 +123,8 @@ class Trainer:
             return local
         count = torch.tensor([local], dtype=torch.float64 if self.accelerator.device.type == "cpu" else torch.float32)
         count = self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum")
-        # the host of an XLA device runs ahead of it: the number stays there, and a step without a target becomes one of zero gradients
+        # the host of an XLA device runs ahead of it: the number stays there, and a step without a target becomes one of
+        # zero gradients
         return count[0].clamp(min=1) if self.accelerator.device.type == "xla" else int(count.item())
 
     def _accumulate(self, micro_batches, targets):

@@ -1,4 +1,7 @@
-"""Checkpoints as files: nothing in them can run, generators come back exactly, and a folder that cannot be written is said at once."""
+"""Checkpoints as files.
+
+Nothing in them can run, generators come back exactly, and a folder that cannot be written is said at once.
+"""
 
 import os
 import pickle

@@ -1,4 +1,7 @@
-"""What a user got wrong is said once by several processes, which all leave with the same code; what one of them alone meets is said too."""
+"""What a user got wrong is said once by several processes, which all leave with the same code.
+
+What one of them alone meets is said too.
+"""
 
 import os
 import sys

@@ -1,4 +1,7 @@
-"""Training stopped, killed and resumed as users do it: no work is lost, it goes on exactly, and what cannot be is refused."""
+"""Training stopped, killed and resumed as users do it.
+
+No work is lost, it goes on exactly, and what cannot be is refused.
+"""
 
 import json
 import os
@@ -16,8 +19,11 @@ from tests.support.training import STEPS, here, train, weights
 
 
 def assert_near(ours, expected, limit=3e-2):
-    """Norm of the difference ÷ norm of the tensor. Muon's products are bfloat16 here, whose rounding the order of a gradient's sum can tip:
-    other rows in a step would show as 0.1 and more (test_optim_distributed.py compares in float32)."""
+    """Norm of the difference ÷ norm of the tensor.
+
+    Muon's products are bfloat16 here, whose rounding the order of a gradient's sum can tip: other rows in a step would
+    show as 0.1 and more (test_optim_distributed.py compares in float32).
+    """
     apart = {name: ((ours[name] - value).norm() / value.norm()).item() for name, value in expected.items()}
     assert max(apart.values()) < limit, apart
 
@@ -58,8 +64,8 @@ def test_two_processes_train_the_same_model_as_one(whole):
     losses = [
         [e["train/loss"] for e in read_metrics(whole / str(w) / "metrics.jsonl") if "train/loss" in e] for w in (1, 2)
     ]
-    # the step's loss, not the weights: bfloat16 products in Muon part them by a rounding or two, which matrices that start at zero magnify, from
-    # 2e-4 in the second step to some 3e-3 in the last
+    # the step's loss, not the weights: bfloat16 products in Muon part them by a rounding or two, which matrices that
+    # start at zero magnify, from 2e-4 in the second step to some 3e-3 in the last
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-3) and losses[0] == pytest.approx(
         losses[1], rel=1e-2
     ), losses

@@ -1,4 +1,7 @@
-"""Checkpoints that are damaged, malformed or of another program: each kind is one line that names the file, and none is accepted."""
+"""Checkpoints that are damaged, malformed or of another program.
+
+Each kind is one line that names the file, and none is accepted.
+"""
 
 import json
 import pickle
@@ -135,7 +138,7 @@ KINDS = {
     "weights garbage": ("model.safetensors", written("model.safetensors", b"x" * 999)),
     "weights cut": ("model.safetensors", cut("model.safetensors")),
     "weights gone": ("no model weights", lambda folder: (folder / "model.safetensors").unlink()),
-    "weight missing": ("another architecture", tensors(lambda w: w.pop("lm_head.weight") and None)),
+    "weight missing": ("another architecture", tensors(lambda w: w.pop("lm_head.weight") is None)),
     "weight foreign": ("another architecture", tensors(lambda w: w.update(extra=torch.ones(1)))),
     "weight reshaped": ("another architecture", tensors(lambda w: {n: v[:1].contiguous() for n, v in w.items()})),
     "weights whole numbers": ("no floats", tensors(lambda w: {n: v.int() for n, v in w.items()})),
@@ -145,7 +148,10 @@ KINDS = {
     "optimizer empty": ("optimizer.pt", written("optimizer.pt", b"")),
     "optimizer garbage": ("optimizer.pt", written("optimizer.pt", b"x" * 999)),
     "optimizer cut": ("optimizer.pt", cut("optimizer.pt")),
-    "optimizer pickle": ("optimizer.pt", written("optimizer.pt", pickle.dumps({"optimizer": {}, "scaler": None}))),
+    "optimizer pickle": (
+        "optimizer.pt",
+        written("optimizer.pt", pickle.dumps({"optimizer": {}, "scaler": None}, protocol=2)),
+    ),
     "optimizer list": ("optimizer.pt", saved("optimizer.pt", lambda saved: [saved])),
     "optimizer without scaler": ("optimizer.pt", saved("optimizer.pt", lambda saved: saved.pop("scaler") and None)),
     "optimizer null": ("optimizer.pt", saved("optimizer.pt", lambda saved: saved.update(optimizer=None))),
@@ -184,7 +190,10 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "unsealed"])
 def test_each_kind_is_one_line_that_names_the_file(good, trainer, tmp_path, kind, sealed):
-    """Sealed: by a foreign program that wrote checksums of its own; unsealed: as checkpoints of before checksums are."""
+    """Sealed: by a foreign program that wrote checksums of its own; unsealed.
+
+    As checkpoints of before checksums are.
+    """
     named, change = KINDS[kind]
     folder = tmp_path / "checkpoint-000002"
     shutil.copytree(good, folder)

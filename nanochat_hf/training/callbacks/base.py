@@ -38,8 +38,8 @@ class Callback:
 class Measurement(Callback):
     """A callback that measures every `every` steps and at the end.
 
-    Checkpoints are saved before anything is measured, so a run that is resumed from one measures first what was due at its step. A run
-    that was asked to stop does not measure: the run that goes on will.
+    Checkpoints are saved before anything is measured, so a run that is resumed from one measures first what was due at
+    its step. A run that was asked to stop does not measure: the run that goes on will.
     """
 
     every: int = 0

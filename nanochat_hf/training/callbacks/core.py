@@ -44,7 +44,10 @@ class CoreConfig:
 
 
 class EvaluateCore(Measurement):
-    """CORE every `every` steps and at the end; each rank takes its share of the items. `last` is the newest CoreResult."""
+    """CORE every `every` steps and at the end; each rank takes its share of the items.
+
+    `last` is the newest CoreResult.
+    """
 
     def __init__(
         self,

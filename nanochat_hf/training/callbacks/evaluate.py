@@ -52,10 +52,10 @@ class EvalConfig:
 
 
 def divided(batches: list[dict], rank: int, world_size: int) -> list[dict]:
-    """The share of one process in validation batches that all of them have made: the sum must not depend on how many there are.
+    """The share of one process in validation batches that all of them have made.
 
-    Each process gets as many rows, since evaluating a split model is a collective. Where the rows do not divide, some processes get a
-    row without a target.
+    What they measure together must not depend on how many there are. Each process gets as many rows, since evaluating a split model is a collective. Where the rows do not divide, some
+    processes get a row without a target.
     """
     rows = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     missing = -len(rows["input_ids"]) % world_size
@@ -79,10 +79,13 @@ def pieces(batches: Iterable[dict[str, torch.Tensor]], tokens: int = EVAL_TOKENS
 
 
 class Evaluate(Measurement):
-    """Bits per byte on fixed validation batches, on the cadence and at the end; keeps the minimum, and its model in best/.
+    """Bits per byte on fixed validation batches, on the cadence and at the end.
 
-    `best` is the minimum of this run so far. `kept` is that of the model in best/, which a killed run may have written after the
-    checkpoint from which the next one goes on; so `minimum`, what is reported, is always that of the model there.
+    Keeps the minimum, and its model in best/.
+
+    `best` is the minimum of this run so far. `kept` is that of the model in best/, which a killed run may have written
+    after the checkpoint from which the next one goes on; so `minimum`, what is reported, is always that of the model
+    there.
     """
 
     name = "evaluate"

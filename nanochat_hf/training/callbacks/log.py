@@ -20,7 +20,10 @@ SETTLING_STEPS, ESTIMATE_AT = 3, 10  # the steps that compile, and the one after
 
 
 class Log(Callback):
-    """Every step the bar; every `every` steps the trackers and metrics.jsonl. Ends the run when gradients stay non-finite."""
+    """Every step the bar; every `every` steps the trackers and metrics.jsonl.
+
+    Ends the run when gradients stay non-finite.
+    """
 
     name = "log"
 
@@ -44,12 +47,13 @@ class Log(Callback):
         self.first, self.settled, self.estimated = trainer.state.step, None, False
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss's moving average."""
-        return {"loss": self.ema.value, "weight": self.ema.weight}
+        """The loss's moving average, and the figures that were shown last."""
+        return {"loss": self.ema.value, "weight": self.ema.weight, "figures": self.figures}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with an average."""
+        """Go on from a state_dict."""
         self.ema.value, self.ema.weight = float(state["loss"]), float(state["weight"])
+        self.figures = {str(name): str(text) for name, text in state["figures"].items()}
 
     def __call__(self, trainer: "Trainer", info: "StepInfo") -> None:
         """Show the step; log where it is due."""

@@ -24,14 +24,20 @@ class Pusher(Protocol):
 
 
 def attach(trainer: "Trainer", pusher: Pusher | None, output_dir: str | None) -> "Push":
-    """Add a Push to the trainer's callbacks, last, so that it comes after Save; returns it. `pusher` None pushes nothing."""
+    """Add a Push to the trainer's callbacks, last, so that it comes after Save; returns it.
+
+    `pusher` None pushes nothing.
+    """
     push = Push(pusher if trainer.accelerator.is_main_process else None, output_dir)
     trainer.callbacks.append(push)
     return push
 
 
 class Push(Callback):
-    """After each checkpoint, by the pusher's strategy; `finish` pushes the final model and waits. One process only, never raises."""
+    """After each checkpoint, by the pusher's strategy; `finish` pushes the final model and waits.
+
+    One process only, never raises.
+    """
 
     def __init__(self, pusher: Pusher | None, output_dir: str | None):
         self.pusher, self.output_dir = pusher, output_dir
