@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
-.PHONY: test test-kernels test-xla quickstart quickstart-clean lint
+.PHONY: drill test test-kernels test-xla quickstart quickstart-clean lint
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -35,3 +35,7 @@ quickstart: $(VENV)/.installed
 
 quickstart-clean:
 	rm -rf runs/quickstart
+
+# runs that are killed, stopped, refused room, damaged and started twice, for a quarter of an hour; the first difference fails it
+drill: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m scripts.experiments.drill --minutes 15 --record docs/records/drill

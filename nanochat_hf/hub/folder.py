@@ -13,7 +13,7 @@ from nanochat_hf.training.tracking import read_metrics
 from .card import card_data, kept_text, public, results_of
 from .card_text import card_body
 
-STATE_FILES = ("trainer.json", "rank")  # what a checkpoint has beside the model
+STATE_FILES = ("trainer.json", "checksums.json", "rank")  # what a checkpoint has beside the model
 LAST = "last-checkpoint"
 
 

@@ -1,6 +1,8 @@
 """What a finished run leaves to read: report.md, and curves.png from metrics.jsonl."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nanochat_hf.machine.durable import write_whole
 
@@ -13,7 +15,7 @@ CURVES = (
 )
 
 
-def curves(entries, path):
+def curves(entries: Sequence[Mapping[str, Any]], path: str | Path) -> bool:
     """Draw loss, bpb and lr over steps as a PNG; False when there is nothing to draw or no matplotlib."""
     series = [(label, [(e["step"], e[key]) for e in entries if e.get(key) is not None]) for key, label in CURVES]
     series = [(label, points) for label, points in series if points]
@@ -32,7 +34,7 @@ def curves(entries, path):
     return True
 
 
-def write_report(output_dir, title, settings, figures):
+def write_report(output_dir: str | Path, title: str, settings: Mapping[str, Any], figures: Mapping[str, Any]) -> Path:
     """Write report.md (and curves.png) into `output_dir`; `figures` and `settings` become tables.
 
     Returns the report's path.

@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 
+from accelerate import Accelerator
+
 from nanochat_hf.machine.accelerator import agree, any_rank
 
 
@@ -14,7 +16,7 @@ class StopSignal:
     (nohup). Ranks agree through `agreed`.
     """
 
-    def __init__(self, accelerator):
+    def __init__(self, accelerator: Accelerator):
         self.accelerator, self.received, self.earlier = accelerator, 0, None
         launched = (
             accelerator.device.type == "xla" or "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ
@@ -26,7 +28,7 @@ class StopSignal:
         ):  # XLA's launcher trains in a thread, where Python takes no handlers
             self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def release(self):
+    def release(self) -> None:
         """Give the signals back to who had them, once there is no step left to finish.
 
         What comes later may end the program.
@@ -38,7 +40,7 @@ class StopSignal:
     def _receive(self, number, frame):
         self.received = number
 
-    def agreed(self):
+    def agreed(self) -> bool:
         """True on all ranks once any rank was asked to stop (one small collective when there are several).
 
         Several XLA devices learn it one step later, lest the host wait for the step that it has just sent off.

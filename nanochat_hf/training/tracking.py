@@ -8,8 +8,10 @@ import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from nanochat_hf.config import at_least
@@ -48,17 +50,17 @@ class TrackConfig:
 class Ema:
     """Exponential moving average, debiased: Ema(0.9).update(3.0) → 3.0."""
 
-    def __init__(self, beta=0.9):
+    def __init__(self, beta: float = 0.9):
         self.beta, self.value, self.weight = beta, 0.0, 0.0
 
-    def update(self, x):
+    def update(self, x: float) -> float:
         """Take x in; returns the debiased average."""
         self.value = self.beta * self.value + (1 - self.beta) * x
         self.weight = self.beta * self.weight + (1 - self.beta)
         return self.average
 
     @property
-    def average(self):
+    def average(self) -> float:
         """The debiased average, NaN before the first update."""
         return self.value / self.weight if self.weight else float("nan")
 
@@ -66,12 +68,12 @@ class Ema:
 class MetricsFile:
     """Appends one JSON object a line to `path`; None writes nothing."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path | None):
         self.path = Path(path) if path else None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, **values):
+    def write(self, **values: Any) -> None:
         """Append `values`."""
         if self.path:
             try:
@@ -101,7 +103,7 @@ def _stays(entry, step):
     return at < step or (at == step and "train/loss" in entry)
 
 
-def read_metrics(path):
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """metrics.jsonl → list of dicts; a last line that a kill cut short is left out."""
     entries = []
     for line in Path(path).read_text().splitlines():
@@ -112,7 +114,7 @@ def read_metrics(path):
     return entries
 
 
-def say(accelerator, *lines):
+def say(accelerator: Accelerator, *lines: str) -> None:
     """Print lines on the main process, above the bar where there is one."""
     if accelerator.is_main_process:
         tqdm.write("\n".join(lines))
@@ -125,7 +127,7 @@ class Progress:
     Main process only.
     """
 
-    def __init__(self, accelerator, total, initial, description):
+    def __init__(self, accelerator: Accelerator, total: int, initial: int, description: str):
         self.total, self.description, self.shown = total, description, accelerator.is_main_process
         self.terminal = sys.stderr.isatty()
         self.start, self.initial = time.perf_counter(), initial
@@ -139,7 +141,7 @@ class Progress:
             mininterval=0.5,
         )
 
-    def update(self, step, fresh=False, **figures):
+    def update(self, step: int, fresh: bool = False, **figures: str) -> None:
         """Move to `step` and show the given figures; `fresh` says that they are new."""
         if self.terminal:
             self.bar.set_postfix(figures, refresh=False)
@@ -152,12 +154,12 @@ class Progress:
                 flush=True,
             )
 
-    def close(self):
+    def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()
 
 
-def environment(accelerator):
+def environment(accelerator: Accelerator) -> dict[str, Any]:
     """What else a number depends on: versions, git revision, hardware."""
     try:
         revision = (

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import islice
 
@@ -13,6 +14,8 @@ from nanochat_hf.machine.xla import as_input, mark_step, reduce_gradients
 from nanochat_hf.optim import gradient_norms
 
 from .stopping import StopSignal
+
+Batch = Mapping[str, torch.Tensor]
 
 
 @dataclass
@@ -41,7 +44,9 @@ class StepInfo:
     loss: torch.Tensor
     targets: int | torch.Tensor
     lr_multiplier: float
-    grad_norms: dict | None = None  # of each parameter group, before clipping; only on the steps that are asked for
+    grad_norms: dict[str, torch.Tensor] | None = (
+        None  # of each parameter group, before clipping; only on the steps that are asked for
+    )
 
 
 @dataclass(eq=False)
@@ -56,7 +61,7 @@ class Trainer:
     accelerator: Accelerator
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    batches: Iterable[Mapping[str, torch.Tensor]]
+    batches: Iterable[Batch]
     _: KW_ONLY
     num_steps: int
     schedule: Callable[[torch.optim.Optimizer, int], float]
@@ -75,7 +80,7 @@ class Trainer:
         self.kept = None  # what kernels keep over a step, see kept_sums
         self.restored: dict[str, dict] = {}  # the callbacks' states in the checkpoint that was loaded
 
-    def fit(self):
+    def fit(self) -> TrainState:
         """Train to `num_steps` or until a stop is agreed on; returns the TrainState."""
         batches = iter(self.batches)
         self.model.train()
@@ -87,7 +92,7 @@ class Trainer:
                     callback(self, info)
         return self.state
 
-    def kept_sums(self):
+    def kept_sums(self) -> AbstractContextManager:
         """A context in which kernels, where the model has them, add up gradients over micro-batches themselves.
 
         They also find the weights in half precision there. With one micro-batch a step there is nothing to gain.
@@ -96,7 +101,7 @@ class Trainer:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         return kernels.kept_sums(self.raw_model, alone and self.accumulation > 1, half)
 
-    def step(self, micro_batches):
+    def step(self, micro_batches: Sequence[Batch]) -> StepInfo:
         """One optimizer step over `micro_batches` (dicts of CPU tensors, see collate.py) → StepInfo."""
         start = time.perf_counter()
         if len(micro_batches) < self.accumulation:
@@ -163,10 +168,10 @@ class Trainer:
                     mark_step(device)
         return total, norms
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, int | float]:
         """The loop's own state, JSON-able."""
         return asdict(self.state)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, int | float]) -> None:
         """Continue from a state_dict."""
         self.state = TrainState(**state)
