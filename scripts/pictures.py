@@ -1,0 +1,4 @@
+from nanochat_hf.cli.pictures import main
+
+if __name__ == "__main__":
+    main()
