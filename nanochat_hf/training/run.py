@@ -211,7 +211,7 @@ class Run:
         trainer.callbacks += [*self.hooks.callbacks, CollectGarbage()]
         for callback in trainer.callbacks:
             if isinstance(callback, Callback) and callback.name in trainer.restored:
-                with blamed(Path("trainer.json")):
+                with blamed(Path(self.resumed, "trainer.json")):
                     callback.load_state_dict(trainer.restored[callback.name])
         return log, evaluate
 
