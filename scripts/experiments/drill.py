@@ -70,6 +70,10 @@ def build_inputs(folder: Path) -> None:
         for i in range(120)
     ]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # two thirds are words that nothing trains: validation falls, then rises, so that the best model is not the last
+    answer = {"role": "assistant", "content": "The cat counted letters. 3 3 3 3 3 3"}
+    words = [{"role": "user", "content": "say 3"}, answer]
+    (folder / "held_out.jsonl").write_text(json.dumps(words) + "\n")
 
 
 def flags(inputs: Path, output: Path, world: int) -> list[str]:
@@ -80,6 +84,7 @@ def flags(inputs: Path, output: Path, world: int) -> list[str]:
     given = {
         "model": inputs / "model",
         "data": inputs / "chats.jsonl",
+        "validation": inputs / "held_out.jsonl",
         "output-dir": output,
         "resume": "auto",
         "num-steps": STEPS,

@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard, constants
 from nanochat_hf import NanochatForCausalLM
 from nanochat_hf.hub.card import KEEP_END, KEEP_START
 from nanochat_hf.hub.push import HubConfig, HubPusher, fetch_checkpoint, fetch_model
-from nanochat_hf.training import checkpoint
 from nanochat_hf.training.callbacks.push import Push
 from nanochat_hf.training.generators import rng_state
 from tests.support.hub import SETTINGS, TOKEN, push
