@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
-.PHONY: drill test test-kernels test-xla quickstart quickstart-clean lint
+WORKERS ?= 2
+.PHONY: drill test test-kernels test-xla quickstart quickstart-clean lint docs
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -18,9 +19,19 @@ $(XLA)/.installed: constraints-xla.txt setup.cfg
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check nanochat_hf scripts tests
 	$(VENV)/bin/ruff format --check nanochat_hf scripts tests
+	$(VENV)/bin/ty check
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -c constraints.txt mkdocs-material
+	touch $@
+
+# the site, in build/site; a broken link is an error
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -q -d build/site
+
+# in random order, a file on one process; `make test WORKERS=8` where there are more cores
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 # the kernels of CUDA on a GPU, or without one by Triton's interpreter; Triton comes with torch's builds for CUDA alone, and takes 700 MB
 test-kernels: $(VENV)/.installed

@@ -41,7 +41,7 @@ def layer(path):
 
 
 def module_file(name):
-    """The file of a dotted name within the package, None where it is none: "nanochat_hf.optim" → …/optim/__init__.py."""
+    """The file of a dotted name in the package, or None: "nanochat_hf.optim" → …/optim/__init__.py."""
     path = ROOT.joinpath(*name.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file in TREES), None)
 
@@ -83,7 +83,7 @@ def test_imports_go_down_or_stay_in_their_folder(path):
 
 
 def circles(graph):
-    """The strongly connected components of more than one node (Tarjan): circles({"a": "b", "b": "a", "c": "a"}) → [{"a", "b"}]."""
+    """The strongly connected components of more than one node, by Tarjan's algorithm."""
     index, low, stack, found = {}, {}, [], []
 
     def visit(node):

@@ -1,4 +1,7 @@
-"""Draw the schedules of a run, or print them as a table: python -m scripts.plot_schedules --num-steps 3000 --output docs/schedules.png"""
+"""Draw the schedules of a run, or print them as a table.
+
+python -m nanochat_hf.cli.plot_schedules --num-steps 3000 --output docs/schedules.png
+"""
 
 import argparse
 from pathlib import Path
@@ -8,7 +11,7 @@ from nanochat_hf.training.schedules import Schedule, ScheduleConfig, muon_moment
 
 
 def curves(num_steps: int, points: int = 200) -> dict[str, list[tuple[float, float]]]:
-    """What trains, by default: each as (progress, value) at `points` steps of a run of `num_steps`, the first and the last among them."""
+    """What trains by default, as pairs of progress and value, at `points` steps of a run of `num_steps`."""
     steps = [round(i * (num_steps - 1) / (points - 1)) for i in range(points)]
     base = Schedule(num_steps, BaseSchedule(), decay_falls=True)
     sft = Schedule(num_steps, ScheduleConfig())
@@ -52,6 +55,7 @@ def table(series: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def main() -> None:
+    """Draw, or print a table if there is no --output."""
     parser = argparse.ArgumentParser(description="Draw the schedules of a run.")
     parser.add_argument("--num-steps", type=int, default=1000, help="optimizer steps of the run")
     parser.add_argument("--output", type=Path, help="image to write (png, svg, pdf); without it a table is printed")

@@ -47,7 +47,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def partial_of(folder: Path) -> Path:
-    """Where `folder` is written before it is whole: partial_of(Path("run/final")) → run/.final.partial."""
+    """Where `folder` is written before it is whole: for run/final this is run/.final.partial."""
     return folder.with_name(f".{folder.name}{PARTIAL}")
 
 

@@ -9,7 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 from nanochat_hf import kernels
 from nanochat_hf.kernels import cudnn_attention, float8
 from nanochat_hf.machine import cpu
-from nanochat_hf.machine.accelerator import build_accelerator, chose_float8, on_cuda, process_count
+from nanochat_hf.machine.accelerator import Host, Tracking, build_accelerator, chose_float8, on_cuda, process_count
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.machine.compiling import choose_compile, compile_prepared
 from nanochat_hf.machine.xla import enable_checkpointing
@@ -46,10 +46,8 @@ def accelerate(config: TrainConfig, width: int = cpu.WIDTH) -> Accelerator:
     accelerator = build_accelerator(
         accumulation,
         dtype=config.compute.dtype or dtype,
-        width=width,
-        threads=threads,
-        trackers=list(config.track.trackers),
-        output_dir=run.output_dir,
+        host=Host(width, threads),
+        tracking=Tracking(config.track.trackers, run.output_dir),
         seed=run.seed,
         compile=bool(config.compute.compile),
     )

@@ -1,10 +1,14 @@
-"""Training speed on random tokens: python -m scripts.bench train --depth 12 --depth 20 [--rows 32] [--attn auto] [--no-isolate]"""
+"""Training speed on random tokens.
+
+python -m scripts.bench train --depth 12 --depth 20 [--rows 32] [--attn auto] [--no-isolate]
+"""
 
 import argparse
 import gc
 import statistics
 import time
-from itertools import cycle
+from collections.abc import Sequence
+from itertools import cycle, pairwise
 
 import torch
 
@@ -59,6 +63,7 @@ class Timed:
         setattr(owner, name, self)
 
     def __call__(self, *args, **kwargs):
+        """Call the method, and note when it began and ended."""
         start = moment(self.device)
         result = self.call(*args, **kwargs)
         self.times.append((start, moment(self.device)))
@@ -120,7 +125,7 @@ def measure(depth, rows, args):
     trainer.callbacks = [mark]
     trainer.fit()
     wait(device)
-    seconds = statistics.median(passed(a, b) for a, b in zip(marks[1:], marks[2:], strict=False)) / 1e3
+    seconds = statistics.median(passed(a, b) for a, b in pairwise(marks[1:])) / 1e3
     updates = statistics.median(update.milliseconds()[-args.steps :] or [float("nan")])
     tokens = args.total_batch_size
     peak = peak_flops(device)
@@ -172,7 +177,8 @@ def profile(trainer, batches, depth):
         print(f"  {event.self_device_time_total / 1e3:8.2f} ms {share:6.1%} {event.count:6d} ×  {event.key[:110]}")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench train", description=__doc__)
     parser.add_argument(
         "--depth", type=int, action="append", help="layers; give it several times for several models (default 4)"

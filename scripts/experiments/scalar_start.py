@@ -1,13 +1,15 @@
 """How the residual scalars should start: final bits per byte of several rules, over seeds, at one depth and batch.
 
-At the first step the gradients of the residual scalars are rounding noise, and AdamW makes a full learning rate of their sign. Each rule
-below is one way not to. Two phases, since the machine that trains may lack the packages that read data:
-python -m scripts.experiments.scalar_start --phase tokens --data 'text/*.parquet' --tokenizer DIR --output runs/scalars
-python -m scripts.experiments.scalar_start --phase train --output runs/scalars --runs none:0,none:7,hold20:0,hold20:7
+At the first step the gradients of the residual scalars are rounding noise, and AdamW makes a full learning rate of
+their sign. Each rule below is one way not to. Two phases, since the machine that trains may lack the packages that read
+data: python -m scripts.experiments.scalar_start --phase tokens --data 'text/*.parquet' --tokenizer DIR --output
+runs/scalars python -m scripts.experiments.scalar_start --phase train --output runs/scalars --runs
+none:0,none:7,hold20:0,hold20:7
 """
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,7 +95,9 @@ def tokens(config):
         documents = []
         for file in part:
             for batch in pq.ParquetFile(file).iter_batches(columns=["text"], batch_size=256):
-                encoded = tokenizer.backend_tokenizer.encode_batch(batch.column(0).to_pylist(), add_special_tokens=False)
+                encoded = tokenizer.backend_tokenizer.encode_batch(
+                    batch.column(0).to_pylist(), add_special_tokens=False
+                )
                 documents += [np.array([bos, *e.ids], dtype=np.uint16) for e in encoded]
         lengths = np.array([len(d) for d in documents], dtype=np.int32)
         np.savez(output / f"{name}.npz", ids=np.concatenate(documents), lengths=lengths)
@@ -213,7 +217,8 @@ def prepared(config, model, rule, seed):
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the trainings, and write what they show."""
     config, _ = parse([ScalarConfig], argv, description=__doc__)
     {"tokens": tokens, "train": train}[config.phase](config)
 

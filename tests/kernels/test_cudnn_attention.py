@@ -30,6 +30,10 @@ def graphs(monkeypatch):
     cudnn_graph.graph_of.cache_clear(), cudnn_graph.handle_of.cache_clear()
 
 
+# One layer with a window and one without: a graph is compiled in half the time of four layers.
+SHORT = dict(num_hidden_layers=2, window_pattern="SL")
+
+
 def model_of(**changes):
     model = build(**changes)
     model.set_attn_implementation(cudnn_attention.register())
@@ -155,32 +159,32 @@ def test_opcheck(graphs, borders):
 
 def test_plain_rows_compile_as_one_graph(graphs):
     ids = tokens(2, LENGTH)
-    model = model_of()
+    model = model_of(**SHORT)
     call = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     model.train()
-    for ours, wanted in zip(learned(model, ids, call)[1], learned(eager(), ids)[1], strict=True):
+    for ours, wanted in zip(learned(model, ids, call)[1], learned(eager(**SHORT), ids)[1], strict=True):
         same(ours, wanted)
 
 
 def test_packed_rows_compile_once_for_any_number_of_documents(graphs):
-    model, ids, counter = model_of(), tokens(1, LENGTH), CompileCounterWithBackend("aot_eager")
+    model, ids, counter = model_of(**SHORT), tokens(1, LENGTH), CompileCounterWithBackend("aot_eager")
     call, frames = torch.compile(model.train(), dynamic=False, backend=counter), []
     for documents in (1, 2, 3, 7, 20):
         positions = torch.cat([torch.arange(LENGTH + 1 - documents), torch.zeros(documents - 1, dtype=torch.long)])[None]
         gradients = learned(model, ids, call, position_ids=positions)[1]
-        same(gradients, learned(eager(), ids, position_ids=positions)[1])
+        same(gradients, learned(eager(**SHORT), ids, position_ids=positions)[1])
         frames.append(counter.frame_count)
     assert frames[0] == frames[-1]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_packed_rows_whose_borders_come_along_compile_as_one_graph(graphs, rows):
-    model, ids, counter = model_of(), tokens(rows, LENGTH), CompileCounterWithBackend("aot_eager")
+    model, ids, counter = model_of(**SHORT), tokens(rows, LENGTH), CompileCounterWithBackend("aot_eager")
     call = torch.compile(model.train(), dynamic=False, fullgraph=True, backend=counter)
     for documents in (1, 2, 3, 7, 20):
         positions = torch.cat([torch.arange(LENGTH + 1 - documents), torch.zeros(documents - 1, dtype=torch.long)]).expand(rows, -1)
         borders = model.model.document_borders(positions, ids.device)
-        wanted = learned(eager(), ids, position_ids=positions)[1]
+        wanted = learned(eager(**SHORT), ids, position_ids=positions)[1]
         same(torch.autograd.grad(call(ids, labels=ids, position_ids=positions, **borders).loss, list(model.parameters())), wanted)
     assert counter.frame_count == 1
     assert eager().model.document_borders(positions, ids.device) == {} == model.model.document_borders(None, ids.device)
@@ -192,7 +196,7 @@ def test_the_trainer_brings_the_borders(graphs):
     ids = tokens(2, LENGTH)
     batch = {"input_ids": ids, "shift_labels": ids.roll(-1, 1), "position_ids": positions}
     losses = []
-    for model in (eager(), model_of()):
+    for model in (eager(**SHORT), model_of(**SHORT)):
         trainer = Trainer(
             Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1), repeat(batch), num_steps=3, schedule=lambda optimizer, step: 1.0,
             callbacks=[lambda trainer, info: losses.append(info.loss)],

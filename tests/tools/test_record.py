@@ -29,7 +29,7 @@ def test_numbers_of_a_column():
 
 
 def test_a_row_of_another_length_is_refused():
-    with pytest.raises(ValueError, match="row 1 .* has 1 values for 2 columns; give one value a column"):
+    with pytest.raises(ValueError, match=r"row 1 .* has 1 values for 2 columns; give one value a column"):
         Table("Steps", {"a": None, "b": None}, [[1, 2], [3]])
 
 
