@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .scoring import Scorer
 
@@ -14,7 +14,7 @@ CHUNK = 4096  # positions whose float32 logits exist at one time: 512 MiB at V =
 
 @torch.no_grad()  # not inference_mode, which XLA tensors refuse
 def evaluate_bpb(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     batches: Iterable[Mapping[str, torch.Tensor]],
     token_bytes: torch.Tensor,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,

@@ -9,7 +9,7 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -29,7 +29,7 @@ def disk_error(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
+def whole_folder(folder: str | Path) -> Generator[Path]:
     """Yields an empty folder to fill, which takes the place of `folder` once all of it is on the disk.
 
     Where the body raises, or the disk is full, `folder` stays what it was and nothing else remains.

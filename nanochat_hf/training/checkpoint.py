@@ -37,8 +37,9 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name: step_of(Path("run/checkpoint-000010")) → 10."""
-    return int(NAME.search(folder.name)[1])
+    """The step in a checkpoint's name: 10 for run/checkpoint-000010."""
+    found = NAME.search(folder.name)
+    return int(found[1]) if found else -1
 
 
 def newest(output_dir: str | Path) -> Path | None:
@@ -71,9 +72,9 @@ def save(
 ) -> Path:
     """Write `output_dir/checkpoint-{step}`, all ranks together; then prune to the newest `keep` (0 keeps all).
 
-    Returns the folder. The optimizer's state is written whole, so that any number of processes can go on from it. OSError, on all ranks,
-    names the folder where the disk refuses; Diverged where a weight is not finite. Older checkpoints are untouched
-    then.
+    Returns the folder. The optimizer's state is written whole, so that any number of processes can go on from it.
+    OSError, on all ranks, names the folder where the disk refuses; Diverged where a weight is not finite. Older
+    checkpoints are untouched then.
     """
     accelerator, step = trainer.accelerator, trainer.state.step
     final = Path(output_dir) / f"checkpoint-{step:06d}"
@@ -124,8 +125,11 @@ def _write(trainer, folder, tokenizer, facts):
 
 def states(trainer: "Trainer") -> dict[str, dict[str, Any]]:
     """{name: state} of the callbacks that have one."""
-    named = [callback for callback in trainer.callbacks if isinstance(callback, Callback) and callback.name]
-    return {callback.name: callback.state_dict() for callback in named}
+    found = {}
+    for callback in trainer.callbacks:
+        if isinstance(callback, Callback) and callback.name:
+            found[callback.name] = callback.state_dict()
+    return found
 
 
 def refuse_not_finite(trainer: "Trainer", output_dir: str | Path) -> None:
@@ -154,9 +158,10 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
 def load(trainer: "Trainer", folder: Path) -> None:
     """Restore weights, optimizer, data position, generators, counters and the callbacks' states.
 
-    On as many processes as wrote it the run goes on exactly. On another number the optimizer and the weights are the same, the data goes on where its own state can (else
-    ValueError), and the generators start anew. ValueError names the file of a damaged or foreign checkpoint. The
-    callbacks' states wait in `trainer.restored` for those that are attached later.
+    On as many processes as wrote it the run goes on exactly. On another number the optimizer and the weights are the
+    same, the data goes on where its own state can (else ValueError), and the generators start anew. ValueError names
+    the file of a damaged or foreign checkpoint. The callbacks' states wait in `trainer.restored` for those that are
+    attached later.
     """
     accelerator, optimizer = trainer.accelerator, trainer.optimizer.optimizer
     facts = read_facts(folder)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
@@ -13,6 +12,7 @@ from nanochat_hf.machine.accelerator import Host, Tracking, build_accelerator, c
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.machine.compiling import choose_compile, compile_prepared
 from nanochat_hf.machine.xla import enable_checkpointing
+from nanochat_hf.model import NanochatForCausalLM
 from nanochat_hf.scaling import accumulation_steps, flops_per_token
 
 from .config import TrainConfig
@@ -77,7 +77,7 @@ class Equipment:
     lines: dict[str, str]
 
 
-def equip(config: TrainConfig, accelerator: Accelerator, model: torch.nn.Module, num_steps: int) -> Equipment:
+def equip(config: TrainConfig, accelerator: Accelerator, model: NanochatForCausalLM, num_steps: int) -> Equipment:
     """Give `model` its attention and kernels, and settle whether it is compiled when the accelerator prepares it."""
     compute = config.compute
     attention, reason = choose_attention(
@@ -101,7 +101,7 @@ def equip(config: TrainConfig, accelerator: Accelerator, model: torch.nn.Module,
     return Equipment(reason, compiled, lines)
 
 
-def install_kernels(config: TrainConfig, accelerator: Accelerator, model: torch.nn.Module) -> str:
+def install_kernels(config: TrainConfig, accelerator: Accelerator, model: NanochatForCausalLM) -> str:
     """Fused kernels as the flag and the device have it; returns what the plan says of them."""
     wanted, float8_products = config.compute.kernels, chose_float8(config.compute.dtype)
     able, reason = kernels.available(accelerator.device)

@@ -10,7 +10,8 @@ import torch
 def rng_state() -> dict[str, Any]:
     """States of Python's, numpy's and torch's generators."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    name, keys, *rest = np.random.get_state()
+    drawn: Any = np.random.get_state()
+    name, keys, *rest = drawn
     numpy = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
     return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
 

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 NAME = ".lock"
@@ -17,7 +17,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[str]:
+def locked(folder: str | Path) -> Generator[str]:
     """Hold the lock of `folder`, which exists; yields "" or a warning where the file system has no locks.
 
     The lock is POSIX's (fcntl), which ends with the process however it dies, is not inherited by forked workers, and

@@ -5,7 +5,7 @@ No other run may write to the folder until this one ends.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Opened:
 @contextlib.contextmanager
 def opened(
     config: TrainConfig, width: int = cpu.WIDTH, fetch: Callable[[str | None], str | None] = lambda name: name
-) -> Iterator[Opened]:
+) -> Generator[Opened]:
     """Open a run, for a model `width` channels wide, before any data is prepared, and close it when the body ends.
 
     In this order: the accelerator; the folder, locked, seen by all processes and free of leftovers; the checkpoint that
@@ -64,7 +64,7 @@ def opened(
 
 
 @contextlib.contextmanager
-def claimed(accelerator: Accelerator, output_dir: str | Path) -> Iterator[None]:
+def claimed(accelerator: Accelerator, output_dir: str | Path) -> Generator[None]:
     """Make and lock `output_dir` for this run, on all processes; where nothing was written it goes again.
 
     ValueError where another run has it, or where one process does not see it, as on machines that share no storage.

@@ -1,4 +1,4 @@
-"""What pretraining adds to a run: its flags, the sizes that follow from the depth, and text in full rows with some of it held out."""
+"""What pretraining adds to a run: its flags, the sizes that follow from the depth, and text in full rows."""
 
 from dataclasses import dataclass, field, replace
 
@@ -57,7 +57,8 @@ class BaseConfig:
     scale_lr_to_batch: bool = field(
         default=True,
         metadata={
-            "help": "lrs × √(tokens of a step / 2^19), near which the rule was found; false: as they are, for toy batches"
+            "help": "lrs × √(tokens of a step / 2^19), near which the rule was found; "
+            "false: as they are, for toy batches"
         },
     )
     target_flops: float | None = field(
@@ -131,7 +132,7 @@ def horizon(base: BaseConfig, config: TrainConfig, model: NanochatConfig, tokens
 
 
 def resolved(base: BaseConfig, config: TrainConfig) -> tuple[BaseConfig, TrainConfig]:
-    """Both with what they leave open decided: whether the text is streamed, by how many workers, and the depth's weight decay."""
+    """Both with what they leave open decided: streaming, data workers, and the weight decay of this depth."""
     source = SourceConfig(path=base.data, split=base.split)
     streaming = is_remote(source) if base.streaming is None else base.streaming
     base = replace(base, streaming=streaming, num_workers=data_workers(base.num_workers))
@@ -142,7 +143,10 @@ def resolved(base: BaseConfig, config: TrainConfig) -> tuple[BaseConfig, TrainCo
 
 
 def hold_out(base: BaseConfig, processes: int) -> tuple[SourceConfig, SourceConfig]:
-    """(training source, validation source): without --validation the first documents are held out, a twentieth or `HELD_OUT`."""
+    """The sources of training and of validation.
+
+    Without --validation the first documents are held out, a twentieth or `HELD_OUT`.
+    """
     source = SourceConfig(path=base.data, split=base.split)
     if base.validation:
         return source, replace(source, path=base.validation)
@@ -151,7 +155,7 @@ def hold_out(base: BaseConfig, processes: int) -> tuple[SourceConfig, SourceConf
         rows = 20 * HELD_OUT if rows >= 2 * HELD_OUT else rows
     else:
         rows = len(load_source(source, check=False))
-    count = max(processes * max(1, base.num_workers), min(HELD_OUT, rows // 20))
+    count = max(processes * max(1, base.num_workers or 0), min(HELD_OUT, rows // 20))
     if count >= rows:
         raise ValueError(
             f"{base.data}: of {rows} documents none can be held out for {processes} processes; give --validation"

@@ -177,10 +177,8 @@ def changed_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[s
     free = {*FREE, *(name for name in own if name.endswith("_version") or name == "python")}
     differing = [name for name, value in own.items() if name in saved and saved[name] != value and name not in free]
     kept = "; the checkpoint's optimizer holds that, so the flag does nothing"
-    return [
-        f"warning: resumed with {name} {own[name]}, the checkpoint has {saved[name]}{kept if name in IN_OPTIMIZER else ''}"
-        for name in differing
-    ]
+    said = {name: f"warning: resumed with {name} {own[name]}, the checkpoint has {saved[name]}" for name in differing}
+    return [line + (kept if name in IN_OPTIMIZER else "") for name, line in said.items()]
 
 
 def in_force(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,7 +147,8 @@ class Run:
         warn_of_memory(config, accelerator, self.model)
         if config.run.plan_only:
             return RunResult(RunStatus.PLANNED)
-        trainer = self._trainer()
+        stop = StopSignal(accelerator)
+        trainer = self._trainer(stop)
         try:
             if self.resumed:
                 restore(trainer, self.data.tokenizer, self.resumed)
@@ -161,11 +162,11 @@ class Run:
         except Diverged as error:
             return self._diverged(trainer, error)
         finally:
-            trainer.stop.release()
+            stop.release()
         push.finish(result.folder, step=result.step)
         return result
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, stop) -> Trainer:
         optim = self.config.optim
         return Trainer(
             self.accelerator,
@@ -175,7 +176,7 @@ class Run:
             num_steps=self.stage.num_steps,
             schedule=self.schedule,
             max_grad_norm=optim.max_grad_norm,
-            stop=StopSignal(self.accelerator),
+            stop=stop,
             norms_every=self.config.track.log_every,
         )
 
@@ -205,13 +206,16 @@ class Run:
         log = Log(trainer, self.stage.name, flops, config.track.log_every, output, config.optim.max_skipped)
         evaluate = Evaluate(config.evaluate, self.data.validation, token_bytes(tokenizer), tokenizer, output)
         # saved before anything that could fail: evaluation and samples come after
-        trainer.callbacks = [log, *([Save(config.save, output, tokenizer, settings)] if output else []), evaluate]
+        callbacks: list[Callable] = [log]
+        if output:
+            callbacks.append(Save(config.save, output, tokenizer, settings))
+        callbacks.append(evaluate)
         if self.stage.prompts and config.evaluate.sample_every:
-            trainer.callbacks.append(Sample(tokenizer, self.stage.prompts, config.evaluate.sample_every, output))
-        trainer.callbacks += [*self.hooks.callbacks, CollectGarbage()]
+            callbacks.append(Sample(tokenizer, self.stage.prompts, config.evaluate.sample_every, output))
+        trainer.callbacks = [*callbacks, *self.hooks.callbacks, CollectGarbage()]
         for callback in trainer.callbacks:
-            if isinstance(callback, Callback) and callback.name in trainer.restored:
-                with blamed(Path(self.resumed, "trainer.json")):
+            if self.resumed and isinstance(callback, Callback) and callback.name in trainer.restored:
+                with blamed(self.resumed / "trainer.json"):
                     callback.load_state_dict(trainer.restored[callback.name])
         return log, evaluate
 
@@ -233,13 +237,13 @@ class Run:
             accelerator.print(f"stopped at step {state.step}; continue with --resume auto")
             accelerator.end_training()
             return RunResult(RunStatus.STOPPED, step=state.step, bpb=evaluate.minimum)
-        folder = Path(self.output, "final") if self.output else None
-        figures = self._figures(trainer, evaluate, log)
-        if folder:
+        figures, folder, where = self._figures(trainer, evaluate, log), None, "nothing written (dry run)"
+        if self.output:
+            output = Path(self.output)
+            folder, title = output / "final", f"{output.name}: {self.stage.name}"
             export_model(trainer, self.data.tokenizer, folder)
-            title = f"{Path(self.output).name}: {self.stage.name}"
-            on_main(accelerator, lambda: write_report(self.output, title, settings, figures))
-        where = f"model in {folder}, report in {self.output}/report.md" if folder else "nothing written (dry run)"
+            on_main(accelerator, lambda: write_report(output, title, settings, figures))
+            where = f"model in {folder}, report in {output}/report.md"
         accelerator.print(f"minimum validation bpb {evaluate.minimum:.4f}; {state.seconds:.0f} s of training; {where}")
         accelerator.wait_for_everyone()
         accelerator.end_training()

@@ -6,7 +6,7 @@ What is damaged or foreign is named in one line, and nothing of it is used.
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Facts:
 
 
 @contextlib.contextmanager
-def blamed(path: Path) -> Iterator[None]:
+def blamed(path: Path) -> Generator[None]:
     """Whatever cannot be used in the body is a ValueError in one line that names `path`."""
     try:
         yield

@@ -25,7 +25,8 @@ def refuse_missing(names: tuple[str, ...]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
-                f"--report-to {name}: the package is not installed; pip install 'nanochat_hf[tracking]', or leave it out"
+                f"--report-to {name}: the package is not installed; "
+                "pip install 'nanochat_hf[tracking]', or leave the flag out"
             )
 
 

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -141,7 +142,7 @@ class Progress:
             mininterval=0.5,
         )
 
-    def update(self, step: int, fresh: bool = False, **figures: str) -> None:
+    def update(self, step: int, figures: Mapping[str, str], fresh: bool = False) -> None:
         """Move to `step` and show the given figures; `fresh` says that they are new."""
         if self.terminal:
             self.bar.set_postfix(figures, refresh=False)

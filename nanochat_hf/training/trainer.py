@@ -3,8 +3,9 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -60,18 +61,18 @@ class Trainer:
 
     accelerator: Accelerator
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Any  # a MuonAdamW, and once it is prepared Accelerate's wrapper of it
     batches: Iterable[Batch]
     _: KW_ONLY
     num_steps: int
     schedule: Callable[[torch.optim.Optimizer, int], float]
-    callbacks: Sequence[Callable] = ()
+    callbacks: list[Callable[..., Any]] = field(default_factory=list)
     max_grad_norm: float | None = None
     stop: StopSignal | None = None
     norms_every: int = 0
 
     def __post_init__(self) -> None:
-        self.raw_model = self.model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
+        self.raw_model: Any = self.model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.accumulation = self.accelerator.gradient_accumulation_steps
         self.callbacks = list(self.callbacks)
@@ -172,6 +173,6 @@ class Trainer:
         """The loop's own state, JSON-able."""
         return asdict(self.state)
 
-    def load_state_dict(self, state: Mapping[str, int | float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state_dict."""
         self.state = TrainState(**state)

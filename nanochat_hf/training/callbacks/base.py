@@ -1,12 +1,13 @@
 """What callbacks share. Each is called with (trainer, StepInfo) after every step, and owns its cadence."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from nanochat_hf.model import NanochatForCausalLM
     from nanochat_hf.training.trainer import StepInfo, Trainer
 
 
@@ -60,7 +61,7 @@ class Measurement(Callback):
 
 
 @contextlib.contextmanager
-def evaluating(trainer: "Trainer") -> Iterator[torch.nn.Module]:
+def evaluating(trainer: "Trainer") -> Generator["NanochatForCausalLM"]:
     """The raw model in evaluation mode, uncompiled, with an attention that takes any shape; afterwards as it was."""
     model, kernel = trainer.raw_model, trainer.raw_model.config._attn_implementation
     model.eval()

@@ -37,7 +37,7 @@ class CoreConfig:
 
     def callbacks(self, tokenizer: PreTrainedTokenizerBase, output_dir: str | None = None) -> list["EvaluateCore"]:
         """[EvaluateCore], or [] where it is off. ValueError, before any training, where the data cannot be read."""
-        if not self.core_every:
+        if not self.core_every or self.core_data is None:
             return []
         tasks, missing = load_bundle(self.core_data, self.core_max_per_task)
         return [EvaluateCore(tasks, missing, tokenizer, self, output_dir)]

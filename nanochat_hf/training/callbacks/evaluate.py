@@ -54,8 +54,8 @@ class EvalConfig:
 def divided(batches: list[dict], rank: int, world_size: int) -> list[dict]:
     """The share of one process in validation batches that all of them have made.
 
-    What they measure together must not depend on how many there are. Each process gets as many rows, since evaluating a split model is a collective. Where the rows do not divide, some
-    processes get a row without a target.
+    What they measure together must not depend on how many there are. Each process gets as many rows, since evaluating a
+    split model is a collective. Where the rows do not divide, some processes get a row without a target.
     """
     rows = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     missing = -len(rows["input_ids"]) % world_size
@@ -101,7 +101,8 @@ class Evaluate(Measurement):
         self.batches, self.token_bytes, self.tokenizer = batches, token_bytes, tokenizer
         self.every, self.output_dir = config.eval_every, output_dir
         self.best_dir = Path(output_dir, "best") if output_dir and config.keep_best else None
-        self.best, self.last, self.first, self.kept = math.inf, math.nan, None, math.inf
+        self.best, self.last, self.kept = math.inf, math.nan, math.inf
+        self.first: float | None = None
 
     @property
     def minimum(self) -> float:
@@ -121,8 +122,8 @@ class Evaluate(Measurement):
             if self.kept > self.best:  # best/ was not kept then, or is gone: the next minimum comes from here on
                 self.best = self.kept
 
-    def measure(self, trainer: "Trainer") -> float:
-        """Evaluate now; returns bpb, equal on all ranks."""
+    def measure(self, trainer: "Trainer") -> None:
+        """Evaluate now; `last` is then the bpb, equal on all ranks."""
         accelerator, step = trainer.accelerator, trainer.state.step
         with evaluating(trainer) as model:
             batches = step_by_step(model.device, pieces(self.batches))
@@ -137,7 +138,6 @@ class Evaluate(Measurement):
         say(accelerator, f"step {step}: validation {self.last:.4f} bpb")
         self._keep(trainer, step)
         self.best = min(self.best, self.last)
-        return self.last
 
     def _keep(self, trainer, step):
         # the main process decides: another could have read best/ at another moment

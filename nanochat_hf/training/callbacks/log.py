@@ -66,12 +66,12 @@ class Log(Callback):
             say(trainer.accelerator, f"{each:.3g} s a step, about {left / 60:.1f} min to go")
             self.estimated = True
         if info.step % self.every and info.step != trainer.num_steps:
-            self.progress.update(info.step, **self.figures)
+            self.progress.update(info.step, self.figures)
             return
         values = self._values(trainer, info)
         trainer.accelerator.log(values, step=info.step)
         self.metrics.write(step=info.step, **values)
-        self.progress.update(info.step, fresh=True, **self.figures)
+        self.progress.update(info.step, self.figures, fresh=True)
         if info.step == trainer.num_steps:
             self.progress.close()
         self._check(trainer, info, values["train/loss"] if values["train/targets"] else 0.0)
@@ -121,11 +121,13 @@ class Log(Callback):
             row, name = trainer.overflows, f"float16, at a loss scale of {trainer.accelerator.scaler.get_scale():.3g}"
         if row and row >= self.max_skipped:
             raise ValueError(
-                f"step {info.step}: gradients were not finite in {row} steps in a row, in {name or 'another rank'} at the last; "
+                f"step {info.step}: gradients were not finite in {row} steps in a row, "
+                f"in {name or 'another rank'} at the last; "
                 "lower --matrix-lr and --embedding-lr, or use --dtype bfloat16 or float32; the last checkpoint is whole"
             )
         if row or not math.isfinite(loss):
             say(
                 trainer.accelerator,
-                f"warning: step {info.step}: loss {loss:.4g}, {row} steps in a row skipped for non-finite gradients ({name or 'elsewhere'})",
+                f"warning: step {info.step}: loss {loss:.4g}, {row} steps in a row skipped "
+                f"for non-finite gradients ({name or 'elsewhere'})",
             )

@@ -1,7 +1,7 @@
 """Push during training: what Save wrote, and at the end the final model, is handed to a pusher (hub.push.HubPusher)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nanochat_hf.training.checkpoint import newest, step_of
 
@@ -16,7 +16,14 @@ class Pusher(Protocol):
 
     strategy: str
 
-    def submit(self, folder: Path, *, run_dir: str | None, checkpoint: Path | None, message: str, **more: Any) -> None:
+    def submit(
+        self,
+        folder: str | Path,
+        *,
+        run_dir: str | Path | None = None,
+        checkpoint: str | Path | None = None,
+        message: str = "",
+    ) -> None:
         """Push a folder, in the background."""
 
     def finish(self) -> bool:
@@ -47,12 +54,16 @@ class Push(Callback):
         last = info.step == trainer.num_steps and not trainer.stopped  # then finish() comes, with the exported model
         if self.pusher is None or self.pusher.strategy == "end" or last:
             return
-        folder = newest(self.output_dir)
+        folder = self._newest()
         if folder and step_of(folder) == info.step:
-            self.pusher.submit(folder, run_dir=self.output_dir, checkpoint=self._state(), message=f"Step {info.step}")
+            self._submit(self.pusher, folder, f"Step {info.step}")
 
-    def _state(self):
-        return newest(self.output_dir) if self.pusher.strategy == "checkpoint" else None
+    def _newest(self):
+        return newest(self.output_dir) if self.output_dir else None
+
+    def _submit(self, pusher, folder, message):
+        state = self._newest() if pusher.strategy == "checkpoint" else None
+        pusher.submit(folder, run_dir=self.output_dir, checkpoint=state, message=message)
 
     def finish(self, final: Path | None = None, step: int | None = None) -> None:
         """Push the folder `final` (None: the run was stopped), then wait for all that is under way.
@@ -62,7 +73,5 @@ class Push(Callback):
         if self.pusher is None:
             return
         if final:
-            self.pusher.submit(
-                final, run_dir=self.output_dir, checkpoint=self._state(), message=f"Final model, step {step}"
-            )
+            self._submit(self.pusher, final, f"Final model, step {step}")
         self.pusher.finish()
