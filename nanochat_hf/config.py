@@ -17,6 +17,16 @@ from transformers import HfArgumentParser
 
 from nanochat_hf.errors import is_consequence, say_error
 
+# optional packages, and the extra of this package that installs each
+EXTRAS = {
+    "cudnn": "cudnn",
+    "gradio": "web",
+    "matplotlib": "plots",
+    "tensorboard": "tracking",
+    "tiktoken": "eval",
+    "trackio": "tracking",
+    "wandb": "tracking",
+}
 P = ParamSpec("P")
 R = TypeVar("R")
 SMALLER = (
@@ -150,9 +160,9 @@ def dump(path: str | Path, settings: Mapping[str, Any]) -> None:
 def user_errors(main: Callable[P, R]) -> Callable[P, R]:
     """Decorate a script's main, so that an error a user can cause ends in one line on stderr and exit code 2.
 
-    These are ValueError, OSError and a lack of memory; any other exception is ours and keeps its traceback. If several
-    processes meet the same error, the main one reports it. Ctrl-C ends with code 130; during training, Ctrl-C saves
-    instead (see training/stopping.py).
+    These are ValueError, OSError, a lack of memory, and an optional package that is not installed; any other
+    exception is ours and keeps its traceback. If several processes meet the same error, the main one reports it.
+    Ctrl-C ends with code 130; during training, Ctrl-C saves instead (see training/stopping.py).
     """
 
     @functools.wraps(main)
@@ -163,6 +173,12 @@ def user_errors(main: Callable[P, R]) -> Callable[P, R]:
             if isinstance(error, BrokenPipeError):
                 raise
             say_error(f"error: {' '.join(str(error).split())}")
+            sys.exit(2)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in EXTRAS:
+                raise
+            say_error(f"error: {package} is not installed; pip install 'nanochat_hf[{EXTRAS[package]}]'")
             sys.exit(2)
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":

@@ -6,6 +6,7 @@ python -m nanochat_hf.cli.plot_schedules --num-steps 3000 --output docs/schedule
 import argparse
 from pathlib import Path
 
+from nanochat_hf.config import user_errors
 from nanochat_hf.training.pretraining import BaseSchedule
 from nanochat_hf.training.schedules import Schedule, ScheduleConfig, muon_momentum
 
@@ -26,12 +27,7 @@ def curves(num_steps: int, points: int = 200) -> dict[str, list[tuple[float, flo
 
 def draw(series: dict[str, list[tuple[float, float]]], num_steps: int, path: Path) -> None:
     """Write the curves as an image, in the format that the file's ending names."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit(
-            "drawing needs matplotlib; pip install 'nanochat_hf[plots]', or leave --output out for a table"
-        ) from None
+    import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -54,6 +50,7 @@ def table(series: dict[str, list[tuple[float, float]]]) -> str:
     return "\n".join(rows)
 
 
+@user_errors
 def main() -> None:
     """Draw, or print a table if there is no --output."""
     parser = argparse.ArgumentParser(description="Draw the schedules of a run.")

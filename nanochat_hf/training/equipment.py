@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from nanochat_hf import kernels
-from nanochat_hf.kernels import cudnn_attention, float8
+from nanochat_hf.kernels import float8
+from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine import cpu
 from nanochat_hf.machine.accelerator import Host, Tracking, build_accelerator, chose_float8, on_cuda, process_count
 from nanochat_hf.machine.attention import choose_attention, set_attention
@@ -19,6 +21,7 @@ from .config import TrainConfig
 from .resuming import measured_before
 from .trackers import refuse_missing
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by Accelerate's names
 GPU_WORKERS = 4  # data workers that keep a GPU fed; a thread makes 0.35 M tokens/s
 
 
@@ -102,7 +105,7 @@ def equip(config: TrainConfig, accelerator: Accelerator, model: NanochatForCausa
 
 
 def install_kernels(config: TrainConfig, accelerator: Accelerator, model: NanochatForCausalLM) -> str:
-    """Fused kernels as the flag and the device have it; returns what the plan says of them."""
+    """Give `model` the operations that fit flag and device; returns the lines of the plan that say which, and why."""
     wanted, float8_products = config.compute.kernels, chose_float8(config.compute.dtype)
     able, reason = kernels.available(accelerator.device)
     if wanted and not able:
@@ -110,6 +113,8 @@ def install_kernels(config: TrainConfig, accelerator: Accelerator, model: Nanoch
     if float8_products and (wanted is False or not able):
         off = "--kernels false" if able else reason
         raise ValueError(f"float8 is made of kernels, which are off ({off}); turn them on, or use --dtype bfloat16")
-    if not able or wanted is False:
-        return f"plain formulas ({'asked for' if able else reason})"
-    return f"{', '.join(kernels.install(model, float8_products))} ({reason})"
+    if wanted is False:
+        return "plain formulas (asked for)"
+    dtype = kernels.FLOAT8 if float8_products else HALF.get(accelerator.mixed_precision, torch.float32)
+    model.model.training_ops, report = kernels.choose(model, accelerator.device, dtype)
+    return f"\n{'':<14}".join(kernels.table(report)) if able else f"plain formulas ({reason})"

@@ -27,7 +27,7 @@ def export_model(
     refuse_not_finite(trainer, folder.parent)
     weights = whole_weights(trainer.raw_model)
     try:
-        on_main(trainer.accelerator, lambda: export(trainer.raw_model, tokenizer, folder, weights, notes))
+        on_main(trainer.accelerator, lambda: export(trainer.raw_model, tokenizer, folder, weights, notes=notes))
     except OSError as error:
         raise OSError(
             f"{folder} could not be written ({error}); the checkpoints are whole: free space, then --resume auto"

@@ -181,7 +181,9 @@ def load_model(start: str, name: str) -> NanochatForCausalLM:
     """The model in the folder `start`, which --model `name` led to; ValueError where it cannot be loaded."""
     disable_progress_bar()  # the run has its own
     try:
-        return NanochatForCausalLM.from_pretrained(start)
+        model = NanochatForCausalLM.from_pretrained(start)
+        model.pad_tables(64)  # matrix kernels like it; what is exported has no padding
+        return model
     except OSError as error:
         raise ValueError(f"--model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
 

@@ -189,7 +189,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(hub, monkeypatch, to
 
 def test_a_hub_out_of_reach_is_refused_at_the_start(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("nanochat_hf.hub.push.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("nanochat_hf.hub.client.time.sleep", lambda seconds: None)
     with pytest.raises(ValueError, match="network"):
         HubPusher("user/m")
 
