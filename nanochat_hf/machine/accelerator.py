@@ -90,7 +90,7 @@ def build_accelerator(
             dtype=dtype,
             compile=compile,
             gradient_accumulation_plugin=accumulated,
-            log_with=list(tracking.trackers),
+            log_with=list(tracking.trackers) or None,  # Accelerate warns of an empty list
             project_dir=tracking.folder,
             step_scheduler_with_optimizer=False,
         )
@@ -104,7 +104,7 @@ def build_accelerator(
             mixed_precision=precision,
             cpu=on_host,
             gradient_accumulation_plugin=accumulated,
-            log_with=list(tracking.trackers),
+            log_with=list(tracking.trackers) or None,  # Accelerate warns of an empty list
             project_dir=tracking.folder,
             step_scheduler_with_optimizer=False,
         )
