@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
 WORKERS ?= 2
-.PHONY: test test-kernels test-xla quickstart quickstart-clean lint docs
+.PHONY: drill test test-kernels test-xla quickstart quickstart-clean lint docs
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -36,7 +36,7 @@ test: lint
 # the kernels of CUDA on a GPU, or without one by Triton's interpreter; Triton comes with torch's builds for CUDA alone, and takes 700 MB
 test-kernels: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q triton
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/kernels/test_kernels.py tests/kernels/test_kernels_layer.py tests/kernels/test_kernels_gradients.py tests/kernels/test_kernels_sums.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/kernels tests/optim/test_gradient_sums.py
 
 test-xla: $(VENV)/.installed $(XLA)/.installed
 	PLAIN_PYTHON=$(VENV)/bin/python $(XLA)/bin/python -m pytest -o timeout=1200 tests/xla
@@ -46,3 +46,7 @@ quickstart: $(VENV)/.installed
 
 quickstart-clean:
 	rm -rf runs/quickstart
+
+# runs that are killed, stopped, refused room, damaged and started twice, for a quarter of an hour; the first difference fails it
+drill: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m scripts.experiments.drill --minutes 15 --record docs/records/drill

@@ -15,8 +15,18 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from nanochat_hf.errors import say_error
+from nanochat_hf.errors import is_consequence, say_error
 
+# optional packages, and the extra of this package that installs each
+EXTRAS = {
+    "cudnn": "cudnn",
+    "gradio": "web",
+    "matplotlib": "plots",
+    "tensorboard": "tracking",
+    "tiktoken": "eval",
+    "trackio": "tracking",
+    "wandb": "tracking",
+}
 P = ParamSpec("P")
 R = TypeVar("R")
 SMALLER = (
@@ -150,9 +160,9 @@ def dump(path: str | Path, settings: Mapping[str, Any]) -> None:
 def user_errors(main: Callable[P, R]) -> Callable[P, R]:
     """Decorate a script's main, so that an error a user can cause ends in one line on stderr and exit code 2.
 
-    These are ValueError, OSError and a lack of memory; any other exception is ours and keeps its traceback. If several
-    processes meet the same error, the main one reports it. Ctrl-C ends with code 130; during training, Ctrl-C saves
-    instead (see training/stopping.py).
+    These are ValueError, OSError, a lack of memory, and an optional package that is not installed; any other
+    exception is ours and keeps its traceback. If several processes meet the same error, the main one reports it.
+    Ctrl-C ends with code 130; during training, Ctrl-C saves instead (see training/stopping.py).
     """
 
     @functools.wraps(main)
@@ -164,11 +174,19 @@ def user_errors(main: Callable[P, R]) -> Callable[P, R]:
                 raise
             say_error(f"error: {' '.join(str(error).split())}")
             sys.exit(2)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in EXTRAS:
+                raise
+            say_error(f"error: {package} is not installed; pip install 'nanochat_hf[{EXTRAS[package]}]'")
+            sys.exit(2)
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
                 print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
         except RuntimeError as error:
+            if is_consequence(error):  # the process that failed has said why
+                sys.exit(2)
             if not out_of_memory(error):
                 raise
             reason = str(error).split(". ")[0]
@@ -181,3 +199,11 @@ def user_errors(main: Callable[P, R]) -> Callable[P, R]:
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the host, had no memory left. The host raises a plain RuntimeError for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def at_least(config: Any, least: int, *names: str) -> None:
+    """ValueError where one of the named fields is below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            off = "; 0 is off" if least == 0 else ""
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {least}{off}")

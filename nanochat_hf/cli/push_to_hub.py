@@ -11,8 +11,9 @@ from pathlib import Path
 
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.hub.card import CardFacts, read_results
+from nanochat_hf.hub.client import check_repo_id
 from nanochat_hf.hub.folder import lay_out, run_settings, write_card
-from nanochat_hf.hub.push import HubPusher, check_repo_id
+from nanochat_hf.hub.push import HubPusher
 from nanochat_hf.training.checkpoint import checkpoints
 
 

@@ -1,29 +1,26 @@
-"""To the Hub and back: log in, stage, push in the background, fetch models and checkpoints by name."""
+"""To the Hub and back: push a model in the background, and fetch models and checkpoints by name."""
 
 import os
-import re
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
-from huggingface_hub import CommitInfo, HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RemoteEntryNotFoundError
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub import CommitInfo, snapshot_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
 from .card import CardFacts, hub_name
-from .folder import LAST, lay_out, run_settings, scrub, write_card
+from .client import check_repo_id, connect, one_line, reason, retried
+from .folder import LAST, lay_out, run_settings, write_card
 
-T = TypeVar("T")
 STRATEGIES = ("end", "every_save", "checkpoint")
-ATTEMPTS = 3  # at a request whose fault may pass
 NO_MODEL = [f"{LAST}/*", "checkpoint-*", "*.pt", "*.bin", "*.png", "metrics.jsonl"]
 
 
@@ -61,85 +58,6 @@ class HubConfig:
             )
         if self.hub_model_id:
             check_repo_id(self.hub_model_id)
-
-
-def check_repo_id(repo_id: str, flag: str = "--hub-model-id") -> None:
-    """Raise ValueError if the Hub would not take `repo_id` ("org/name" or "name") as a name."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{flag} {repo_id}: no name for a repository ({_line(error)}); give org/name") from None
-
-
-def connect(
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    repo_type: str = "model",
-    wait: float = 2.0,
-) -> tuple[HfApi, str]:
-    """Log in, and create the repository and the branch if they are new; returns the client and "org/name".
-
-    Raises ValueError that says what is missing: a login, the right to write, or the network.
-    """
-    api = HfApi()
-    try:
-        user = retried(api.whoami, wait=wait)["name"]
-        full = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-        retried(lambda: api.create_repo(full, private=private or None, repo_type=repo_type, exist_ok=True), wait=wait)
-        if revision not in (None, "main"):
-            retried(lambda: api.create_branch(full, branch=revision, repo_type=repo_type, exist_ok=True), wait=wait)
-    except LocalTokenNotFoundError:
-        raise ValueError(f"push to {repo_id}: not logged in to the Hub; run `hf auth login` or set HF_TOKEN") from None
-    except Exception as error:
-        remedy = {
-            401: "the token is invalid or has expired; run `hf auth login` or set a fresh HF_TOKEN",
-            403: "the token may not write there; use a token with write access, or another --hub-model-id",
-        }.get(
-            _status(error),
-            "check the network and HF_ENDPOINT, or train without --push-to-hub and push later with scripts.push_to_hub",
-        )
-        raise ValueError(f"push to {repo_id}: {reason(error)}; {remedy}") from None
-    return api, full
-
-
-def retried(action: Callable[[], T], *, attempts: int = ATTEMPTS, wait: float = 5.0) -> T:
-    """Call `action`, and again after `wait`, 2·`wait` … seconds if the fault may pass.
-
-    A fault of the request itself (4xx) raises at once, and the last attempt raises any fault.
-    """
-    attempt = 0
-    while True:
-        attempt += 1
-        try:
-            return action()
-        except Exception as error:
-            status = _status(error)
-            passing = status is None or status >= 500 or status in (408, 409, 412, 429)
-            if isinstance(error, LocalTokenNotFoundError | HFValidationError) or not passing or attempt == attempts:
-                raise
-            time.sleep(wait * 2 ** (attempt - 1))
-
-
-def _status(error: BaseException | None) -> int | None:
-    # HTTP status of an error or of its cause; None if no answer came
-    while error is not None:
-        if isinstance(error, HfHubHTTPError) and error.response is not None:
-            return error.response.status_code
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def reason(error: BaseException) -> str:
-    """One line about an error and its cause, without the token and without the signed part of a URL."""
-    cause = error.__cause__ or error.__context__
-    text = _line(error) if cause is None or _line(cause) in _line(error) else f"{_line(error)} {_line(cause)}"
-    return scrub(re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text))[:400]
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class HubPusher:
@@ -346,6 +264,6 @@ def _refuse_code(path: Path, name: str) -> None:
             torch.load(path, weights_only=True, map_location="meta")
     except Exception as error:
         raise ValueError(
-            f"--resume {name}: {path.name} holds more than plain data ({_line(error)[:200]}); "
+            f"--resume {name}: {path.name} holds more than plain data ({one_line(error)[:200]}); "
             "it could run code, so it is refused: resume from a folder of your own"
         ) from None
