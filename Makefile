@@ -36,7 +36,7 @@ test: lint
 # the kernels of CUDA on a GPU, or without one by Triton's interpreter; Triton comes with torch's builds for CUDA alone, and takes 700 MB
 test-kernels: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q triton
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/kernels/test_kernels.py tests/kernels/test_kernels_layer.py tests/kernels/test_kernels_gradients.py tests/kernels/test_kernels_sums.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/kernels tests/optim/test_gradient_sums.py
 
 test-xla: $(VENV)/.installed $(XLA)/.installed
 	PLAIN_PYTHON=$(VENV)/bin/python $(XLA)/bin/python -m pytest -o timeout=1200 tests/xla

@@ -92,6 +92,7 @@ def main(argv=None):
     tokenizer = load_tokenizer(start)
     try:
         model = NanochatForCausalLM.from_pretrained(start)
+        model.pad_tables(64)  # matrix kernels like it; what is exported has no padding
     except OSError as error:
         raise ValueError(f"--model {sft.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
     processes = process_count()

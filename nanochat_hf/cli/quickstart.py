@@ -1,8 +1,8 @@
-"""From nothing to a small chat model on two CPU cores: python -m nanochat_hf.cli.quickstart (make quickstart)
+"""From nothing to a small chat model on two CPU cores: python -m nanochat_hf.cli.quickstart, or make quickstart.
 
 Tokenizer, base model, fine-tuning, evaluation, three answers. Nothing is downloaded: the text is the docstrings of the
-installed packages,
-the conversations are made by code. A second call skips what is finished and goes on where the first one stopped.
+installed packages, the conversations are made by code. A second call skips what is finished and goes on where the first
+one stopped.
 """
 
 import argparse
@@ -37,8 +37,9 @@ SETTLED = 3  # steps after which the time of one is known; the first, which comp
 LONG = 30 * 60  # seconds from which a stage says why it takes so long
 SLOW_PRODUCTS = 20  # GFLOP/s below which the processor itself is the reason
 PROMPTS = ("Spell the word: elephant", "How many r are in strawberry?", "What is 123*45?")
-# what every stage imports; the fork server does it once
-PRELOAD = tuple(f"nanochat_hf.cli.{name}" for name in ("base_train", "chat_sft", "chat_eval", "chat_cli", "tok_train"))
+# what the stages import; the fork server does it once
+COMMANDS = ("base_train", "chat_sft", "chat_eval", "chat_cli", "tok_train")
+PRELOAD = (*(f"nanochat_hf.cli.{name}" for name in COMMANDS), "matplotlib.backends.backend_agg")
 
 
 @user_errors
@@ -68,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prepare(root: Path) -> None:
-    """Make the folder, and set what all stages find in their environment. ValueError where the folder cannot be
-    written.
+    """Make the folder, and set what all stages find in their environment.
+
+    ValueError where the folder cannot be written.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -94,8 +96,9 @@ def prepare(root: Path) -> None:
 
 
 def writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`, or in the folder that it would be made in; a path that is not absolute has
-    no home.
+    """Whether files can be made in `folder`, or in the one where it would be made.
+
+    A path that is not absolute is one whose ~ stands for no home.
     """
     if not folder.is_absolute():
         return False
@@ -104,7 +107,11 @@ def writable(folder: Path) -> bool:
 
 
 def recipe(name: str) -> dict:
-    """The settings of a recipe of this package: recipe("base")["num_steps"] → 100."""
+    """The settings of one of the recipes.
+
+    >>> recipe("base")["depth"]
+    4
+    """
     return yaml.safe_load((RECIPES / f"quickstart_{name}.yaml").read_text(encoding="utf-8"))
 
 
@@ -153,8 +160,9 @@ def plan(root: Path) -> list[Stage]:
 
 
 def outlook(stages: Sequence[Stage], speed: cpu.Speed) -> list[str]:
-    """What is said before the first stage: how long all of them will take on a CPU of this speed, and a warning where
-    that is too long.
+    """What is said before the first stage: how long all will take on a CPU of this speed.
+
+    A second line warns where the CPU is too slow.
     """
     base, model = recipe("base"), scaling.skeleton(model_config())
     positions, tokens = base["max_seq_len"], base["device_batch_size"] * base["max_seq_len"]
@@ -166,13 +174,18 @@ def outlook(stages: Sequence[Stage], speed: cpu.Speed) -> list[str]:
 
 
 def shown(seconds: float) -> str:
-    """shown(300) → "about 5.0 min"."""
+    """Seconds in words.
+
+    >>> shown(300)
+    'about 5.0 min'
+    """
     return f"about {scaling.shown_hours(seconds / 3600)}"
 
 
 def write_text(root: Path) -> None:
-    """The embedded text and spellings of training words, for the tokenizer to meet; and the last documents, to validate
-    on.
+    """Write text.jsonl, and the last documents to validation.jsonl.
+
+    Text is the embedded documents and spellings of the training words, since the tokenizer has to meet those too.
     """
     text, validation = root / "text.jsonl", root / "validation.jsonl"
     if text.is_file() and validation.is_file():
@@ -219,8 +232,9 @@ def run(stage: Stage, stages: Sequence[Stage], processes: Processes, label: str,
 
 
 class Forecast:
-    """Says once, as soon as the steps of a stage have a speed, how long all stages will take; and why, where this one
-    takes long.
+    """Says once, as soon as a stage's steps have a speed, how long all stages will take.
+
+    Where this stage takes more than LONG seconds, it also says why.
     """
 
     def __init__(self, stage: Stage, stages: Sequence[Stage], screen: Screen):

@@ -1,6 +1,4 @@
-"""Stages of a long command. Each runs in a process of its own; what it prints becomes one screen: its plan, one bar,
-its result.
-"""
+"""Stages of a long command, each in a process of its own. What it prints becomes a screen: plan, one bar, result."""
 
 import contextlib
 import importlib
@@ -57,7 +55,7 @@ class Stage:
 
 
 class Screen:
-    """Shows the output of a stage: lines as they come; a bar in place on a terminal, elsewhere a line for each tenth of it.
+    """Shows the output of a stage: lines as they come, a bar in place on a terminal and elsewhere a line a tenth of it.
 
     `log`: a file for all of it, None for none.
     """
@@ -107,7 +105,7 @@ class Processes:
 
     def __init__(self, preload: Sequence[str]):
         forks = "forkserver" in multiprocessing.get_all_start_methods()
-        self.context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        self.context = multiprocessing.get_context("forkserver") if forks else multiprocessing.get_context("spawn")
         if forks:
             self.context.set_forkserver_preload(list(preload))
 
@@ -130,22 +128,21 @@ class Processes:
         asked = 0
         while True:
             try:
-                alive = process.is_alive()  # looked at before reading, so that nothing is left unread at the end
-                if reader.poll(0.5):
-                    data = os.read(reader.fileno(), 65536)
+                ended = process.exitcode is not None  # looked at before reading, so that nothing stays unread
+                data = os.read(reader.fileno(), 65536) if reader.poll(0 if ended else 0.5) else None
+                if data:
                     screen.feed(data)
-                    alive = alive and bool(data)
-                if not alive and not (reader.poll(0) and data):
+                elif ended or data is not None:
                     break
                 tick()
             except KeyboardInterrupt:
                 asked += 1
                 screen.say("stopping after this step; Ctrl-C again ends at once" if asked == 1 else "ended")
-                with contextlib.suppress(ProcessLookupError):
+                if process.pid is not None and process.is_alive():
                     os.kill(process.pid, signal.SIGINT if asked == 1 else signal.SIGKILL)
         process.join()
         screen.close()
-        return 130 if asked else process.exitcode
+        return 130 if asked or process.exitcode is None else process.exitcode
 
 
 def _child(module, argv, writer):
@@ -159,7 +156,8 @@ def _child(module, argv, writer):
 
 
 def _end_with_parent():
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 

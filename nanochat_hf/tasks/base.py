@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
-NUMBER = re.compile(r"####\s*\$?\s*(-?\s*\$?\s*[\d.,]*\d)")
+# possessive: a model that writes white space for ever would otherwise cost cubic time
+NUMBER = re.compile(r"####\s*+\$?+\s*+(-?+\s*+\$?+\s*+[\d.,]*\d)")
 
 
 @dataclass(frozen=True)

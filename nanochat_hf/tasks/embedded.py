@@ -12,10 +12,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+import transformers
 from huggingface_hub.constants import HF_HOME
 
 SHORTEST = 200  # characters of a docstring that counts as text
@@ -35,7 +35,7 @@ def docstring_corpus() -> list[str]:
     written, once a process.
     """
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    name = f"docstrings-2-{python}-{version('torch')}-{version('transformers')}.json"
+    name = f"docstrings-2-{python}-{torch.__version__}-{transformers.__version__}.json"
     path = Path(os.environ.get("HF_HOME") or HF_HOME) / "nanochat_hf" / name
     with contextlib.suppress(OSError, ValueError):  # not there, not readable, or cut short
         return json.loads(path.read_text(encoding="utf-8"))
@@ -48,8 +48,8 @@ def installed_files() -> list[Path]:
     """The Python files of the standard library, torch and transformers, in a stable order."""
     library = Path(sysconfig.get_paths()["stdlib"])
     files = [file for file in sorted(library.rglob("*.py")) if "site-packages" not in file.parts]
-    for name in ("torch", "transformers"):
-        files += sorted(Path(find_spec(name).origin).parent.rglob("*.py"))
+    for package in (torch, transformers):
+        files += sorted(file for folder in package.__path__ for file in Path(folder).rglob("*.py"))
     return files
 
 
@@ -77,16 +77,15 @@ def _keep(path, text):
 
 @cache
 def words(split: str) -> list[str]:
-    """Lower-case words of 3 to 12 letters that occur twice or more, shuffled stably; a tenth of them is "test", the
-    rest "train".
-    """
+    """Lower-case words of 3 to 12 letters that occur twice or more in the corpus, as `share` splits them."""
     counts = Counter(w for text in docstring_corpus() for w in re.findall(r"(?<![\w])[a-z]{3,12}(?![\w])", text))
     return share(split, (w for w, n in counts.items() if n >= 2))
 
 
 def share(split: str, found: Iterable[str]) -> list[str]:
-    """The words of a split, shuffled stably: a tenth of any list is "test", the rest "train". Each word decides for
-    itself.
+    """The words of a split, shuffled stably: a tenth of any list is "test", the rest "train".
+
+    Each word decides for itself, whatever other words there are.
     """
     return [
         w

@@ -9,7 +9,8 @@ from transformers.utils.logging import disable_progress_bar
 from nanochat_hf import kernels
 from nanochat_hf.config import SMALLER, dump, resolved
 from nanochat_hf.interop.folder import export
-from nanochat_hf.kernels import cudnn_attention, float8
+from nanochat_hf.kernels import float8
+from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine import cpu
 from nanochat_hf.machine.accelerator import Host, Tracking, build_accelerator, chose_float8, on_cuda
 from nanochat_hf.machine.attention import choose_attention, set_attention
@@ -70,8 +71,11 @@ def accelerate(config, accumulation, width=cpu.WIDTH):
     return accelerator
 
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by Accelerate's names
+
+
 def install_kernels(config, accelerator, model):
-    """Fused kernels as the flag and the device have it; returns what the plan says of them."""
+    """Give `model` the operations that fit flag and device; returns the lines of the plan that say which, and why."""
     able, reason = kernels.available(accelerator.device)
     wanted = chose_float8(config.dtype)
     if config.kernels and not able:
@@ -80,9 +84,11 @@ def install_kernels(config, accelerator, model):
         raise ValueError(
             f"float8 is made of kernels, which are off ({reason if not able else '--kernels false'}); turn them on, or use --dtype bfloat16"
         )
-    if not able or config.kernels is False:
-        return f"plain formulas ({reason if not able else 'asked for'})"
-    return f"{', '.join(kernels.install(model, wanted))} ({reason})"
+    if config.kernels is False:
+        return "plain formulas (asked for)"
+    dtype = kernels.FLOAT8 if wanted else HALF.get(accelerator.mixed_precision, torch.float32)
+    model.model.training_ops, report = kernels.choose(model, accelerator.device, dtype)
+    return f"\n{'':<14}".join(kernels.table(report)) if able else f"plain formulas ({reason})"
 
 
 def announce(config, accelerator, model, description, num_steps, reason, details):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.kernels.lib import cudnn_attention
 from scripts.benchmarks.measure import median_ms, report
 
 CHECKED = 2  # rows that are compared with the formula: its weights are float32 (rows, H, T, T)

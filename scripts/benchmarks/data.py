@@ -20,7 +20,7 @@ from nanochat_hf.data.packing import plan_rows
 from nanochat_hf.data.planned import SFTBatches
 from nanochat_hf.data.sources import SourceConfig
 from nanochat_hf.data.streamed import TextBatches
-from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine.accelerator import build_accelerator, on_cuda
 from nanochat_hf.machine.attention import choose_attention
 from nanochat_hf.scaling import model_config

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from nanochat_hf.kernels import float8, float8_layers
-from nanochat_hf.kernels.mlp import SquaredReluMLP
+from nanochat_hf.kernels.float8 import layers as float8_layers
+from nanochat_hf.kernels.float8 import products as float8
+from nanochat_hf.kernels.ops.squared_relu import SquaredReluMLP
 from scripts.benchmarks.measure import median_ms, report
 
 E4M3, E5M2 = float8.E4M3, float8.E5M2

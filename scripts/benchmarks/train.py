@@ -13,7 +13,7 @@ from itertools import cycle, pairwise
 import torch
 
 from nanochat_hf import NanochatForCausalLM, kernels
-from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine.accelerator import build_accelerator
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.machine.peaks import peak_flops
@@ -102,7 +102,8 @@ def measure(depth, rows, args):
         model = NanochatForCausalLM(config)
     set_attention(model, attention)
     if args.kernels:
-        kernels.install(model, args.dtype == "float8")
+        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": kernels.FLOAT8}
+        model.model.training_ops, _ = kernels.choose(model, device, dtypes.get(args.dtype, torch.float32))
     optimizer = MuonAdamW(build_param_groups(model))
 
     def schedule(wrapped, step):
@@ -161,7 +162,7 @@ def profile(trainer, batches, depth):
     """Print the kernels of one step, the longest first."""
     micro = list(zip(range(trainer.accumulation), batches, strict=False))
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with trainer.kept_sums() as trainer.kept, torch.profiler.profile(activities=activities) as run:
+    with trainer.gradient_sums() as trainer.sums, torch.profiler.profile(activities=activities) as run:
         trainer.step([batch for _, batch in micro])
         wait(trainer.accelerator.device)
     on_device = [

@@ -20,7 +20,7 @@ from nanochat_hf import NanochatForCausalLM
 from nanochat_hf.data.collate import PackingCollator
 from nanochat_hf.data.packing import plan_rows
 from nanochat_hf.data.workers import ahead
-from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine.accelerator import build_accelerator, on_cuda
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups

@@ -154,7 +154,7 @@ def train(config):
     attention, _ = choose_attention(device, cudnn=cudnn_attention)
     set_attention(model, attention)
     if kernels.available(device)[0]:
-        kernels.install(model)
+        model.model.training_ops, _ = kernels.choose(model, device, torch.bfloat16)
     held_out = iter(Packed(output / "validation.npz", config.rows, 2048, 1, config.isolate))
     validation = [next(held_out) for _ in range(config.validation_batches)]
     trainer = None

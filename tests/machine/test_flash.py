@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.integrations import flash_attention
 
 from nanochat_hf.machine import attention
-from nanochat_hf.model import modeling_nanochat_hf as modeling
+from nanochat_hf.model.masks_nanochat_hf import varlen_arguments
 from tests.support import flash
 from tests.support.models import build, tokens
 
@@ -208,7 +208,7 @@ def test_other_numbers_of_documents_compile_nothing_anew():
     """The whole model with real kernels, as operators: what reads the borders of documents is compiled once."""
     counter = CompileCounter()
     borders = torch.compile(
-        lambda positions: modeling.varlen_arguments(positions, 1)["cu_seq_lens_q"] * 2, backend=counter, dynamic=False
+        lambda positions: varlen_arguments(positions, 1)["cu_seq_lens_q"] * 2, backend=counter, dynamic=False
     )
     for documents in range(1, 12):
         positions = torch.cat([torch.arange(13 - documents), torch.zeros(documents - 1, dtype=torch.long)])

@@ -15,15 +15,17 @@ import sys
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
+DRAWING = "matplotlib.backends.backend_agg"  # of a finished run's report, where it is installed
 SCRIPTS = ("chat_sft", "base_train", "chat_eval", "push_dataset", "push_to_hub")
-CONTEXT.set_forkserver_preload([*(f"scripts.{name}" for name in SCRIPTS), "datasets", "torch.distributed"])
+CONTEXT.set_forkserver_preload([*(f"scripts.{name}" for name in SCRIPTS), "datasets", "torch.distributed", DRAWING])
 
 
-def _child(module, argv, environment, log, limit):
+def _child(module, argv, environment, log, limit, folder):
     os.environ.update(environment)
     if "HF_ENDPOINT" in environment:
         _read_environment_again()
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.chdir(folder)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
@@ -90,7 +92,7 @@ def on_ranks(function, world, *args):
 class Run:
     """`world` processes of `python -m module argv`, or of `python file.py argv`, on the CPU; `log` holds what they print."""
 
-    def __init__(self, module, argv, log, world=1, environment=None, limit=None):
+    def __init__(self, module, argv, log, world=1, environment=None, limit=None, folder="."):
         port = free_port()
         # many small runs, some of them "endless": compiling each would take half a minute
         base = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", **(environment or {})}
@@ -98,7 +100,7 @@ class Run:
         for rank in range(world):
             own = base | _ranks(rank, world, port)
             self.processes.append(
-                CONTEXT.Process(target=_child, args=(module, [str(a) for a in argv], own, str(log), limit))
+                CONTEXT.Process(target=_child, args=(module, [str(a) for a in argv], own, str(log), limit, str(folder)))
             )
             self.processes[-1].start()
 
