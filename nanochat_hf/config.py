@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -156,3 +157,11 @@ def user_errors(main):
 def out_of_memory(error):
     """Whether a device, or the host ("can't allocate memory" in a plain RuntimeError), had no room."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def at_least(config: Any, least: int, *names: str) -> None:
+    """ValueError where one of the named fields is below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            off = "; 0 is off" if least == 0 else ""
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {least}{off}")

@@ -36,7 +36,7 @@ IN_OPTIMIZER = {
 }
 
 
-def restore(config, trainer, tokenizer, output, fetch=None):
+def restore(run, trainer, tokenizer, output, fetch=None):
     """Bring the trainer to the checkpoint that --resume names, if there is one; returns its folder, None for a run from the start.
 
     `output`: the folder that will be written to, None for a dry run. `fetch`: what --resume says → what `checkpoint.resolve` takes, for names
@@ -44,15 +44,15 @@ def restore(config, trainer, tokenizer, output, fetch=None):
     """
     if output:
         checkpoint.share_folder(trainer.accelerator, output)
-    resume = checkpoint.resolve(config.output_dir, fetch(config.resume) if fetch else config.resume)
+    resume = checkpoint.resolve(run.output_dir, fetch(run.resume) if fetch else run.resume)
     if output:
         checkpoint.refuse_others(output, resume)
     if resume:
         same_tokenizer(tokenizer, resume)
         checkpoint.load(trainer, resume)
         trainer.accelerator.print(f"resumed from {resume} at step {trainer.state.step} of {trainer.num_steps}")
-    elif config.resume:
-        trainer.accelerator.print(f"no checkpoint in {config.output_dir} to resume from: the run starts anew")
+    elif run.resume:
+        trainer.accelerator.print(f"no checkpoint in {run.output_dir} to resume from: the run starts anew")
     return resume
 
 

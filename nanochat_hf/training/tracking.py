@@ -5,11 +5,32 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from nanochat_hf.config import at_least
+
+TRACKERS = ("wandb", "trackio", "tensorboard")
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Where the numbers of a run go, and how often."""
+
+    _argument_group_name = "tracking"
+
+    report_to: str = field(default="none", metadata={"help": "wandb, trackio, tensorboard or none"})
+    run_name: str = field(default="nanochat_hf", metadata={"help": "project name for the tracker"})
+    log_every: int = field(default=10, metadata={"help": "steps between log entries"})
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "log_every")
+        if self.report_to not in (*TRACKERS, "none"):
+            raise ValueError(f"--report-to {self.report_to} is unknown; choose wandb, trackio, tensorboard or none")
 
 
 class Ema:

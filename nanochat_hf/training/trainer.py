@@ -1,14 +1,18 @@
 """The one training loop. It knows no task, no evaluation and no Hub: those are callbacks."""
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import islice
 
 import torch
+from accelerate import Accelerator
 
 from nanochat_hf import kernels
 from nanochat_hf.machine.xla import as_input, mark_step, reduce_gradients
 from nanochat_hf.optim import gradient_norms
+
+from .stopping import StopSignal
 
 
 @dataclass
@@ -37,6 +41,7 @@ class StepInfo:
     grad_norms: dict | None = None  # of each parameter group, before clipping; only on the steps that are asked for
 
 
+@dataclass(eq=False)
 class Trainer:
     """Takes `accumulation` micro-batches a step from `batches`, until `num_steps`.
 
@@ -44,30 +49,23 @@ class Trainer:
     schedule(optimizer, step) sets lr, momentum and weight decay before the step. Each callback is called with (trainer, info).
     """
 
-    def __init__(
-        self,
-        accelerator,
-        model,
-        optimizer,
-        batches,
-        *,
-        num_steps,
-        schedule,
-        callbacks=(),
-        max_grad_norm=None,
-        stop=None,
-        norms_every=0,
-    ):
-        self.accelerator, self.batches, self.num_steps, self.schedule = accelerator, batches, num_steps, schedule
-        self.raw_model = model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.accumulation = accelerator.gradient_accumulation_steps
-        self.callbacks, self.max_grad_norm, self.stop, self.norms_every = (
-            list(callbacks),
-            max_grad_norm,
-            stop,
-            norms_every,
-        )
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Iterable[Mapping[str, torch.Tensor]]
+    _: KW_ONLY
+    num_steps: int
+    schedule: Callable[[torch.optim.Optimizer, int], float]
+    callbacks: Sequence[Callable] = ()
+    max_grad_norm: float | None = None
+    stop: StopSignal | None = None
+    norms_every: int = 0
+
+    def __post_init__(self) -> None:
+        self.raw_model = self.model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.accumulation = self.accelerator.gradient_accumulation_steps
+        self.callbacks = list(self.callbacks)
         self.state, self.stopped = TrainState(), False
         self.overflows = 0  # overflowed steps in a row until now
         self.kept = None  # what kernels keep over a step, see kept_sums

@@ -14,7 +14,7 @@ from nanochat_hf.machine.accelerator import build_accelerator, chose_float8
 from nanochat_hf.machine.xla import enable_checkpointing
 from nanochat_hf.optim import MuonAdamW, build_param_groups
 from nanochat_hf.training.config import TrainConfig
-from nanochat_hf.training.run import accelerate, install_kernels
+from nanochat_hf.training.equipment import accelerate, install_kernels
 from tests.kernels.test_float8 import DEVICES, relative, triton
 
 FORMULAS = dict(rms_norm_eps=1e-6, final_logit_softcapping=50.0)  # settings which the other kernels do not know, so that no Triton is needed
@@ -173,10 +173,10 @@ def test_both_ways_to_choose_it_give_bfloat16_to_accelerate(monkeypatch, dtype, 
     assert accelerator.fp8_backend.value == "NO"
     monkeypatch.setattr(kernels, "available", lambda device: (True, "a test"))
     model = tiny(**FORMULAS)
-    assert "float8 products of 12 of the layers' 12" in install_kernels(TrainConfig(output_dir="", dtype=dtype), accelerator, model)
+    assert "float8 products of 12 of the layers' 12" in install_kernels(TrainConfig.of(output_dir="", dtype=dtype), accelerator, model)
     assert type(accelerator.prepare(model).model.layers[0].mlp.up_proj) is torch.nn.Linear
     with pytest.raises(ValueError, match="float8 is made of kernels, which are off"):
-        install_kernels(TrainConfig(output_dir="", dtype=dtype, kernels=False), accelerator, model)
+        install_kernels(TrainConfig.of(output_dir="", dtype=dtype, kernels=False), accelerator, model)
 
 
 @pytest.mark.parametrize(("dtype", "launched", "message"), [
@@ -189,7 +189,7 @@ def test_errors(monkeypatch, dtype, launched, message):
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     with pytest.raises(ValueError, match=message):
-        accelerate(TrainConfig(output_dir="", dtype=dtype), 1)
+        accelerate(TrainConfig.of(output_dir="", dtype=dtype))
 
 
 def test_a_gpu_without_float8_is_named(monkeypatch):

@@ -40,7 +40,7 @@ def entries(tmp_path, losses, *, late=False, every=1):
         batches=SimpleNamespace(epoch=0),
         overflows=0,
     )
-    log = Log(trainer, description="test", flops_per_token=1, every=every, output_dir=tmp_path)
+    log = Log(trainer, "test", flops_per_token=1, every=every, output_dir=tmp_path)
     for step, loss in enumerate(losses, 1):
         trainer.state.step, trainer.state.tokens = step, 8 * step
         trainer.state.seconds += 0.01

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanochat_hf import NanochatForCausalLM
-from nanochat_hf.training.callbacks.evaluate import Evaluate
+from nanochat_hf.training.callbacks.evaluate import EvalConfig, Evaluate
 from nanochat_hf.training.tracking import read_metrics
 from tests.support.training import STEPS, train, weights
 
@@ -114,7 +114,7 @@ def test_best_and_samples_and_report(start, tmp_path):
 
 
 def test_a_resumed_run_knows_what_it_measured_before():
-    evaluate = Evaluate([], None, None, every=1, best_dir="best")
+    evaluate = Evaluate(EvalConfig(keep_best=True), [], None, None, "run")
     evaluate.remember(
         [
             {"step": 0, "val/bpb": 3.0},
@@ -143,7 +143,7 @@ def test_a_last_step_that_is_the_best_is_kept_as_the_best(start, tmp_path):
 
 @pytest.mark.parametrize("rows, world", [(6, 2), (7, 2), (8, 3), (1, 3)])
 def test_validation_rows_are_dealt_out_once_and_equally_many(rows, world):
-    from nanochat_hf.training.run import divided
+    from nanochat_hf.training.callbacks.evaluate import divided
 
     ids = torch.arange(rows).unsqueeze(1).expand(-1, 4)
     batches = [{"input_ids": ids[i : i + 3], "shift_labels": ids[i : i + 3] + 1} for i in range(0, rows, 3)]

@@ -16,7 +16,7 @@ SETTLING_STEPS, ESTIMATE_AT = 3, 10  # the steps that compile, and the one after
 class Log:
     """Every step the bar; every `every` steps the trackers and metrics.jsonl. Ends the run when gradients stay non-finite."""
 
-    def __init__(self, trainer, *, description, flops_per_token, every=10, output_dir=None, max_skipped=20):
+    def __init__(self, trainer, description, flops_per_token, every=10, output_dir=None, max_skipped=20):
         self.every, self.flops, self.ema, self.max_skipped = every, flops_per_token, Ema(0.9), max_skipped
         self.peak = peak_flops(trainer.accelerator.device)
         self.main = trainer.accelerator.is_main_process
