@@ -23,7 +23,12 @@ def curves(num_steps: int, points: int = 200) -> dict[str, list[tuple[float, flo
 
 def draw(series: dict[str, list[tuple[float, float]]], num_steps: int, path: Path) -> None:
     """Write the curves as an image, in the format that the file's ending names."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit(
+            "drawing needs matplotlib; pip install 'nanochat_hf[plots]', or leave --output out for a table"
+        ) from None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -361,7 +361,7 @@ def test_a_dry_run_lists_what_a_push_sends_and_asks_nobody(hub, run, capsys):
 def test_ctrl_c_ends_a_run_whose_last_push_hangs(hub, run, chats, tmp_path):
     flags = sft(chats, tmp_path / "a", "--push-to-hub", "--hub-model-id", "chat", model=str(run / "final"))
     hang = (
-        "import runpy, sys, time\nfrom nanochat_hf.hub import HubPusher\n"
+        "import runpy, sys, time\nfrom nanochat_hf.hub.push import HubPusher\n"
         "HubPusher._upload = lambda *_: (print('hangs', flush=True), time.sleep(100))\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_module('scripts.chat_sft', run_name='__main__')"
     )

@@ -83,7 +83,7 @@ def test_a_folder_that_one_process_does_not_see_ends_all_of_them(tmp_path, where
 def test_a_disk_that_is_full_at_any_file_is_an_oserror(tmp_path):
     """In a process of its own, since the limit cannot be taken back."""
     code = (
-        "import resource, signal, torch, pathlib, sys\nfrom nanochat_hf import checkpoint\n"
+        "import resource, signal, torch, pathlib, sys\nfrom nanochat_hf.training import checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try:\n    checkpoint._torch_save({'a': torch.zeros(1_000_000)}, pathlib.Path(sys.argv[1]))\n"
         "except OSError as error:\n    print(error)"
