@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.data.sources import SourceConfig, load_source
-from nanochat_hf.data.texts import check_column
+from nanochat_hf.data.sources import SourceConfig
+from nanochat_hf.data.texts import Texts
 from nanochat_hf.evals.bpb import evaluate_bpb, text_batches
 from nanochat_hf.evals.core import BUNDLE_HELP, load_bundle
 from nanochat_hf.evals.core_scoring import evaluate_core
@@ -81,9 +81,7 @@ def load_model(config, device):
 
 def load_texts(config):
     """The texts of --data."""
-    rows = load_source(SourceConfig(path=config.data, split=config.split, rows=config.max_texts))
-    check_column(rows, config.text_column, config.data)
-    return [row[config.text_column] for row in rows]
+    return list(Texts(SourceConfig(path=config.data, split=config.split, rows=config.max_texts), config.text_column))
 
 
 def bits_per_byte(config, accelerator, model, tokenizer, texts):

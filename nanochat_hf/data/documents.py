@@ -24,6 +24,9 @@ class TokenColumns:
         self.lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in self.chunks]).astype(np.int64)
         self.trained = np.concatenate([trained_tokens(offsets, mask) for offsets, _, mask in self.chunks])
         self.weighted = any(len(column.values) for column in self._factors)
+        self.fractional = self.weighted and not all(
+            np.isin(column.values.to_numpy(), (0, 1)).all() for column in self._factors
+        )
 
     def _open(self) -> None:
         columns = [self.dataset.data.column(name).chunks for name in ("ids", "mask", "factors")]
@@ -35,7 +38,7 @@ class TokenColumns:
         self.first = np.concatenate(([0], np.cumsum(sizes)))
 
     def __getstate__(self) -> dict[str, Any]:  # a worker that is not forked maps the file itself
-        return {name: self.__dict__[name] for name in ("dataset", "lengths", "trained", "weighted")}
+        return {name: self.__dict__[name] for name in ("dataset", "lengths", "trained", "weighted", "fractional")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -127,7 +130,7 @@ class Documents(Sequence):
     @property
     def weighted(self) -> bool:
         """Whether any token counts other than 1, so that batches have loss_weights."""
-        return any(columns.weighted for columns in self.columns)
+        return any(columns.fractional or (self.fit.all_tokens and columns.weighted) for columns in self.columns)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -153,6 +156,8 @@ def piece(ids: np.ndarray, mask: np.ndarray, factors: np.ndarray | None, span: S
     """One part of a rendered conversation as a Document; a later part gets a bos of its own."""
     start, stop = span
     ids, mask = ids[start:stop], mask[start:stop]
+    if factors is not None and not fit.all_tokens and np.isin(factors, (0, 1)).all():
+        factors = None  # the mask says it all
     factors = None if factors is None else factors[start:stop]
     if start:
         ids, mask = np.concatenate(([fit.bos], ids)).astype(np.int32), np.concatenate(([0], mask)).astype(np.uint8)

@@ -76,7 +76,7 @@ class SourceConfig:
         value = _number(self.weight)
         if value is None or not 0 < value < math.inf:
             raise ValueError(
-                f"{self.label}: weight={self.weight!r} must be a number above 0; leave the source out instead"
+                f"{self.label}: weight={self.weight!r} must be above 0; leave the source out instead"
             )
         return float(value)
 

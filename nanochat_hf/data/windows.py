@@ -128,8 +128,9 @@ class PackConversations:
         for (number, converted), start, end in zip(items, ends - lengths, ends, strict=True):
             own, targets, factors = ids[start:end], mask[start:end], None
             if converted.weights is not None:
+                targets = targets.copy()
                 factors = token_factors(own, self.encoder.special, converted.weights)
-                targets = np.where(factors == 0, 0, targets).astype(np.uint8)
+                targets[factors == 0] = 0
             report = self.reports[number]
             for a, b in self.fit.spans(own, targets, report):
                 documents.append(_plain(piece(own, targets, factors, (a, b), self.fit)))

@@ -11,7 +11,7 @@ import io
 import json
 import lzma
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 Numbered = tuple[bytes, int]  # a line of JSON, and the number by which messages name it
 FAULT = b"\0"  # begins a line that holds words about a faulty row instead of JSON
@@ -81,7 +81,14 @@ def _json(file: BinaryIO) -> Iterator[Numbered]:
 
 def _cells(file: BinaryIO, delimiter: str) -> Iterator[Numbered]:
     csv.field_size_limit(1 << 30)  # documents are longer than the 128 KiB that csv takes for a mistake
-    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        yield from _cell_rows(csv.reader(text, delimiter=delimiter))
+    finally:
+        text.detach()  # the file is closed by who opened it
+
+
+def _cell_rows(reader: Any) -> Iterator[Numbered]:
     names: list[str] | None = None
     before = 0
     while True:
