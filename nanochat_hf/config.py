@@ -82,12 +82,17 @@ def parse(types, argv=None, *, lists=(), description=None):
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown flags: {guessed(unknown, flags, ' ')}; see --help")
-    values = vars(namespace)
+    values = {key: _at_home(value) for key, value in vars(namespace).items()}
     try:
         configs = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init}) for kind in types]
     except ValueError as error:
         parser.error(str(error))
     return *configs, extras
+
+
+def _at_home(value):
+    """A path that begins with "~" in the home folder, which no shell has put there for a recipe or for --data=~/x."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _refuse(parser, message):

@@ -50,7 +50,7 @@ class PackingCollator:
                 factors[r, :total] = _factors(row, lengths)
                 labels[r][factors[r] == 0] = -100
             places[r] = np.arange(width)
-            starts = np.concatenate(([0], np.cumsum(lengths)))  # the last start is the padding's
+            starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))  # the last start is the padding's
             if self.isolate:
                 places[r] -= np.repeat(starts, [*lengths, width - total])
             else:

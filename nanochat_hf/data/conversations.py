@@ -27,22 +27,23 @@ class Converted:
 def convert(raw: Raw, source: SourceConfig) -> Converted:
     """A raw row of `source` → Converted; ConversationError, or a ValueError for a line that is no JSON, begins with its place."""
     row, where = raw.parsed(), str(raw.place)
-    if source.task:
-        try:
-            conversation, unused = get_task(source.task).to_conversation(row), ()
-        except ValueError as error:
-            raise ConversationError(f"{where}: {error}") from None
-    else:
-        row = renamed(row, source.columns, where)
-        form = source.converter or row_format(row, where)
-        conversation, unused = convert_row(row, where, form), tuple(ignored(row, form))
     try:
+        conversation, unused = _conversation(row, source, where)
         check(conversation, where)
         return Converted(conversation, turn_weights(conversation["messages"], where), unused)
-    except ConversationError:
-        raise
     except (TypeError, AttributeError, KeyError) as error:  # values of kinds that no form has
         raise ConversationError(f"{where}: no conversation ({error}); correct or remove the row") from None
+
+
+def _conversation(row: Any, source: SourceConfig, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    if source.task:
+        try:
+            return get_task(source.task).to_conversation(row), ()
+        except ValueError as error:
+            raise ConversationError(f"{where}: {error}") from None
+    row = renamed(row, source.columns, where)
+    form = source.converter or row_format(row, where)
+    return convert_row(row, where, form), tuple(ignored(row, form))
 
 
 def check(conversation: Any, where: str) -> None:

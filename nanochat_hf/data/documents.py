@@ -12,7 +12,9 @@ from .reports import SourceReport
 from .sources import SourceConfig
 from .tokenising import SEPARATOR
 
-Document = dict[str, Any]  # "ids" int32 (T,), "mask" uint8 (T,) or None for all; "factors" float32 (T,) where some are not 1
+Document = dict[
+    str, Any
+]  # "ids" int32 (T,), "mask" uint8 (T,) or None for all; "factors" float32 (T,) where some are not 1
 
 
 class TokenColumns:

@@ -115,7 +115,9 @@ def _messages(row: dict, where: str) -> Any:
 def _sharegpt(row: dict, where: str) -> list[Message]:
     turns = as_list(row["conversations"], where, "conversations")
     if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
-        raise ConversationError(f"{where}: conversations must be a list of {{'from', 'value'}} or {{'role', 'content'}}")
+        raise ConversationError(
+            f"{where}: conversations must be a list of {{'from', 'value'}} or {{'role', 'content'}}"
+        )
     return [_turn(turn, where) for turn in turns]
 
 

@@ -103,7 +103,9 @@ def _whole(source: SourceConfig) -> tuple[dict[str, Callable[[], Rows]], bool]:
     except ValueError as error:
         raise _named(source, error) from error
     except Exception as error:  # the Hub does not answer: what datasets keeps of earlier runs may do
-        return {part.name: functools.partial(_from_hub, source, part.name, error) for part in parse_split(source.split)}, True
+        return {
+            part.name: functools.partial(_from_hub, source, part.name, error) for part in parse_split(source.split)
+        }, True
     return {name: functools.partial(_from_files, source, name, files) for name, files in splits.items()}, False
 
 
@@ -114,14 +116,20 @@ def _chosen(source: SourceConfig, splits: dict[str, Callable[[], Rows]], any_nam
         loaded = []
         for part in parts:
             rows = splits[part.name]()
-            kept = within([part.range(len(rows))], source.start if len(parts) == 1 else 0, source.rows if len(parts) == 1 else None)
+            kept = within(
+                [part.range(len(rows))],
+                source.start if len(parts) == 1 else 0,
+                source.rows if len(parts) == 1 else None,
+            )
             loaded.append((rows, kept))
         chosen = joined([rows.select(kept) for rows, kept in loaded], source.label)
         if len(parts) > 1 and (source.start or source.rows is not None):
             chosen = chosen.select(within([(0, len(chosen))], source.start, source.rows))
     except ValueError as error:
         raise _named(source, error) from error
-    except Exception as error:  # datasets and the Hub raise their own kinds for each fault; the user needs the reason in one line
+    except (
+        Exception
+    ) as error:  # datasets and the Hub raise their own kinds for each fault; the user needs the reason in one line
         raise unreadable(source, error) from error
     if not len(chosen):
         there = sum(len(rows) for rows, _ in loaded)

@@ -75,9 +75,7 @@ class SourceConfig:
     def _factor(self) -> float:
         value = _number(self.weight)
         if value is None or not 0 < value < math.inf:
-            raise ValueError(
-                f"{self.label}: weight={self.weight!r} must be above 0; leave the source out instead"
-            )
+            raise ValueError(f"{self.label}: weight={self.weight!r} must be above 0; leave the source out instead")
         return float(value)
 
     @property

@@ -94,7 +94,9 @@ class _Windows(Reported):
         for name, value in self.settings.items():
             theirs = state["settings"].get(name, "error" if name == "bad_rows" else None)  # as older checkpoints mean
             if theirs != value:
-                raise ValueError(f"the checkpoint's stream has {name}={theirs}, this run {value}; resume with the former")
+                raise ValueError(
+                    f"the checkpoint's stream has {name}={theirs}, this run {value}; resume with the former"
+                )
         for theirs, own in zip(state.get("data", self.data), self.data, strict=True):  # checkpoints of before have none
             if theirs != own:
                 raise ValueError(

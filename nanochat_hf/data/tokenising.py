@@ -58,7 +58,11 @@ class Render:
         good = np.array([not reason for reason in reasons], dtype=bool)
         factors = []
         for c, start, end in zip(converted, ends - lengths, ends, strict=True):
-            factors.append(np.zeros(0, np.float32) if c.weights is None else token_factors(ids[start:end], self.encoder.special, c.weights))
+            factors.append(
+                np.zeros(0, np.float32)
+                if c.weights is None
+                else token_factors(ids[start:end], self.encoder.special, c.weights)
+            )
             if c.weights is not None:
                 mask[start:end][factors[-1] == 0] = 0
         named = iter(SEPARATOR.join(c.ignored) for c in converted)

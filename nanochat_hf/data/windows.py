@@ -110,9 +110,7 @@ class PackConversations:
             report.ignored[name] = report.ignored.get(name, 0) + 1
         return (number, converted), len(str(raw.value))
 
-    def __call__(
-        self, waiting: list[Document], items: list[tuple[int, Converted]]
-    ) -> tuple[list[Row], list[Document]]:
+    def __call__(self, waiting: list[Document], items: list[tuple[int, Converted]]) -> tuple[list[Row], list[Document]]:
         documents = waiting + self.rendered(items)
         aged = set(range(len(waiting)))
         packed, rest = pack_window([len(d["ids"]) for d in documents], self.fit.capacity, aged)

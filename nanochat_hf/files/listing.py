@@ -21,7 +21,15 @@ SPLIT_WORDS = {
 NUMBERED = re.compile(r"(?P<split>\w+(?:[.-]\w+)*)-\d{5}-of-\d{5}")  # how the Hub's own tools name their files
 WORD = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLIT_WORDS)})(?=[-._ 0-9]|$)")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-ABOUT = {"dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json", "readme.md", "license", "license.txt"}
+ABOUT = {
+    "dataset_infos.json",
+    "dataset_info.json",
+    "state.json",
+    "dataset_dict.json",
+    "readme.md",
+    "license",
+    "license.txt",
+}
 WILD = "*?["
 
 

@@ -99,9 +99,7 @@ def _strip(feature: Any) -> Strip | None:
         inner = {name: _strip(part) for name, part in feature.items()}
 
         def struct(value: dict) -> dict:
-            return {
-                key: strip(v) if (strip := inner.get(key)) else v for key, v in value.items() if v is not None
-            }
+            return {key: strip(v) if (strip := inner.get(key)) else v for key, v in value.items() if v is not None}
 
         return struct
     items = feature.feature if isinstance(feature, List) or hasattr(feature, "feature") else None

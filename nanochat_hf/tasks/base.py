@@ -14,7 +14,13 @@ from nanochat_hf.files.rows import load_files
 NUMBER = re.compile(r"####\s*\$?\s*(-?\s*\$?\s*[\d.,]*\d)")
 
 
-SPLITS = ("train", "validation", "test", "dev", "auxiliary_train")  # the words for a split that a local file may be given
+SPLITS = (
+    "train",
+    "validation",
+    "test",
+    "dev",
+    "auxiliary_train",
+)  # the words for a split that a local file may be given
 
 Row = Any  # of a task: a dict of its columns
 Conversation = dict[str, Any]

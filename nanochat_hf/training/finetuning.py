@@ -84,7 +84,9 @@ class Sources:
 
 def sources_of(sft: SFTConfig, lists: dict[str, list], num_steps: int | None) -> Sources:
     """From --data and --validation, else from the recipe's lists. ValueError where nothing is named, or a stream has no end to train to."""
-    train, validation = (SourceConfig.from_recipe_list(lists.get(key), key) for key in ("train_data", "validation_data"))
+    train, validation = (
+        SourceConfig.from_recipe_list(lists.get(key), key) for key in ("train_data", "validation_data")
+    )
     sources = Sources(
         [SourceConfig(path=sft.data)] if sft.data else train,
         [SourceConfig(path=sft.validation)] if sft.validation else validation,
