@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
-.PHONY: test test-kernels test-xla quickstart quickstart-clean lint
+WORKERS ?= 2
+.PHONY: test test-kernels test-xla quickstart quickstart-clean lint docs
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -18,14 +19,24 @@ $(XLA)/.installed: constraints-xla.txt setup.cfg
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check nanochat_hf scripts tests
 	$(VENV)/bin/ruff format --check nanochat_hf scripts tests
+	$(VENV)/bin/ty check
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -c constraints.txt mkdocs-material
+	touch $@
+
+# the site, in build/site; a broken link is an error
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -q -d build/site
+
+# in random order, a file on one process; `make test WORKERS=8` where there are more cores
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 # the kernels of CUDA on a GPU, or without one by Triton's interpreter; Triton comes with torch's builds for CUDA alone, and takes 700 MB
 test-kernels: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q triton
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/kernels/test_kernels.py tests/kernels/test_kernels_layer.py tests/kernels/test_kernels_gradients.py tests/kernels/test_kernels_sums.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/kernels tests/optim/test_gradient_sums.py
 
 test-xla: $(VENV)/.installed $(XLA)/.installed
 	PLAIN_PYTHON=$(VENV)/bin/python $(XLA)/bin/python -m pytest -o timeout=1200 tests/xla

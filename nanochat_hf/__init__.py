@@ -1,11 +1,14 @@
-"""nanochat's recipe as a Hugging Face Accelerate trainer. Importing the package registers its model with the Auto classes."""
+"""nanochat's recipe as a Hugging Face Accelerate trainer.
+
+Importing the package registers its model with transformers' Auto classes.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .__about__ import __version__
 from .model import NanochatConfig, NanochatForCausalLM, NanochatModel
 
-__all__ = ["__version__", "NanochatConfig", "NanochatForCausalLM", "NanochatModel"]
+__all__ = ["NanochatConfig", "NanochatForCausalLM", "NanochatModel", "__version__"]
 
 AutoConfig.register(NanochatConfig.model_type, NanochatConfig, exist_ok=True)
 AutoModel.register(NanochatConfig, NanochatModel, exist_ok=True)

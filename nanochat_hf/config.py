@@ -1,28 +1,43 @@
-"""Configuration: frozen dataclasses, filled from a recipe (YAML) and then from the command line, which wins."""
+"""Configuration: frozen dataclasses, filled first from a recipe (YAML), then from the command line, which wins."""
 
+import argparse
 import dataclasses
 import difflib
 import functools
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 import yaml
 from transformers import HfArgumentParser
 
-from nanochat_hf.errors import say_error
+from nanochat_hf.errors import is_consequence, say_error
 
+# optional packages, and the extra of this package that installs each
+EXTRAS = {
+    "cudnn": "cudnn",
+    "gradio": "web",
+    "matplotlib": "plots",
+    "tensorboard": "tracking",
+    "tiktoken": "eval",
+    "trackio": "tracking",
+    "wandb": "tracking",
+}
+P = ParamSpec("P")
+R = TypeVar("R")
 SMALLER = (
-    "it does not fit; lower --device-batch-size (with --total-batch-size the step stays the same), give --gradient-checkpointing true, lower "
-    "--max-seq-len, or split the model over GPUs with accelerate_configs/fsdp2.yaml"
+    "it does not fit; lower --device-batch-size (with --total-batch-size the step stays the same), "
+    "give --gradient-checkpointing true, lower --max-seq-len, "
+    "or split the model over GPUs with accelerate_configs/fsdp2.yaml"
 )
 
 
-def read_recipe(path):
-    """Read a YAML recipe into a dict; ValueError names the file where it is missing, malformed or not a mapping."""
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Read a YAML recipe. Raises ValueError, naming the file, if it is missing, malformed or not a mapping."""
     try:
         recipe = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -35,54 +50,26 @@ def read_recipe(path):
     return recipe
 
 
-def parse(types, argv=None, *, lists=(), description=None):
-    """Parse `types` (frozen dataclasses) from `--config recipe.yaml` and flags; flags win over the recipe.
+def parse(
+    types: Sequence[Any],
+    argv: Sequence[str] | None = None,
+    *,
+    lists: Sequence[str] = (),
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """Parse `types` (frozen dataclasses) from `--config recipe.yaml` and from flags; flags win over the recipe.
 
-    `lists` names recipe keys that hold lists of mappings (data sets) and have no flag. Returns one instance per type,
-    then one dict with those lists. Unknown flags and unknown recipe keys end the program with exit code 2.
+    `argv` is the command line by default. `lists` names recipe keys that hold lists of mappings (data sets); they have
+    no flag. Returns one instance per type, then one dict with those lists. An unknown flag, an unknown
+    recipe key and a value that a dataclass refuses end the program with exit code 2 and one line on stderr.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(types, description=description, allow_abbrev=False)
     parser.error = functools.partial(_refuse, parser)
-    parser.add_argument(
-        "--config", default=None, help="recipe (YAML) whose keys are the flags' names; flags win over it"
-    )
-    extras = {}
-    config_path = _config_argument(argv)
-    if config_path is not None:
-        try:
-            recipe = read_recipe(config_path)
-        except ValueError as error:
-            parser.error(str(error))
-        extras = {key: recipe.pop(key) for key in lists if key in recipe}
-        known = {field.name for kind in types for field in dataclasses.fields(kind)}
-        unknown = sorted(set(recipe) - known)
-        if unknown:
-            parser.error(
-                f"--config {config_path}: unknown keys {guessed(unknown, known | set(lists))}; known are {', '.join(sorted(known | set(lists)))}"
-            )
-        single = {key: value for key, value in recipe.items() if value is not None}  # null: the default
-        for key, value in single.items():
-            if isinstance(value, list | dict):
-                parser.error(f"--config {config_path}: {key}: {value!r} must be a single value, as after its flag")
-        recipe = {
-            key: str(value) for key, value in single.items()
-        }  # argparse then reads and refuses them as it does a flag's
-        for action in parser._actions:  # a recipe answers required flags
-            if action.dest in recipe:
-                action.required = False
-        parser.set_defaults(**recipe)
-    flags = {flag for flag in parser._option_string_actions if flag.startswith("--") and "_" not in flag}
-    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    mistyped = sorted(given - set(parser._option_string_actions))
-    if mistyped and any(action.required and given.isdisjoint(action.option_strings) for action in parser._actions):
-        parser.error(
-            f"unknown flags: {guessed(mistyped, flags, ' ')}; see --help"
-        )  # argparse would say only that one is missing
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unknown flags: {guessed(unknown, flags, ' ')}; see --help")
-    values = {key: _at_home(value) for key, value in vars(namespace).items()}
+    parser.add_argument("--config", help="recipe (YAML) whose keys are the flags' names; flags win over it")
+    path = _config_argument(argv)
+    extras = {} if path is None else _apply_recipe(parser, path, types, lists)
+    values = vars(_known_flags(parser, argv))
     try:
         configs = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init}) for kind in types]
     except ValueError as error:
@@ -90,19 +77,58 @@ def parse(types, argv=None, *, lists=(), description=None):
     return *configs, extras
 
 
-def _at_home(value):
-    """A path that begins with "~" in the home folder, which no shell has put there for a recipe or for --data=~/x."""
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+def _apply_recipe(
+    parser: argparse.ArgumentParser, path: str, types: Sequence[Any], lists: Sequence[str]
+) -> dict[str, Any]:
+    # The recipe's single values become the parser's defaults; its lists are returned.
+    try:
+        recipe = read_recipe(path)
+    except ValueError as error:
+        parser.error(str(error))
+    extras = {key: recipe.pop(key) for key in lists if key in recipe}
+    known = {field.name for kind in types for field in dataclasses.fields(kind)}
+    unknown = sorted(set(recipe) - known)
+    if unknown:
+        known |= set(lists)
+        parser.error(f"--config {path}: unknown keys {guessed(unknown, known)}; known are {', '.join(sorted(known))}")
+    single = {key: value for key, value in recipe.items() if value is not None}  # null means the default
+    for key, value in single.items():
+        if isinstance(value, list | dict):
+            parser.error(f"--config {path}: {key}: {value!r} must be a single value, as after its flag")
+    # as text, so that argparse reads and refuses a recipe's value just as it does a flag's
+    texts = {key: str(value) for key, value in single.items()}
+    for action in parser._actions:
+        if action.dest in texts:  # the recipe answers a required flag
+            action.required = False
+    parser.set_defaults(**texts)
+    return extras
 
 
-def _refuse(parser, message):
-    # without the usage, 30 lines of flags above the one that matters; argparse's own words name no remedy
+def _known_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    flags = {flag for flag in parser._option_string_actions if flag.startswith("--") and "_" not in flag}
+    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    mistyped = sorted(given - set(parser._option_string_actions))
+    if mistyped and any(action.required and given.isdisjoint(action.option_strings) for action in parser._actions):
+        # argparse would only say that a required flag is missing
+        parser.error(f"unknown flags: {guessed(mistyped, flags, ' ')}; see --help")
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unknown flags: {guessed(unknown, flags, ' ')}; see --help")
+    return namespace
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    # Without the usage: thirty lines of flags would hide the one that matters. argparse's own messages name no remedy.
     say_error(f"{parser.prog}: error: {message if ';' in message else f'{message}; see --help'}")
     sys.exit(2)
 
 
-def guessed(names, known, separator=", "):
-    """Names that are none of the known, each with the one it resembles: guessed(["sed", "x"], ["seed"]) → "sed (did you mean seed?), x"."""
+def guessed(names: Iterable[str], known: Iterable[str], separator: str = ", ") -> str:
+    """Unknown names as text, each with the known name that it resembles.
+
+    >>> guessed(["sed", "x"], ["seed"])
+    'sed (did you mean seed?), x'
+    """
     told = []
     for name in names:
         head = name.partition("=")[0]
@@ -112,7 +138,7 @@ def guessed(names, known, separator=", "):
     return separator.join(told)
 
 
-def _config_argument(argv):
+def _config_argument(argv: Sequence[str]) -> str | None:
     for index, argument in enumerate(argv):
         if argument == "--config" and index + 1 < len(argv):
             return argv[index + 1]
@@ -121,23 +147,26 @@ def _config_argument(argv):
     return None
 
 
-def resolved(*configs, **extras):
-    """One flat dict of everything that was chosen, to print and to save with every checkpoint."""
-    return {k: v for config in configs for k, v in dataclasses.asdict(config).items()} | extras
+def resolved(*configs: Any, **extras: Any) -> dict[str, Any]:
+    """One flat dict of every setting of some dataclasses and of `extras`: printed, and saved with each checkpoint."""
+    return {key: value for config in configs for key, value in dataclasses.asdict(config).items()} | extras
 
 
-def dump(path, settings):
-    """Write `settings` (a dict) as JSON."""
+def dump(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write `settings` as JSON; a value that JSON does not know becomes text."""
     Path(path).write_text(json.dumps(settings, indent=2, default=str) + "\n")
 
 
-def user_errors(main):
-    """Decorate a script's main: what a user caused ends in one line on stderr and exit code 2, without a traceback.
+def user_errors(main: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a script's main, so that an error a user can cause ends in one line on stderr and exit code 2.
 
-    Of several processes that meet the same error the main one says it."""
+    These are ValueError, OSError, a lack of memory, and an optional package that is not installed; any other
+    exception is ours and keeps its traceback. If several processes meet the same error, the main one reports it.
+    Ctrl-C ends with code 130; during training, Ctrl-C saves instead (see training/stopping.py).
+    """
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return main(*args, **kwargs)
         except (ValueError, OSError) as error:
@@ -145,11 +174,19 @@ def user_errors(main):
                 raise
             say_error(f"error: {' '.join(str(error).split())}")
             sys.exit(2)
-        except KeyboardInterrupt:  # once training runs, Ctrl-C saves (stopping.StopSignal)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in EXTRAS:
+                raise
+            say_error(f"error: {package} is not installed; pip install 'nanochat_hf[{EXTRAS[package]}]'")
+            sys.exit(2)
+        except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
                 print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
         except RuntimeError as error:
+            if is_consequence(error):  # the process that failed has said why
+                sys.exit(2)
             if not out_of_memory(error):
                 raise
             reason = str(error).split(". ")[0]
@@ -159,8 +196,8 @@ def user_errors(main):
     return wrapped
 
 
-def out_of_memory(error):
-    """Whether a device, or the host ("can't allocate memory" in a plain RuntimeError), had no room."""
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had no memory left. The host raises a plain RuntimeError for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

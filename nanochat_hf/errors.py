@@ -1,26 +1,28 @@
-"""One word for all processes of a run that meet the same error."""
+"""One line for an error that all processes of a run meet, instead of one line from each."""
 
 import os
 import re
 import sys
 import time
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-PATIENCE, LINGER = (
-    10.0,
-    3.0,
-)  # seconds that a process waits for the main one's word, and the main one for the others to have it
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+PATIENCE = 10.0  # seconds that another process waits for the main one to speak
+LINGER = 3.0  # seconds that the main one stays, so that the others can read what it said
 
 
-def say_error(text):
-    """Print `text` on stderr: on the main process at once, on another only where the main one does not soon say the same, numbers apart.
+def say_error(text: str) -> None:
+    """Print `text` on stderr, once for all processes of the run.
 
-    A process that would leave first without a word could take it from the main one, for launchers end all when one has ended.
+    The main process prints at once. Another process prints only if the main one does not soon report the same error;
+    numbers are ignored in that comparison, because ranks count different things. The other processes wait for the main
+    one: launchers kill all processes as soon as one has ended, so a process that left early could silence the main one.
     """
-    rank, world = (
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("WORLD_SIZE", "1")),
-    )  # set by every launcher of several processes
+    # every launcher of several processes sets these two
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank == 0:
         print(text, file=sys.stderr, flush=True)
         if world > 1:
@@ -29,15 +31,15 @@ def say_error(text):
         print(f"{text} (process {rank})", file=sys.stderr, flush=True)
 
 
-def _without_numbers(text):
+def _without_numbers(text: str) -> str:
     return re.sub(r"\d+", "", text)
 
 
-def _store(is_master, seconds):
-    """The store of torch.distributed's rendezvous, whether the group has met there or not, and its key for the error."""
+def _store(is_master: bool, seconds: float) -> "tuple[TCPStore, str]":
+    # The key-value store where torch.distributed meets, and our key in it. It needs no process group.
     from torch.distributed import TCPStore
 
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself holds the store
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -49,19 +51,19 @@ def _store(is_master, seconds):
     return store, f"nanochat_hf/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
-def _tell(text, others):
+def _tell(text: str, others: int) -> None:
     try:
         store, key = _store(True, LINGER)
         store.set(key, _without_numbers(text))
         end = time.monotonic() + LINGER
         while store.add(f"{key}/heard", 0) < others and time.monotonic() < end:
             time.sleep(0.02)
-    except (RuntimeError, KeyError):  # no store: the others then speak for themselves
+    except (RuntimeError, KeyError):  # no store: each process prints its own line
         pass
 
 
-def _heard():
-    """What the main process says; None where it says nothing."""
+def _heard() -> str | None:
+    # what the main process said, or None if it said nothing in time
     try:
         store, key = _store(False, PATIENCE)
         said = store.get(key).decode()

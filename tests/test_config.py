@@ -1,11 +1,13 @@
 """What a user caused ends in one line that says how to go on."""
 
+from configparser import ConfigParser
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 
-from nanochat_hf.config import parse, user_errors
+from nanochat_hf.config import EXTRAS, parse, user_errors
 
 
 def raising(error):
@@ -24,6 +26,10 @@ def raising(error):
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB. GPU 0 has"),
             "error: CUDA out of memory: it does not fit; lower --device-batch-size",
+        ),
+        (
+            ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.figure"),
+            "error: matplotlib is not installed; pip install 'nanochat_hf[plots]'\n",
         ),
     ],
 )
@@ -47,6 +53,17 @@ def test_a_host_without_room_says_so_too(capsys):
 def test_faults_of_the_program_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
         raising(RuntimeError("a bug"))()
+    with pytest.raises(ModuleNotFoundError):
+        raising(ModuleNotFoundError("No module named 'nanochat_hf.gone'", name="nanochat_hf.gone"))()
+
+
+def test_the_extras_that_errors_name_bring_the_packages():
+    setup = ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    for package, extra in EXTRAS.items():
+        assert package in setup["options.extras_require"][extra], f"{extra} does not install {package}"
+    required = setup["options"]["install_requires"]
+    assert not [package for package in EXTRAS if package in required]
 
 
 def test_ctrl_c_before_training_is_no_traceback(capsys):

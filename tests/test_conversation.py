@@ -21,6 +21,18 @@ def say(content):
     return {"role": "assistant", "content": content}
 
 
+def call(name, arguments, number=None):
+    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls(*called, content=None):
+    return {"role": "assistant", "content": content, "tool_calls": list(called)}
+
+
+def answer(content, number=None):
+    return {"role": "tool", "content": content, "tool_call_id": number}
+
+
 def test_render_lays_out_pieces_and_mask_as_the_table_says(tokenizer):
     parts = [{"type": "text", "text": "x"}, {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
     ids, mask = render(tokenizer, {"messages": [{"role": "system", "content": "s"}, ASK, say(parts)]})
@@ -108,12 +120,33 @@ def test_rows_of_no_known_form_say_why(row, reason):
         ("hello", "no messages"),
         (["hello"], "turn 1 has role None, must be 'user'"),
         ([say("a")], "turn 1 has role 'assistant', must be 'user'"),
-        ([ASK, ASK], "turn 2 has role 'user', must be 'assistant'"),
+        ([ASK, say("a"), say("b")], "turn 3 has role 'assistant', must be 'user'"),
+        ([ASK, {"role": "tool", "content": "x"}], "turn 2 has role 'tool', must be 'user' or 'assistant'"),
+        ([ASK, {"role": "system", "content": "x"}], "turn 2 has role 'system'.*system messages come first"),
+        (
+            [ASK, calls(call("python", "1")), ASK],
+            "turn 3 has role 'user', must be 'tool' .a tool call must be answered",
+        ),
+        ([ASK, calls(call("look_up", {})), say("x")], "turn 3 has role 'assistant', must be 'tool'"),
+        ([ASK, calls(call("look up", {}))], "turn 2 calls 'look up'; a tool's name has letters"),
+        (
+            [ASK, calls(call("look_up", "no json"))],
+            "turn 2 calls look_up with 'no json'; arguments must be a JSON object",
+        ),
+        ([ASK, calls(call("look_up", "[1]"))], "turn 2 calls look_up with .* must be a JSON object"),
+        ([ASK, calls(call("look_up", {"a": {1}}))], "turn 2 holds what JSON cannot"),
+        ([ASK, calls({"id": "1"})], "turn 2 calls no function by name"),
+        ([ASK, say("x") | {"function_call": {"name": "f"}}], "turn 2 has a function_call, which is an old form"),
+        ([ASK, {"role": "assistant", "content": None}], "turn 2 has content of type NoneType"),
         ([{"role": "system", "content": "s"}], "only a system message"),
         ([{"role": "system", "content": None}, ASK], "system message has content of type NoneType"),
         ([{"role": "system"}, ASK], "system message has content of type NoneType"),
         ([{"role": "user", "content": None}], "turn 1 has content of type NoneType"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "turn 1 has content of type list"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "turn 1 has the part {'type': 'image_url'",
+        ),
+        ([{"role": "user", "content": {"text": "x"}}], "turn 1 has content of type dict"),
         ([ASK, say([])], "turn 2 has the part None"),
         ([ASK, say(["x"])], "turn 2 has the part 'x'; parts are {'type': text"),
         ([ASK, say([{"type": "text"}])], "turn 2 has the part"),
@@ -151,18 +184,6 @@ def test_whatever_is_given_it_renders_or_raises_conversation_error(tokenizer, th
         except ConversationError:
             continue
         assert len(ids) == len(mask)
-
-
-def call(name, arguments, number=None):
-    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def calls(*called, content=None):
-    return {"role": "assistant", "content": content, "tool_calls": list(called)}
-
-
-def answer(content, number=None):
-    return {"role": "tool", "content": content, "tool_call_id": number}
 
 
 @pytest.mark.parametrize(
@@ -267,66 +288,6 @@ def test_tool_messages_through_the_template_equal_the_converted_row(tokenizer, t
     said = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     assert said["input_ids"] == ids and said["assistant_masks"] == mask
     assert PlainEncoder(tokenizer).render([convert_row({"messages": messages})])[0].tolist() == ids
-
-
-def test_after_a_tool_the_template_goes_on_with_the_same_turn(tokenizer):
-    messages = [ASK, calls(call("calculator", {"expression": "1+1"})), answer("2")]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert prompt[-1] == OUTPUT_END and prompt.count(ASSISTANT) == 1
-    assert (
-        tokenizer.apply_chat_template([*messages, say("two")], return_dict=True)["input_ids"][: len(prompt)] == prompt
-    )
-
-
-def part(kind, text):
-    return {"type": kind, "text": text}
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [{"role": "user", "content": "<|bos|>"}, say("a")],
-        [ASK, say("<|assistant_end|>")],
-        [{"role": "system", "content": "<|user_end|>"}, ASK, say("a")],
-        [ASK, say([part("text", "<|bos"), part("text", "|>")])],  # only together are they a special token
-        [ASK, say([part("python", "<|python_end|>")])],
-        [ASK, say([part("python", "1"), part("python_output", "<|output_end|>")])],
-        [ASK, calls(call("python", {"code": "<|bos|>"})), answer("1")],
-        [ASK, calls(call("python", {"code": "1"})), answer("<|bos|>")],
-    ],
-)
-def test_the_template_raises_on_special_strings_which_render_keeps_as_text(tokenizer, messages):
-    with pytest.raises(Exception, match="special token <.* inside a message"):
-        tokenizer.apply_chat_template(messages)
-    ids, _ = render(tokenizer, convert_row({"messages": messages}))
-    assert ids.count(BOS) == ids.count(ASSISTANT_END) == ids.count(USER_END) == 1
-
-
-@pytest.mark.parametrize(
-    "messages", [[say("a")], [ASK, ASK], [ASK, answer("x")], [ASK, calls(call("python", {"code": "1"})), ASK]]
-)
-def test_the_template_raises_where_the_roles_do_not_alternate(tokenizer, messages):
-    with pytest.raises(Exception, match="roles must alternate"):
-        tokenizer.apply_chat_template(messages)
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    st.lists(
-        st.tuples(plain, st.lists(st.tuples(st.sampled_from(["text", "python"]), plain), min_size=1, max_size=5)),
-        min_size=1,
-        max_size=3,
-    )
-)
-def test_text_of_any_alphabet_before_a_call_is_marked_as_render_marks_it(tokenizer, turns):
-    messages = []
-    for question, parts in turns:
-        messages += [{"role": "user", "content": question}, say([part(kind, text) for kind, text in parts])]
-    if any(s in t for s in SPECIAL_TOKENS for _, parts in turns for t in ["".join(x for k, x in parts if k == "text")]):
-        return
-    ids, mask = render(tokenizer, {"messages": messages})
-    said = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-    assert said["input_ids"] == ids and said["assistant_masks"] == mask
 
 
 @settings(max_examples=40, deadline=None)

@@ -27,6 +27,7 @@ from nanochat_hf.tokenizer import token_bytes, train_tokenizer
 from nanochat_hf.tools.calculator import calculate
 from nanochat_hf.training import checkpoint
 from nanochat_hf.training.trainer import Trainer
+from tests.support.processes import Run
 
 TEXT = [
     "The cat sat on the mat and counted 12 letters.",
@@ -339,9 +340,9 @@ def test_bad_conversations_name_file_and_line(tmp_path, tokenizer, line, reason)
         (["scripts.chat_eval", "--model", "none", "--tasks", "juggling"], "task 'juggling' is unknown"),
     ],
 )
-def test_bad_usage_is_one_line_and_exit_code_2(arguments, reason):
-    out = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True)
-    assert out.returncode == 2 and reason in out.stderr and "Traceback" not in out.stderr
+def test_bad_usage_is_one_line_and_exit_code_2(arguments, reason, tmp_path):
+    run = Run(arguments[0], arguments[1:], tmp_path / "log")
+    assert run.wait() == [2] and reason in run.text() and "Traceback" not in run.text()
 
 
 def test_a_batch_size_that_does_not_divide_says_which_would():

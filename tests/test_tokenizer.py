@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nanochat_hf.cli import tok_eval, tok_train
-from nanochat_hf.conversation import CHAT_TEMPLATE, SPECIAL_TOKENS
+from nanochat_hf.conversation import CHAT_TEMPLATE, RESPONSE_TEMPLATE, SPECIAL_TOKENS, PlainEncoder, render_prompt
 from nanochat_hf.data.texts import shortened
 from nanochat_hf.interop.encoding import BYTES
 from nanochat_hf.tokenizer import load_tokenizer, token_bytes, train_tokenizer
@@ -46,7 +46,28 @@ def test_a_saved_folder_loads_as_it_was(tokenizer, tmp_path):
             and again.chat_template == CHAT_TEMPLATE
         )
         assert again(TEXT[0])["input_ids"] == tokenizer(TEXT[0])["input_ids"]
+        assert again.response_template == RESPONSE_TEMPLATE
         assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (281, 285, 289)
+
+
+def test_texts_begin_with_bos_once_and_are_padded_on_the_left(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    for again in (tokenizer, load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        bos, pad, bare = 281, 289, again("and", add_special_tokens=False)["input_ids"]
+        assert again("and")["input_ids"] == again.encode("and") == [bos, *bare]
+        rows = again(["and", "and And"], padding=True)["input_ids"]
+        assert rows[0] == [pad] * (len(rows[1]) - 1 - len(bare)) + [bos, *bare] and rows[1][0] == bos
+        chat = [{"role": "user", "content": "and"}]
+        said = again.apply_chat_template(chat, return_dict=True, add_generation_prompt=True)["input_ids"]
+        assert said.count(bos) == 1 and said == render_prompt(again, {"messages": chat})
+        assert PlainEncoder(again).encode(["and"]) == [bare], "the trainer adds its own bos"
+
+
+def test_a_folder_of_an_older_version_gets_the_templates_by_which_it_is_rendered(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("old")
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "old"
+    assert load_tokenizer(tmp_path).chat_template == CHAT_TEMPLATE
 
 
 def test_the_pattern_keeps_two_digits_words_and_line_ends_apart(tokenizer):
@@ -186,7 +207,7 @@ def test_compression_is_bytes_over_tokens(tokenizer, tmp_path, capsys):
         file.write("#version: 0.2\na n\n")
     tok_eval.main(["--tokenizer", str(tmp_path / "own"), "--versus", str(gpt2), "--data", str(tmp_path / "t.jsonl")])
     table = rows(capsys.readouterr().out)
-    size, ours = len(TEXT[0].encode()), len(tokenizer(TEXT[0])["input_ids"])
+    size, ours = len(TEXT[0].encode()), len(tokenizer(TEXT[0], add_special_tokens=False)["input_ids"])
     theirs = size - TEXT[0].count("an")
     assert table[str(tmp_path / "t.jsonl")] == [
         str(size),

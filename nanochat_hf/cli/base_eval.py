@@ -1,22 +1,28 @@
-"""Evaluate a base model: accelerate launch -m scripts.base_eval --model DIR --eval core,bpb,sample --core-data eval_bundle.zip --data TEXT"""
+"""Evaluate a base model: CORE, bits per byte, and samples.
+
+accelerate launch -m nanochat_hf.cli.base_eval --model DIR --core-data eval_bundle.zip --data TEXT.jsonl
+"""
 
 import csv
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data.sources import SourceConfig
 from nanochat_hf.data.texts import Texts
 from nanochat_hf.evals.bpb import evaluate_bpb, text_batches
-from nanochat_hf.evals.core import BUNDLE_HELP, load_bundle
-from nanochat_hf.evals.core_scoring import evaluate_core
+from nanochat_hf.evals.core import BUNDLE_HELP, CoreResult, load_bundle
+from nanochat_hf.evals.core_scoring import CoreOptions, evaluate_core
 from nanochat_hf.evals.raw_bytes import raw_token_bytes
 from nanochat_hf.generation import Engine
-from nanochat_hf.machine.accelerator import build_accelerator, sum_over_ranks
+from nanochat_hf.machine.accelerator import Ranks, build_accelerator, sum_over_ranks
 
 from .base_train import PROMPTS
 
@@ -25,7 +31,7 @@ EVALS = ("core", "bpb", "sample")
 
 @dataclass(frozen=True)
 class BaseEvalConfig:
-    """Which model, on what."""
+    """Which model to evaluate, and on what."""
 
     model: str = field(metadata={"help": "folder or Hub name of any causal language model, its tokenizer beside it"})
     eval: str = field(default="core,bpb,sample", metadata={"help": "what to do, with commas: core, bpb, sample"})
@@ -69,23 +75,29 @@ class BaseEvalConfig:
             raise ValueError("--eval bpb needs --data: a file of text, a pattern of files, or a Hub name")
 
 
-def load_model(config, device):
-    """(model in evaluation mode on `device`, tokenizer); ValueError where one cannot be loaded."""
+def load_model(config: BaseEvalConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode on `device`, and its tokenizer. Raises ValueError if one cannot be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {config.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    return model.eval().to(device), tokenizer
+    return model.eval().to(device), cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def load_texts(config):
+def load_texts(config: BaseEvalConfig) -> list[str]:
     """The texts of --data."""
     return list(Texts(SourceConfig(path=config.data, split=config.split, rows=config.max_texts), config.text_column))
 
 
-def bits_per_byte(config, accelerator, model, tokenizer, texts):
-    """bpb of `texts`; a tokenizer that changes the text is told of, because its bytes are then not the text's."""
+def bits_per_byte(
+    config: BaseEvalConfig,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+) -> float:
+    """Bits per byte of `texts`. Warns if the tokenizer changes the text, because then its bytes are not the text's."""
     sizes = raw_token_bytes(tokenizer)
     positions = min(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048, 2048)
     ranks = dict(rank=accelerator.process_index, world_size=accelerator.num_processes)
@@ -101,8 +113,8 @@ def bits_per_byte(config, accelerator, model, tokenizer, texts):
     return bpb
 
 
-def show_core(result):
-    """CORE as a table, with the tasks that had no data file."""
+def show_core(result: CoreResult) -> None:
+    """Print CORE as a table, and the tasks that had no data file."""
     print(f"{'task':<34}{'kind':<19}{'shots':>6}{'items':>7}{'accuracy':>10}{'guessing':>10}{'centred':>9}")
     for row in result.rows:
         shown = f"{row['accuracy']:>10.1%}{row['baseline']:>10.1%}{row['centred']:>9.4f}"
@@ -112,8 +124,8 @@ def show_core(result):
     print(f"{result.name}: {result.core:.4f}")
 
 
-def write(path, results):
-    """The results as JSON, and CORE's table as CSV beside it."""
+def write(path: Path, results: Mapping[str, Any]) -> None:
+    """Write the results as JSON, and CORE's table as CSV beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     if "core" in results:
@@ -124,47 +136,50 @@ def write(path, results):
     print(f"written to {path}" + (f" and {path.with_suffix('.csv')}" if "core" in results else ""))
 
 
+def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """Greedy continuations of the prompts that base training shows too."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = [start + tokenizer.encode(text, add_special_tokens=False) for text in PROMPTS]
+    answers = Engine(model, tokenizer).generate(ids, max_new_tokens=16)
+    return [{"prompt": text, "answer": answer.text} for text, (answer,) in zip(PROMPTS, answers, strict=True)]
+
+
+def default_output(model: str) -> Path:
+    """base_eval.json beside the model's folder; for a name on the Hub, base_eval_NAME.json here."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder.resolve().parent / "base_eval.json"
+    return Path(f"base_eval_{model.replace('/', '--')}.json")
+
+
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Evaluate, print and write the results, and return them."""
     config, _ = parse([BaseEvalConfig], argv, description=__doc__)
     wanted, results = config.eval.split(","), {"model": config.model}
     tasks, missing = load_bundle(config.core_data, config.max_per_task) if "core" in wanted else ([], [])
     texts = load_texts(config) if "bpb" in wanted else []
     accelerator = build_accelerator(1, dtype=config.dtype)
     model, tokenizer = load_model(config, accelerator.device)
-    ranks = dict(
-        rank=accelerator.process_index, world_size=accelerator.num_processes, reduce=sum_over_ranks(accelerator)
-    )
+    core = None
     with accelerator.autocast():
         if "core" in wanted:
-            settings = dict(
-                limit=config.max_per_task, batch_tokens=config.batch_tokens, progress=accelerator.is_main_process
-            )
-            core = evaluate_core(model, tokenizer, tasks, missing, **settings, **ranks)
+            options = CoreOptions(config.max_per_task, config.batch_tokens, accelerator.is_main_process)
+            ranks = Ranks.of(accelerator)
+            core = evaluate_core(model, tokenizer, tasks, missing, options=options, ranks=ranks)
             results["core"] = {"name": core.name, "core": core.core, "tasks": core.rows, "missing": core.missing}
         if "bpb" in wanted:
             results["bpb"] = bits_per_byte(config, accelerator, model, tokenizer, texts)
         if "sample" in wanted and accelerator.is_main_process:
-            start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-            ids = [start + tokenizer.encode(text, add_special_tokens=False) for text in PROMPTS]
-            answers = Engine(model, tokenizer).generate(ids, max_new_tokens=16)
-            results["samples"] = [
-                {"prompt": text, "answer": answer.text} for text, (answer,) in zip(PROMPTS, answers, strict=True)
-            ]
+            results["samples"] = samples(model, tokenizer)
     if accelerator.is_main_process:
-        if "core" in wanted:
+        if core is not None:
             show_core(core)
         if "bpb" in wanted:
             print(f"bits per byte: {results['bpb']:.6f} on {len(texts):,} texts")
         for sample in results.get("samples", ()):
             print(f"{sample['prompt']}|{sample['answer']}")
-        folder = Path(config.model)
-        default = (
-            folder.resolve().parent / "base_eval.json"
-            if folder.is_dir()
-            else Path(f"base_eval_{config.model.replace('/', '--')}.json")
-        )
-        write(Path(config.output) if config.output else default, results)
+        write(Path(config.output) if config.output else default_output(config.model), results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,7 +29,16 @@ HELP = """\
 /quit           leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
-def add_model_arguments(parser):
+def printable(pieces: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """(kind, text) … with � in place of every control character but tab and line feed.
+
+    >>> list(printable([("text", "\\x1b[2J\\n")]))
+    [('text', '�[2J\\n')]
+    """
+    return ((kind, text.translate(CONTROLS)) for kind, text in pieces)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of everything that chats."""
     parser.add_argument("--model", required=True, help="folder (final/ of a run) or Hub name of a chat model")
     parser.add_argument("--system", help="system message")
@@ -46,7 +56,7 @@ def add_model_arguments(parser):
     )
 
 
-def load_chat(args):
+def load_chat(args: argparse.Namespace) -> Chat:
     """A Chat from the flags; ValueError before anything is loaded for settings that cannot be, and for what is no model."""
     settings = dict(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
@@ -74,7 +84,7 @@ def load_chat(args):
     return Chat(Engine(model, tokenizer), system=args.system, seed=args.seed, **settings)
 
 
-def command(chat, line):
+def command(chat: Chat, line: str) -> None:
     """Do what a line that begins with a slash says."""
     name, _, rest = line.partition(" ")
     rest = rest.strip()
@@ -92,7 +102,7 @@ def command(chat, line):
         print(f"{name} is unknown; /help lists the commands")
 
 
-def save(chat, path):
+def save(chat: Chat, path: str) -> None:
     """Append the conversation to a file, or say why not."""
     if not path or not chat.ids:
         print("/save needs a file's name" if not path else "nothing was said yet")
@@ -105,13 +115,13 @@ def save(chat, path):
         print(f"{path}: {error.strerror}; give another file")
 
 
-def answer(chat, line, colour):
+def answer(chat: Chat, line: str, colour: bool) -> None:
     """Print the answer as it comes; Ctrl-C stops it."""
     marks = ("\033[2m[", " → ", "]\033[0m") if colour else ("[", " → ", "]")
     pieces = chat.ask(line)
     try:
         with contextlib.closing(pieces):
-            for piece in show(((kind, text.translate(CONTROLS)) for kind, text in pieces), marks):
+            for piece in show(printable(pieces), marks):
                 print(piece, end="", flush=True)
         print()
     except KeyboardInterrupt:
@@ -120,7 +130,7 @@ def answer(chat, line, colour):
         print(error)
 
 
-def converse(chat, colour):
+def converse(chat: Chat, colour: bool) -> None:
     """Read lines until the end."""
     print("Ask something; /help lists the commands.")
     while True:
@@ -141,7 +151,8 @@ def converse(chat, colour):
 
 
 @user_errors
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Chat, or answer one question."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,7 +161,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     chat, colour = load_chat(args), sys.stdout.isatty()
     if args.prompt is not None:
-        for piece in show(chat.ask(args.prompt)):
+        for piece in show(printable(chat.ask(args.prompt))):
             print(piece, end="", flush=True)
         print()
         return

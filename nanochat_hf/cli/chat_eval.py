@@ -1,24 +1,39 @@
-"""Accuracy of a chat model on tasks, and ChatCORE: accelerate launch -m scripts.chat_eval --model DIR --tasks gsm8k,spelling_bee"""
+"""Accuracy of a chat model on tasks, and ChatCORE.
+
+accelerate launch -m nanochat_hf.cli.chat_eval --model DIR --tasks gsm8k,spelling_bee
+"""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import nanochat_hf  # noqa: F401  registers our model with the Auto classes
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.evals.chat import CHAT_CORE, chat_core, chat_core_stderr, evaluate_task, evaluation_rows
+from nanochat_hf.evals.chat import (
+    CHAT_CORE,
+    ChatOptions,
+    TaskResult,
+    chat_core,
+    chat_core_stderr,
+    evaluate_task,
+    evaluation_rows,
+)
 from nanochat_hf.machine.accelerator import build_accelerator
 from nanochat_hf.tasks import get_task
+from nanochat_hf.tasks.base import Task
 
+Graded = tuple[TaskResult, float]  # a result and the accuracy of guessing
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Which model, on what."""
+    """Which model to evaluate, and on what."""
 
     model: str = field(metadata={"help": "folder or Hub name: ours, or any causal language model with a chat template"})
     tasks: str | None = field(
@@ -48,28 +63,25 @@ class EvalConfig:
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate, print the table, and write the results if --output is given."""
     config, lists = parse([EvalConfig], argv, lists=("eval_data",), description=__doc__)
     chosen = chosen_tasks(config, lists.get("eval_data") or [])
     accelerator = build_accelerator(1, dtype=config.dtype)
     if config.output and accelerator.is_main_process:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    with accelerator.main_process_first():  # the others find what it downloaded and prepared
+    with accelerator.main_process_first():  # the others then find its downloads in the cache
         model, tokenizer = load(config.model, DTYPES[accelerator.mixed_precision], config.trust_remote_code)
         rows = [evaluation_rows(task, path, config.limit) for task, path in chosen]
-    model.to(
-        "cpu" if accelerator.device.type == "xla" else accelerator.device
-    )  # each new length would be a new program of XLA
-    results = []
+    # XLA would compile a program for each new length, so generation runs on the CPU there
+    model.to("cpu" if accelerator.device.type == "xla" else accelerator.device)
+    options = ChatOptions(config.batch_size, config.max_new_tokens, accelerator.is_main_process)
+    results: list[Graded] = []
     for (task, _), task_rows in zip(chosen, rows, strict=True):
         if task.notice and accelerator.is_main_process:
             print(task.notice(), flush=True)
-        settings = dict(
-            batch_size=config.batch_size, max_new_tokens=config.max_new_tokens, progress=accelerator.is_main_process
-        )
-        results.append(
-            (evaluate_task(model, tokenizer, task, task_rows, accelerator=accelerator, **settings), task.baseline)
-        )
+        result = evaluate_task(model, tokenizer, task, task_rows, accelerator=accelerator, options=options)
+        results.append((result, task.baseline))
     if accelerator.is_main_process:
         summary = [(result, baseline) for result, baseline in results if result.name in CHAT_CORE]
         print(table(results) + ("\n" + core_line(summary, config.limit) if summary else ""), flush=True)
@@ -78,23 +90,30 @@ def main(argv=None):
     accelerator.end_training()
 
 
-def chosen_tasks(config, entries):
-    """[(Task, path or None)] of --tasks with the recipe's paths, else all of the recipe's `entries`; ValueError for unknown ones."""
+def chosen_tasks(config: EvalConfig, entries: Sequence[Any]) -> list[tuple[Task, str | None]]:
+    """The tasks of --tasks, or else of the recipe's `entries`, or else of ChatCORE; each with its local file or None.
+
+    Raises ValueError for an unknown task and for a malformed entry.
+    """
     for entry in entries:
         if not isinstance(entry, dict) or "task" not in entry or set(entry) - {"task", "path"}:
             raise ValueError(
-                f"eval_data: {entry!r} must be a mapping such as {{task: gsm8k, path: test.jsonl.gz}}; path may be left out"
+                f"eval_data: {entry!r} must be a mapping such as {{task: gsm8k, path: test.jsonl.gz}}; "
+                "path may be left out"
             )
     paths = {entry["task"]: entry.get("path") for entry in entries}
     names = config.tasks.split(",") if config.tasks else list(paths) or CHAT_CORE
     return [(get_task(name.strip()), paths.get(name.strip())) for name in names]
 
 
-def load(name, dtype, trust_remote_code=False):
-    """(model, tokenizer) of a folder or Hub name, in evaluation mode; ValueError where they cannot be loaded."""
+def load(
+    name: str, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a folder or Hub name, in evaluation mode, and its tokenizer; ValueError if one cannot be loaded."""
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-        return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return model.eval(), cast(PreTrainedTokenizerBase, tokenizer)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -106,36 +125,35 @@ def load(name, dtype, trust_remote_code=False):
         ) from None
 
 
-def table(results):
-    """Markdown: a line a task."""
+def table(results: Sequence[Graded]) -> str:
+    """The results as a Markdown table with a line for each task."""
     lines = ["| task | accuracy | ± stderr | correct | questions |", "|---|---|---|---|---|"]
     return "\n".join(
         lines + [f"| {r.name} | {r.accuracy:.1%} | {r.stderr:.1%} | {r.correct} | {r.total} |" for r, _ in results]
     )
 
 
-def core_line(summary, limit=None):
-    """ChatCORE, called partial where tasks are missing, with the limit where there is one."""
+def core_line(summary: Sequence[Graded], limit: int | None = None) -> str:
+    """One line with ChatCORE. It says whether tasks are missing, and at most how many questions each task had."""
     missing = missing_tasks(summary)
     partial = f", partial: {len(summary)} of {len(CHAT_CORE)} tasks, without {', '.join(missing)}" if missing else ""
     sampled = f", at most {limit} questions a task" if limit else ""
     return f"ChatCORE {chat_core(summary):.4f} ± {chat_core_stderr(summary):.4f}{partial}{sampled}"
 
 
-def missing_tasks(summary):
+def missing_tasks(summary: Sequence[Graded]) -> list[str]:
     """The tasks of ChatCORE that were not evaluated."""
     return [name for name in CHAT_CORE if name not in {result.name for result, _ in summary}]
 
 
-def write(config, results, summary, processes):
-    """Results and all answers as JSON, and the table as Markdown where asked; each file appears whole."""
-    found, missing = (
-        {"model": config.model, "settings": asdict(config) | {"processes": processes}},
-        missing_tasks(summary),
-    )
+def write(config: EvalConfig, results: Sequence[Graded], summary: Sequence[Graded], processes: int) -> None:
+    """Write results and answers as JSON and, with --markdown, the table. A file appears whole or not at all."""
+    settings: Mapping[str, Any] = asdict(config) | {"processes": processes}
+    found: dict[str, Any] = {"model": config.model, "settings": settings}
+    missing, output = missing_tasks(summary), Path(config.output or "")
     if summary and not missing:
         found["chatcore"] = chat_core(summary)
-    if summary:  # in a mapping of its own, which model cards do not quote
+    if summary:  # nested, because model cards quote the numbers of the top level
         found["chatcore_of_these_tasks"] = {
             "value": chat_core(summary),
             "stderr": chat_core_stderr(summary),
@@ -153,11 +171,10 @@ def write(config, results, summary, processes):
         }
         for r, baseline in results
     ]
-    texts = {Path(config.output): json.dumps(found, indent=1, ensure_ascii=False)}
+    texts = {output: json.dumps(found, indent=1, ensure_ascii=False)}
     if config.markdown:
-        texts[Path(config.output).with_suffix(".md")] = table(results) + (
-            "\n\n" + core_line(summary, config.limit) if summary else ""
-        )
+        core = "\n\n" + core_line(summary, config.limit) if summary else ""
+        texts[output.with_suffix(".md")] = table(results) + core
     for path, text in texts.items():
         partial = path.with_name(path.name + ".partial")
         partial.write_text(text + "\n", encoding="utf-8")

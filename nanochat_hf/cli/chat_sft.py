@@ -1,4 +1,7 @@
-"""Fine-tune on conversations: accelerate launch -m scripts.chat_sft --model DIR --data chats.jsonl --output-dir runs/sft"""
+"""Fine-tune on conversations.
+
+Accelerate launch -m scripts.chat_sft --model DIR --data chats.jsonl --output-dir runs/sft
+"""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +13,6 @@ from nanochat_hf.hub.push import HubConfig, HubPusher, fetch_checkpoint, fetch_m
 from nanochat_hf.tasks.base import pair
 from nanochat_hf.tokenizer import load_tokenizer
 from nanochat_hf.training.config import PARTS, TrainConfig
-from nanochat_hf.training.equipment import accelerate
 from nanochat_hf.training.finetuning import (
     SFTConfig,
     conversation_data,
@@ -20,6 +22,7 @@ from nanochat_hf.training.finetuning import (
     warn_beyond_base,
     with_newest,
 )
+from nanochat_hf.training.opening import opened
 from nanochat_hf.training.run import Hooks, Run, Stage
 
 PROMPTS = ("Why is the sky blue?", "Spell the word: elephant", "How many r are in strawberry?", "What is 12*7?")
@@ -36,16 +39,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     start, pusher = fetch_model(sft.model), HubPusher.from_config(hub, idle=not config.run.writes)
     tokenizer, model = load_tokenizer(start), load_model(start, sft.model)
 
-    accelerator = accelerate(config, model.config.hidden_size)
-    data = conversation_data(sft, config, accelerator, tokenizer, sources)
-    warn_beyond_base(config, accelerator, model, start)
-    stage = Stage(
-        "sft",
-        horizon(sft, config, data.train, accelerator.gradient_accumulation_steps),
-        settings=asdict(sft) | sources.settings(),
-        prompts=[(text, render_prompt(tokenizer, pair(text, ""))) for text in PROMPTS],
-    )
-    result = Run(config, accelerator, model, data, stage, Hooks(pusher=pusher, fetch=fetch_checkpoint)).fit()
+    with opened(config, model.config.hidden_size, fetch_checkpoint) as run:
+        data = conversation_data(sft, config, run.accelerator, tokenizer, sources)
+        warn_beyond_base(config, run.accelerator, model, start)
+        stage = Stage(
+            "sft",
+            horizon(sft, config, data.train, run.accelerator.gradient_accumulation_steps),
+            settings=asdict(sft) | sources.settings(),
+            prompts=[(text, render_prompt(tokenizer, pair(text, ""))) for text in PROMPTS],
+        )
+        result = Run(config, run, model, data, stage, Hooks(pusher=pusher)).fit()
     sys.exit(result.exit_code)
 
 

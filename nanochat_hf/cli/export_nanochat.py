@@ -1,5 +1,9 @@
-"""Write a model folder as a checkpoint of nanochat: python -m scripts.export_nanochat --model runs/sft/final --output chatsft_checkpoints/d12"""
+"""Write a model folder as a checkpoint of the original nanochat.
 
+python -m nanochat_hf.cli.export_nanochat --model runs/sft/final --output chatsft_checkpoints/d12
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nanochat_hf.config import parse, user_errors
@@ -25,7 +29,8 @@ class ExportConfig:
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export, and say where to."""
     config, _ = parse([ExportConfig], argv, description=__doc__)
     print(f"saved {export_checkpoint(config.model, config.output, config.step, config.tokenizer_output)}")
 

@@ -1,5 +1,9 @@
-"""Import a checkpoint of nanochat: python -m scripts.import_nanochat --checkpoint-dir base_checkpoints/d12 --output runs/d12"""
+"""Import a checkpoint of the original nanochat.
 
+python -m nanochat_hf.cli.import_nanochat --checkpoint-dir base_checkpoints/d12 --output runs/d12
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nanochat_hf.config import parse, user_errors
@@ -19,12 +23,12 @@ class ImportConfig:
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Import, and say how large the model and its tokenizer are."""
     config, _ = parse([ImportConfig], argv, description=__doc__)
     model, tokenizer = import_checkpoint(config.checkpoint_dir, config.output, config.step, config.tokenizer)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters and {len(tokenizer)} tokens saved in {config.output}"
-    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{parameters:,} parameters and {len(tokenizer)} tokens saved in {config.output}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
-"""What a base run takes, before it starts: python -m scripts.plan --depth 12 --gpus 8 --gpu h100 [--depth 4,8,12,20,26 for a table]"""
+"""What a base run takes, before it starts: memory, time and money.
 
-from dataclasses import dataclass, field, replace
+python -m nanochat_hf.cli.plan --depth 12 --gpus 8 --gpu h100; with --depth 4,8,12,20,26 a table.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from nanochat_hf import scaling
 from nanochat_hf.config import parse, user_errors
+from nanochat_hf.model import NanochatForCausalLM
 
 # GiB as the driver reports them or the vendor's data sheet says
 MEMORY = {
@@ -22,7 +28,7 @@ MEMORY = {
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Which run, on what."""
+    """Which run to plan, and on what."""
 
     depth: str = field(default="12", metadata={"help": "layers, or several, 4,8,12, for a table"})
     gpus: int = field(default=8, metadata={"help": "GPUs"})
@@ -48,7 +54,12 @@ class PlanConfig:
         default="SSSL", metadata={"help": "attention windows, tiled over the layers: S half, L whole"}
     )
 
-    def __post_init__(self):
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.total_batch_size or self.gpus * self.device_batch_size * self.max_seq_len
+
+    def __post_init__(self) -> None:
         if self.gpu.lower() not in MEMORY:
             raise ValueError(f"--gpu {self.gpu} is unknown; choose from {', '.join(MEMORY)}")
         for name in ("gpus", "device_batch_size", "max_seq_len"):
@@ -59,48 +70,61 @@ class PlanConfig:
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the plan of one depth, or a table of several."""
     config, _ = parse([PlanConfig], argv, description=__doc__)
-    if config.total_batch_size is None:
-        config = replace(config, total_batch_size=config.gpus * config.device_batch_size * config.max_seq_len)
     depths = [int(part) for part in config.depth.split(",")]
     if len(depths) == 1:
         run, model = figures(config, depths[0])
+        room = MEMORY[config.gpu.lower()]
         lines = scaling.describe(
-            model, config.device_batch_size, config.max_seq_len, config.gpus, config.total_batch_size, run["steps"]
+            model, config.device_batch_size, config.max_seq_len, config.gpus, config.step_tokens, run["steps"]
         )
         lines["time"] = (
             f"about {scaling.shown_hours(run['hours'])} on {config.gpus} × {config.gpu.upper()} at {config.mfu:.0%} MFU"
         )
         lines["cost"] = f"about {run['cost']:,.2f} at {config.price:g} a GPU-hour"
         print(f"base d{depths[0]}:", *(f"  {name:<11} {text}" for name, text in lines.items()), sep="\n")
-        if run["GiB"] > MEMORY[config.gpu.lower()]:
+        if run["GiB"] > room:
             print(
-                f"warning: {run['GiB']:.0f} GiB do not fit {MEMORY[config.gpu.lower()]} GiB; lower --device-batch-size to {fitting(config, model)}"
+                f"warning: {run['GiB']:.0f} GiB do not fit {room} GiB; "
+                f"lower --device-batch-size to {fitting(config, model)}"
             )
     else:
         print(
-            f"{config.gpus} × {config.gpu.upper()}, {config.mfu:.0%} MFU, {config.price:g} a GPU-hour, {config.device_batch_size} rows; * does not fit"
+            f"{config.gpus} × {config.gpu.upper()}, {config.mfu:.0%} MFU, {config.price:g} a GPU-hour, "
+            f"{config.device_batch_size} rows; * does not fit"
         )
         table([figures(config, depth)[0] for depth in depths], MEMORY[config.gpu.lower()])
 
 
-def figures(config, depth):
-    """One depth → ({column: number}, the model without memory)."""
-    sizes = dict(aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, window_pattern=config.window_pattern)
-    model = scaling.skeleton(scaling.model_config(depth, config.vocab_size, config.max_seq_len, **sizes))
-    scaling.accumulation_steps(config.total_batch_size, config.device_batch_size, config.max_seq_len, config.gpus)
+def figures(config: PlanConfig, depth: int) -> tuple[dict[str, Any], NanochatForCausalLM]:
+    """The figures of one depth by column, and its model, which has no memory."""
+    model = scaling.skeleton(
+        scaling.model_config(
+            depth,
+            config.vocab_size,
+            config.max_seq_len,
+            aspect_ratio=config.aspect_ratio,
+            head_dim=config.head_dim,
+            window_pattern=config.window_pattern,
+        )
+    )
+    scaling.accumulation_steps(config.step_tokens, config.device_batch_size, config.max_seq_len, config.gpus)
     counts, flops = scaling.parameter_counts(model), scaling.flops_per_token(model, config.max_seq_len)
     steps = scaling.training_horizon(
         counts["matrix"] + counts["head"],
         flops,
-        config.total_batch_size,
+        config.step_tokens,
         num_steps=config.num_steps,
         target_flops=config.target_flops,
         ratio=config.target_param_data_ratio,
     )
-    tokens = steps * config.total_batch_size
-    hours = scaling.training_hours(flops * tokens, scaling.peak_of(config.gpu), config.gpus, config.mfu)
+    tokens = steps * config.step_tokens
+    peak = scaling.peak_of(config.gpu)
+    if peak is None:
+        raise ValueError(f"--gpu {config.gpu}: its FLOP/s are unknown; choose from {', '.join(MEMORY)}")
+    hours = scaling.training_hours(flops * tokens, peak, config.gpus, config.mfu)
     memory = scaling.memory_per_gpu(model, config.device_batch_size, config.max_seq_len, config.gpus)["total"]
     return {
         "depth": depth,
@@ -114,8 +138,8 @@ def figures(config, depth):
     }, model
 
 
-def fitting(config, model):
-    """The most rows, a power of two, that fit the GPU; 0 where one does not."""
+def fitting(config: PlanConfig, model: NanochatForCausalLM) -> int:
+    """The most rows, a power of two, that fit the GPU; 0 if not even one does."""
     rows = [2**i for i in range(10)]
     room = MEMORY[config.gpu.lower()]
     return max(
@@ -124,15 +148,16 @@ def fitting(config, model):
     )
 
 
-def table(runs, room):
-    """One line a depth."""
+def table(runs: Sequence[Mapping[str, Any]], room: float) -> None:
+    """Print a line for each depth; `room` is the GPU's memory in GiB."""
     print(
         "| depth | parameters | tokens | steps | FLOPs | GiB a GPU | time | cost |\n|---|---|---|---|---|---|---|---|"
     )
     for run in runs:
         print(
-            f"| {run['depth']} | {run['parameters'] / 1e6:,.1f} M | {run['tokens'] / 1e9:,.2f} B | {run['steps']:,} | {run['FLOPs']:.2e} "
-            f"| {run['GiB']:.1f}{'*' if run['GiB'] > room else ''} | {scaling.shown_hours(run['hours'])} | {run['cost']:,.2f} |"
+            f"| {run['depth']} | {run['parameters'] / 1e6:,.1f} M | {run['tokens'] / 1e9:,.2f} B | {run['steps']:,} "
+            f"| {run['FLOPs']:.2e} | {run['GiB']:.1f}{'*' if run['GiB'] > room else ''} "
+            f"| {scaling.shown_hours(run['hours'])} | {run['cost']:,.2f} |"
         )
 
 

@@ -1,14 +1,18 @@
-"""Draw the schedules of a run, or print them as a table: python -m scripts.plot_schedules --num-steps 3000 --output docs/schedules.png"""
+"""Draw the schedules of a run, or print them as a table.
+
+python -m nanochat_hf.cli.plot_schedules --num-steps 3000 --output docs/schedules.png
+"""
 
 import argparse
 from pathlib import Path
 
+from nanochat_hf.config import user_errors
 from nanochat_hf.training.pretraining import BaseSchedule
 from nanochat_hf.training.schedules import Schedule, ScheduleConfig, muon_momentum
 
 
 def curves(num_steps: int, points: int = 200) -> dict[str, list[tuple[float, float]]]:
-    """What trains, by default: each as (progress, value) at `points` steps of a run of `num_steps`, the first and the last among them."""
+    """What trains by default, as pairs of progress and value, at `points` steps of a run of `num_steps`."""
     steps = [round(i * (num_steps - 1) / (points - 1)) for i in range(points)]
     base = Schedule(num_steps, BaseSchedule(), decay_falls=True)
     sft = Schedule(num_steps, ScheduleConfig())
@@ -23,12 +27,7 @@ def curves(num_steps: int, points: int = 200) -> dict[str, list[tuple[float, flo
 
 def draw(series: dict[str, list[tuple[float, float]]], num_steps: int, path: Path) -> None:
     """Write the curves as an image, in the format that the file's ending names."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit(
-            "drawing needs matplotlib; pip install 'nanochat_hf[plots]', or leave --output out for a table"
-        ) from None
+    import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -51,7 +50,9 @@ def table(series: dict[str, list[tuple[float, float]]]) -> str:
     return "\n".join(rows)
 
 
+@user_errors
 def main() -> None:
+    """Draw, or print a table if there is no --output."""
     parser = argparse.ArgumentParser(description="Draw the schedules of a run.")
     parser.add_argument("--num-steps", type=int, default=1000, help="optimizer steps of the run")
     parser.add_argument("--output", type=Path, help="image to write (png, svg, pdf); without it a table is printed")

@@ -1,14 +1,19 @@
-"""Push a finished model to the Hub: python -m scripts.push_to_hub runs/sft --hub-model-id org/name"""
+"""Push a finished model to the Hub.
+
+python -m nanochat_hf.cli.push_to_hub runs/sft --hub-model-id org/name
+"""
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.hub.card import read_results
+from nanochat_hf.hub.card import CardFacts, read_results
+from nanochat_hf.hub.client import check_repo_id
 from nanochat_hf.hub.folder import lay_out, run_settings, write_card
-from nanochat_hf.hub.push import HubPusher, check_repo_id
+from nanochat_hf.hub.push import HubPusher
 from nanochat_hf.training.checkpoint import checkpoints
 
 
@@ -44,25 +49,27 @@ class PushConfig:
     )
 
 
-def locate(folder):
-    """(model folder, run folder) for a run's output folder or for a model folder inside or outside of one."""
-    folder = Path(folder)
+def locate(name: str) -> tuple[Path, Path]:
+    """The model's folder and the run's folder, from a run's output folder or from a model's folder."""
+    folder = Path(name)
     if (folder / "final").is_dir():
         return folder / "final", folder
     inside = folder.resolve().name == "final" or folder.name.startswith("checkpoint-")
-    return folder, folder.resolve().parent if inside and (folder.resolve().parent / "config.json").is_file() else folder
+    above = folder.resolve().parent
+    return folder, above if inside and (above / "config.json").is_file() else folder
 
 
-def show(config, model, run, checkpoint, card):
-    """Print where the push would go, its files with their bytes, and the card, all made in a temporary folder as a push makes them."""
+def show(config: PushConfig, model: Path, run: Path, checkpoint: Path | None, facts: CardFacts) -> None:
+    """Print where the push would go, its files with their bytes, and the card, made as a push makes them."""
     with tempfile.TemporaryDirectory(prefix="hub-stage-") as folder:
         stage = lay_out(model, Path(folder) / "stage", run, checkpoint)
-        write_card(stage, config.hub_model_id, settings=run_settings(run), revision=config.hub_revision, **card)
+        write_card(stage, config.hub_model_id, settings=run_settings(run), revision=config.hub_revision, facts=facts)
         files = sorted(path for path in stage.rglob("*") if path.is_file())
         sizes = [path.stat().st_size for path in files]
         print(
             f"dry run, nothing is sent; repository {config.hub_model_id}, branch {config.hub_revision or 'main'}, "
-            f"{'private' if config.hub_private else 'public'} where it is new, {len(files)} files of {sum(sizes):,} bytes:"
+            f"{'private' if config.hub_private else 'public'} where it is new, "
+            f"{len(files)} files of {sum(sizes):,} bytes:"
         )
         for path, size in zip(files, sizes, strict=True):
             print(f"{size:>16,}  {path.relative_to(stage)}")
@@ -70,7 +77,8 @@ def show(config, model, run, checkpoint, card):
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Push, or show with --dry-run what a push would send. Exit code 1 if the push failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and not argv[0].startswith("-"):
         argv = ["--folder", *argv]
@@ -85,12 +93,13 @@ def main(argv=None):
     found = checkpoints(run)[-1:] if config.with_checkpoint else []
     if config.with_checkpoint and not found:
         raise ValueError(f"--with-checkpoint: no whole checkpoint in {run}; leave the flag out")
-    card = {"results": results, "license": config.license, "language": config.language}
+    checkpoint = found[0] if found else None
+    facts = CardFacts(results, config.license, config.language)
     if config.dry_run:
-        show(config, model, run, found[0] if found else None, card)
+        show(config, model, run, checkpoint, facts)
         return
     pusher = HubPusher(config.hub_model_id, private=config.hub_private, revision=config.hub_revision, say=print)
-    pusher.submit(model, run_dir=run, checkpoint=found[0] if found else None, **card)
+    pusher.submit(model, run_dir=run, checkpoint=checkpoint, facts=facts)
     sys.exit(0 if pusher.finish() else 1)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nanochat_hf.conversation import ConversationError
+from nanochat_hf.messages import ConversationError
 
 
 def renamed(row: Any, columns: Mapping[str, str] | None, where: str = "row") -> Any:

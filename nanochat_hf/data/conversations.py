@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_hf.conversation import ConversationError, validate
 from nanochat_hf.files.data_file import Raw
+from nanochat_hf.messages import ConversationError, layout
 from nanochat_hf.tasks import get_task
 
 from .columns import renamed
@@ -30,7 +30,7 @@ def convert(raw: Raw, source: SourceConfig) -> Converted:
     try:
         conversation, unused = _conversation(row, source, where)
         check(conversation, where)
-        return Converted(conversation, turn_weights(conversation["messages"], where), unused)
+        return Converted(conversation, turn_weights(conversation, where), unused)
     except (TypeError, AttributeError, KeyError) as error:  # values of kinds that no form has
         raise ConversationError(f"{where}: no conversation ({error}); correct or remove the row") from None
 
@@ -53,12 +53,9 @@ def check(conversation: Any, where: str) -> None:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list) and any(part is None for part in content):
             raise ConversationError(f"{where}: a message has a part that is null; remove it or give it text")
-    validate(conversation, where)
-    for message in messages:
-        content = message["content"]
-        for text in [content] if isinstance(content, str) else [part["text"] for part in content]:
-            if fault := surrogate(text):
-                raise ConversationError(f"{where}: {fault}")
+    for text, special, _ in layout(conversation, where):
+        if not special and (fault := surrogate(text)):
+            raise ConversationError(f"{where}: {fault}")
 
 
 def surrogate(text: str) -> str | None:

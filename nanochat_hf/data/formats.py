@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_hf.conversation import ConversationError
+from nanochat_hf.messages import ConversationError
 
 from .columns import as_list, holds
-from .tool_calls import has_tools, merge_tools
+from .tool_calls import declared_calls, has_tools, merge_tools
 
 Message = dict[str, Any]
 SHAREGPT_ROLES = {
@@ -64,8 +64,8 @@ def row_format(row: Any, where: str = "row") -> str:
 def convert_row(row: Any, where: str = "row", form: str | None = None) -> dict[str, Any]:
     """A row as messages, a bare list of messages, ShareGPT, prompt/completion or Alpaca → a conversation.
 
-    `form` names one of FORMATS; None takes the first that the columns fit. A `system` column becomes the system message.
-    OpenAI's tool calls become python parts, see tool_calls.
+    `form` names one of FORMATS; None takes the first that the columns fit. A `system` column becomes the system message,
+    `tools` go along with the messages. Calls of tools that are not declared become python parts, see tool_calls.
 
     >>> convert_row({"instruction": "hi", "output": "yes", "history": [["a", "b"]]})["messages"][1]
     {'role': 'assistant', 'content': 'b'}
@@ -78,6 +78,11 @@ def convert_row(row: Any, where: str = "row", form: str | None = None) -> dict[s
     messages = FORMATS[form].convert(row, where)
     if isinstance(row, dict):
         messages = _with_system(messages, row.get("system"), where)
+    tools = as_list(row.get("tools"), where, "tools") if isinstance(row, dict) else None
+    if holds(tools):
+        if not isinstance(tools, list):
+            raise ConversationError(f"{where}: tools holds {type(tools).__name__}; give a list of function schemas")
+        return {"messages": declared_calls(messages, where), "tools": tools}
     return {"messages": merge_tools(messages, where) if has_tools(messages) else messages}
 
 
@@ -174,9 +179,9 @@ def _list(row: Any, where: str) -> Any:
 
 # the first form whose columns are there is taken
 FORMATS: dict[str, Form] = {
-    "messages": Form(_messages, ("messages",), ("system",)),
-    "sharegpt": Form(_sharegpt, ("conversations",), ("system",)),
-    "prompt_completion": Form(_prompt_completion, ("prompt", "completion"), ("system",)),
-    "alpaca": Form(_alpaca, ("instruction", "output"), ("input", "system", "history")),
+    "messages": Form(_messages, ("messages",), ("system", "tools")),
+    "sharegpt": Form(_sharegpt, ("conversations",), ("system", "tools")),
+    "prompt_completion": Form(_prompt_completion, ("prompt", "completion"), ("system", "tools")),
+    "alpaca": Form(_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
     "list": Form(_list),
 }

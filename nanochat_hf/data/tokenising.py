@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import nanochat_hf.conversation
+import nanochat_hf.messages
 from nanochat_hf.conversation import PlainEncoder
 from nanochat_hf.files.data_file import Raw
 from nanochat_hf.files.rows import LineRows, Rows, TableRows
@@ -26,7 +27,16 @@ from .sources import SourceConfig
 from .weights import token_factors
 
 BATCH = 500  # rows that are rendered at once
-MAKERS = (nanochat_hf.conversation, columns, conversations, formats, tool_calls, weights, sys.modules[__name__])
+MAKERS = (
+    nanochat_hf.conversation,
+    nanochat_hf.messages,
+    columns,
+    conversations,
+    formats,
+    tool_calls,
+    weights,
+    sys.modules[__name__],
+)
 SEPARATOR = "\x1f"  # between the names of ignored columns
 
 

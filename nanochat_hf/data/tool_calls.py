@@ -1,20 +1,20 @@
-"""OpenAI's tool calls → the parts of one assistant's turn: text, python, python_output.
+"""OpenAI's tool calls → what a conversation is rendered from.
 
-[user, assistant with tool_calls, tool, assistant] → [user, assistant with text, python, python_output and text parts].
+Where a row declares its tools they stand in the prompt, and calls are kept as they are: they are written as clients of the
+model write and read them (`declared_calls`). Where it does not, a call becomes the Python call that it describes, within one
+turn (`merge_tools`): [user, assistant with tool_calls, tool, assistant] → [user, assistant with text, python, python_output
+and text parts].
 """
 
 import json
 from typing import Any
 
-from nanochat_hf.conversation import ConversationError
+from nanochat_hf.messages import CODE_ARGUMENTS, CODE_TOOLS, ConversationError
 
 from .columns import as_list, as_mapping
 
 Message = dict[str, Any]
 Call = tuple[Any, str]  # id, Python text
-# Tools whose argument is itself Python; any other call is written as the Python call it describes.
-CODE_TOOLS = {"python", "python_interpreter", "code_interpreter", "execute_python", "run_python", "calculator"}
-CODE_ARGUMENTS = ("code", "expression", "source", "input")
 
 
 def has_tools(messages: Any) -> bool:
@@ -64,6 +64,33 @@ def merge_tools(messages: list[Message], where: str = "row") -> list[Message]:
     if calls:
         merged[-1]["content"] += [{"type": "python", "text": code} | marks for _, code in calls]
     return [_simplified(message) for message in merged]
+
+
+def declared_calls(messages: Any, where: str = "row") -> Any:
+    """Messages beside declared tools, in OpenAI's present form: function_call is one of tool_calls, function is tool, and what
+    a column holds as text or as a struct of lists is a list again. What is malformed is left to `validate`."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        return messages
+    found = []
+    for message in messages:
+        message = {key: value for key, value in message.items() if value is not None or key == "content"}
+        if message.get("role") == "function":
+            message["role"] = "tool"
+        if call := message.pop("function_call", None):
+            message["tool_calls"] = [{"type": "function", "function": call}]
+        if "tool_calls" in message:
+            calls = as_list(message["tool_calls"], where, "tool_calls")
+            message["tool_calls"] = [_plain_call(c) for c in calls] if isinstance(calls, list) else calls
+            message.setdefault("content", None)
+        found.append(message)
+    return found
+
+
+def _plain_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    return {**call, "function": {**function, "arguments": as_mapping(function.get("arguments"))}}
 
 
 def _simplified(message: Message) -> Message:

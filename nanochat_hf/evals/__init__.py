@@ -1,1 +1,1 @@
-"""Evaluations: bits per byte, and chat tasks."""
+"""Evaluations: bits per byte, CORE, and accuracy on chat tasks."""

@@ -1,42 +1,64 @@
-"""Accuracy on tasks, by real generation or by the likeliest letter, over all ranks; ChatCORE."""
+"""Accuracy on tasks, by generation or by the likeliest letter, over all ranks; and ChatCORE, their mean."""
 
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversation import SPECIAL_TOKENS, render_prompt
 from ..generation import Engine
-from ..tasks.base import answer_text
+from ..tasks.base import Task, answer_text
 
+# (prompts, their numbers) → an answer each
+Answer = Callable[[Sequence[Sequence[int]], Sequence[int]], list[str]]
 CHAT_CORE = ("mmlu", "arc_easy", "arc_challenge", "gsm8k", "humaneval", "spelling_bee")
 
 
 @dataclass
 class TaskResult:
-    """Accuracy of a task over `total` rows, with its binomial standard error and every answer."""
+    """Accuracy of a task over `total` rows, its binomial standard error, and every answer.
+
+    An answer holds index, task, question, answer, expected and correct.
+    """
 
     name: str
     correct: int
     total: int
-    answers: list = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def accuracy(self):
-        """correct ÷ total."""
+    def accuracy(self) -> float:
+        """The share of rows that are correct."""
         return self.correct / self.total
 
     @property
-    def stderr(self):
-        """√(p(1 − p)/n)."""
+    def stderr(self) -> float:
+        """Standard error of the accuracy: √(p(1 − p)/n)."""
         return (self.accuracy * (1 - self.accuracy) / self.total) ** 0.5
 
 
-def evaluation_rows(task, path=None, limit=None):
-    """Held-out rows: all, or `limit` of them evenly spaced, since files are sorted by subject; generated tasks make as many as asked."""
+@dataclass(frozen=True)
+class ChatOptions:
+    """How tasks are evaluated: questions answered at once, longest answer in tokens, and whether a bar is shown."""
+
+    batch_size: int = 64
+    max_new_tokens: int = 512
+    progress: bool = True
+
+
+def evaluation_rows(task: Task, path: str | Path | None = None, limit: int | None = None) -> list[Any]:
+    """Held-out rows of a task: all, or `limit` of them, evenly spaced because files are sorted by subject.
+
+    A task that generates its rows makes as many as `limit`. Raises ValueError for a limit below 1.
+    """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: must be at least 1; leave it out for all rows")
     rows = task.load("test", path=path)
@@ -47,13 +69,22 @@ def evaluation_rows(task, path=None, limit=None):
     return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
-def evaluate_task(model, tokenizer, task, rows, *, accelerator=None, batch_size=64, max_new_tokens=512, progress=True):
-    """Answer each of `rows`, greedily or by the likeliest letter, and grade it → TaskResult, the same on every rank.
+def evaluate_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Any],
+    *,
+    accelerator: Accelerator | None = None,
+    options: ChatOptions | None = None,
+) -> TaskResult:
+    """Answer each of `rows`, by greedy generation or by the likeliest letter, and grade it. Every rank gets the result.
 
-    Prompts of like length share a batch, and whole batches are dealt to the ranks of `accelerator`: the batches, and so the answers, do
-    not depend on the number of processes. Each answer is {index, task, question, answer, expected, correct}. ValueError when there
-    are no rows or one has no answer.
+    Prompts of like length share a batch, and whole batches are dealt to the ranks of `accelerator`. So the batches, and
+    with them the answers, do not depend on the number of processes. Raises ValueError if there are no rows, and if a
+    row has no answer.
     """
+    options = options or ChatOptions()
     if not len(rows):
         raise ValueError(f"task {task.name}: no rows to evaluate; raise the limit")
     conversations = [task.to_conversation(row) for row in rows]
@@ -66,34 +97,41 @@ def evaluate_task(model, tokenizer, task, rows, *, accelerator=None, batch_size=
     if task.kind == "categorical":
         answer = _letters(model, tokenizer, [conversation["letters"] for conversation in conversations])
     else:
-        answer = _generations(Engine(model, tokenizer), max_new_tokens)
+        answer = _generations(Engine(model, tokenizer), options.max_new_tokens)
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    batches, records = length_sorted_batches(prompts, batch_size)[rank::world], []
-    # threads, for a grade may wait for a process of its own
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world)) as pool:
-        with tqdm(batches, desc=task.name, unit="batch", disable=not progress) as bar:
-            for batch in bar:
-                texts = answer([prompts[i] for i in batch], batch)
-                grades = pool.map(task.grade, [conversations[i] for i in batch], texts)
-                records += [
-                    _record(task, i, conversations[i], t, bool(g)) for i, t, g in zip(batch, texts, grades, strict=True)
-                ]
-                bar.set_postfix(accuracy=f"{sum(r['correct'] for r in records) / len(records):.1%}")
+    batches = length_sorted_batches(prompts, options.batch_size)[rank::world]
+    records: list[dict[str, Any]] = []
+    threads = max(1, (os.cpu_count() or 1) // world)  # a grade may wait for a process that it started
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(batches, desc=task.name, unit="batch", disable=not options.progress) as bar,
+    ):
+        for batch in bar:
+            texts = answer([prompts[i] for i in batch], batch)
+            grades = pool.map(task.grade, [conversations[i] for i in batch], texts)
+            for i, text, grade in zip(batch, texts, grades, strict=True):
+                records.append(_record(task, i, conversations[i], text, bool(grade)))
+            bar.set_postfix(accuracy=f"{sum(r['correct'] for r in records) / len(records):.1%}")
     records = sorted(gather_object(records) if world > 1 else records, key=lambda record: record["index"])
     return TaskResult(task.name, sum(record["correct"] for record in records), len(records), records)
 
 
-def length_sorted_batches(prompts, batch_size):
-    """Numbers of prompts of like length, the longest first: memory runs out at once or never.
+def length_sorted_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Group the prompts' numbers into batches of like length, the longest first: memory runs out at once or never.
 
-    length_sorted_batches([[1], [1, 2, 3], [1, 2]], 2) → [[1, 2], [0]]
+    >>> length_sorted_batches([[1], [1, 2, 3], [1, 2]], 2)
+    [[1, 2], [0]]
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def prompt_ids(tokenizer, conversation):
-    """The prompt in nanochat's form where the tokenizer has its special tokens, else by its own chat template; ValueError without one."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: dict[str, Any]) -> list[int]:
+    """The ids of a conversation without its last answer.
+
+    They take nanochat's form if the tokenizer has its special tokens, else the tokenizer's own chat template. Raises
+    ValueError if it has none.
+    """
     vocabulary = tokenizer.get_vocab()
     if all(token in vocabulary for token in SPECIAL_TOKENS):
         return render_prompt(tokenizer, conversation)
@@ -101,12 +139,12 @@ def prompt_ids(tokenizer, conversation):
         raise ValueError(
             "the tokenizer has no chat template; evaluate a chat model, or set tokenizer.chat_template and save it"
         )
-    return tokenizer.apply_chat_template(conversation["messages"][:-1], add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
+    messages = conversation["messages"][:-1]
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return encoded["input_ids"]
 
 
-def _record(task, index, conversation, text, correct):
+def _record(task: Task, index: int, conversation: dict[str, Any], text: str, correct: bool) -> dict[str, Any]:
     question, expected = conversation["messages"][-2]["content"], answer_text(conversation)
     return {
         "index": index,
@@ -118,20 +156,20 @@ def _record(task, index, conversation, text, correct):
     }
 
 
-def _generations(engine, max_new_tokens):
-    """(prompts, their numbers) → greedy completions as text."""
-    return lambda prompts, batch: [
+def _generations(engine: Engine, max_new_tokens: int) -> Answer:
+    # greedy completions
+    return lambda prompts, _: [
         completion.text for (completion,) in engine.generate(prompts, max_new_tokens=max_new_tokens)
     ]
 
 
-def _letters(model, tokenizer, letters):
-    """(prompts, their numbers) → of each prompt's letters the one with the largest logit at its end."""
+def _letters(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, letters: Sequence[Sequence[str]]) -> Answer:
+    # of each prompt's letters, the one with the largest logit after it
     tokens = {
         letter: letter_token(tokenizer, letter) for letter in sorted({letter for row in letters for letter in row})
     }
 
-    def choose(prompts, batch):
+    def choose(prompts: Sequence[Sequence[int]], batch: Sequence[int]) -> list[str]:
         rows = last_logits(model, prompts, tokenizer.pad_token_id or 0)
         return [
             letters[i][int(logits[[tokens[c] for c in letters[i]]].argmax())]
@@ -142,30 +180,34 @@ def _letters(model, tokenizer, letters):
 
 
 @torch.no_grad()  # not inference_mode, which XLA tensors refuse
-def last_logits(model, prompts, pad):
-    """Lists of ids → (B, V) logits behind the last id of each. Padded behind, where causal attention never looks from there."""
+def last_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+    """The logits (B, V) after the last id of each prompt.
+
+    Prompts are padded with `pad` on the right, where causal attention does not look.
+    """
     longest, rows = max(map(len, prompts)), torch.arange(len(prompts), device=model.device)
-    ids = torch.tensor([prompt + [pad] * (longest - len(prompt)) for prompt in prompts], device=model.device)  # (B, T)
+    ids = torch.tensor([[*p, *[pad] * (longest - len(p))] for p in prompts], device=model.device)  # (B, T)
     ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
-    kept, place = ends.unique(return_inverse=True)  # like lengths share a batch, so these positions are few
+    kept, place = ends.unique(return_inverse=True)  # few positions, because prompts of like length share a batch
     return model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[rows, place]
 
 
-def letter_token(tokenizer, letter):
-    """The one token of an answer's letter; ValueError where the tokenizer needs several."""
+def letter_token(tokenizer: PreTrainedTokenizerBase, letter: str) -> int:
+    """The token of an answer's letter. Raises ValueError if the tokenizer needs several."""
     ids = tokenizer.encode(letter, add_special_tokens=False)
     if len(ids) != 1:
         raise ValueError(
-            f"the answer {letter!r} is {len(ids)} tokens in this tokenizer; categorical tasks need one: use another tokenizer"
+            f"the answer {letter!r} is {len(ids)} tokens in this tokenizer; "
+            "categorical tasks need one: use another tokenizer"
         )
     return ids[0]
 
 
-def chat_core(results):
-    """Mean of (accuracy − baseline) ÷ (1 − baseline) over [(TaskResult, baseline)]: 0 is guessing, 1 is perfect."""
+def chat_core(results: Sequence[tuple[TaskResult, float]]) -> float:
+    """Mean of (accuracy − baseline) ÷ (1 − baseline) over results and their baselines: 0 is guessing, 1 perfect."""
     return sum((result.accuracy - baseline) / (1 - baseline) for result, baseline in results) / len(results)
 
 
-def chat_core_stderr(results):
-    """Standard error of `chat_core`, from those of the tasks, which are independent."""
+def chat_core_stderr(results: Sequence[tuple[TaskResult, float]]) -> float:
+    """Standard error of `chat_core`, from the standard errors of its tasks, which are independent."""
     return sum((result.stderr / (1 - baseline)) ** 2 for result, baseline in results) ** 0.5 / len(results)

@@ -1,6 +1,6 @@
 """CORE (DCLM, arXiv:2406.11794): in-context tasks of three kinds, their data, their prompts and the score.
 
-Scoring in batches is core_scoring.py's. A prompt is: few-shot examples, each followed by a blank line, then the item.
+A prompt is the few-shot examples, each followed by a blank line, then the item. core_scoring.py scores in batches.
 """
 
 import csv
@@ -8,42 +8,50 @@ import io
 import json
 import random
 import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 KINDS = ("multiple_choice", "schema", "language_modeling")
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-BUNDLE_HELP = f"the evaluation bundle (core.yaml, eval_meta_data.csv, eval_data/), zipped or unpacked; nanochat's is at {BUNDLE_URL}"
+BUNDLE_HELP = (
+    "the evaluation bundle (core.yaml, eval_meta_data.csv, eval_data/), zipped or unpacked; "
+    f"nanochat's is at {BUNDLE_URL}"
+)
+Item = dict[str, Any]
+Reader = Callable[[str], bytes | None]
 
 
 @dataclass(frozen=True)
 class CoreTask:
-    """One task: its items, how many solved examples stand before each, and what stands between question and answer.
+    """One task: its items, the number of solved examples before each, and the text between question and answer.
 
-    `kind`: multiple_choice items hold query, choices, gold; schema items context_options, continuation, gold; language_modeling items
-    context, continuation. `baseline` is the accuracy of guessing, 0 to 1.
+    By `kind`, an item holds: multiple_choice query, choices, gold; schema context_options, continuation, gold;
+    language_modeling context, continuation. `baseline` is the accuracy of guessing, from 0 to 1.
     """
 
     label: str
     kind: str
-    items: list
+    items: list[Item]
     num_fewshot: int = 0
     delimiter: str = " "
     baseline: float = 0.0
 
-    def chosen(self, limit=None):
-        """The items in the order that all evaluations share, at most `limit`."""
+    def chosen(self, limit: int | None = None) -> list[Item]:
+        """The items in the order that every evaluation uses, at most `limit` of them."""
         items = list(self.items)
         random.Random(1337).shuffle(items)
         return items[:limit]
 
 
-def load_bundle(path, limit=None):
-    """A bundle (zip or folder) → ([CoreTask …] in core.yaml's order, [labels of tasks without a data file]).
+def load_bundle(path: str | Path, limit: int | None = None) -> tuple[list[CoreTask], list[str]]:
+    """Read a bundle, a zip file or a folder: the tasks in core.yaml's order, and the labels of tasks without data.
 
-    ValueError, naming file and fault, for what is no bundle, and where `limit` items of a task are too few for its solved examples.
+    Raises ValueError, naming the file and the fault, if it is no bundle, and if `limit` items of a task are too few for
+    its solved examples.
     """
     read = _reader(Path(path))
     listing = read("core.yaml")
@@ -65,13 +73,13 @@ def load_bundle(path, limit=None):
     return [task for task, lines in tasks if lines is not None], [task.label for task, lines in tasks if lines is None]
 
 
-def _reader(path):
-    """A function: name below the bundle's top folder → bytes, or None where there is no such file."""
+def _reader(path: Path) -> Reader:
+    # a function from a name below the bundle's top folder to the file's bytes, or None if there is no such file
     if not path.exists():
         raise ValueError(f"--core-data {path}: no such file or folder; give {BUNDLE_HELP}")
     if path.is_dir():
-        top = path if (path / "core.yaml").is_file() else path / "eval_bundle"
-        return lambda name: (top / name).read_bytes() if (top / name).is_file() else None
+        folder = path if (path / "core.yaml").is_file() else path / "eval_bundle"
+        return lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None
     try:
         bundle = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
@@ -81,7 +89,7 @@ def _reader(path):
     return lambda name: bundle.read(top + name) if top + name in names else None
 
 
-def _task(entry, baselines):
+def _task(entry: Mapping[str, Any], baselines: Mapping[str, float]) -> CoreTask:
     label, kind = entry["label"], entry["icl_task_type"]
     if kind not in KINDS:
         raise ValueError(f"CORE task {label}: icl_task_type {kind!r} is unknown; known are {', '.join(KINDS)}")
@@ -92,7 +100,7 @@ def _task(entry, baselines):
     )
 
 
-def _items(task, lines, path):
+def _items(task: CoreTask, lines: bytes, path: str | Path) -> Iterator[Item]:
     for number, line in enumerate(lines.decode().split("\n"), 1):
         if line.strip():
             try:
@@ -103,18 +111,20 @@ def _items(task, lines, path):
                 ) from None
 
 
-def enough(task, count):
-    """ValueError where `count` items leave fewer others than the solved examples that stand before each."""
+def enough(task: CoreTask, count: int) -> None:
+    """Raise ValueError if `count` items are too few to take the solved examples of an item from the others."""
     if count <= task.num_fewshot:
         raise ValueError(
-            f"CORE task {task.label}: {count} items are too few for num_fewshot={task.num_fewshot}; allow at least {task.num_fewshot + 1} items a task"
+            f"CORE task {task.label}: {count} items are too few for num_fewshot={task.num_fewshot}; "
+            f"allow at least {task.num_fewshot + 1} items a task"
         )
 
 
-def prompts(task, items, index):
-    """The texts whose tokens decide item `index`: one per option, or for language_modeling [without the continuation, with it].
+def prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
+    """The texts whose tokens decide item `index`: one per option; for language_modeling without and with continuation.
 
-    prompts(CoreTask("t", "multiple_choice", []), [{"query": "1+1=", "choices": ["2", "3"], "gold": 0}], 0) → ["1+1= 2", "1+1= 3"]
+    >>> prompts(CoreTask("t", "multiple_choice", []), [{"query": "1+1=", "choices": ["2", "3"], "gold": 0}], 0)
+    ['1+1= 2', '1+1= 3']
     """
     enough(task, len(items))
     others = [i for i in range(len(items)) if i != index]
@@ -126,11 +136,11 @@ def prompts(task, items, index):
     if task.kind == "schema":
         return [before + context + between + item["continuation"] for context in item["context_options"]]
     question = before + item["context"].strip() + between
-    # without trailing space, which the tokens of the continuation may hold
+    # without the trailing space, which may belong to the first token of the continuation
     return [question.strip(), question + item["continuation"]]
 
 
-def _solved(task, item):
+def _solved(task: CoreTask, item: Item) -> str:
     if task.kind == "multiple_choice":
         return item["query"] + task.delimiter + item["choices"][item["gold"]]
     if task.kind == "schema":
@@ -138,8 +148,12 @@ def _solved(task, item):
     return item["context"].strip() + task.delimiter + item["continuation"]
 
 
-def common_length(sequences, end=False):
-    """How many tokens all sequences share at the beginning, or at the end. common_length([[1, 2, 3], [1, 2, 4]]) → 2"""
+def common_length(sequences: Sequence[Sequence[int]], end: bool = False) -> int:
+    """How many tokens all sequences share at the beginning, or at the end.
+
+    >>> common_length([[1, 2, 3], [1, 2, 4]])
+    2
+    """
     if end:
         sequences = [sequence[::-1] for sequence in sequences]
     shared = 0
@@ -150,8 +164,11 @@ def common_length(sequences, end=False):
     return shared
 
 
-def spans(task, texts, positions=None):
-    """`texts` (the ids of each prompt) → [(ids, start)]: ids[start:] is what is scored. Cut from the left to `positions` tokens."""
+def spans(task: CoreTask, texts: list[list[int]], positions: int | None = None) -> list[tuple[list[int], int]]:
+    """What is scored of each prompt: (ids, start), where ids[start:] is scored.
+
+    `texts` are the ids of each prompt. A prompt of more than `positions` tokens loses its beginning.
+    """
     if task.kind == "schema":
         shared = common_length(texts, end=True)
         starts = [len(ids) - shared for ids in texts]
@@ -162,30 +179,33 @@ def spans(task, texts, positions=None):
     out = []
     for ids, start in zip(texts, starts, strict=True):
         cut = max(0, len(ids) - positions) if positions else 0
-        # one token at least is scored, also of an option that another one begins with, and the first has nothing before it
+        # At least one token is scored, even if an option is the beginning of another. A first token cannot be scored.
         out.append((ids[cut:], max(1, min(start, len(ids) - 1) - cut)))
     return out
 
 
-def centred(accuracy, baseline):
-    """0 for guessing, 1 for perfect: (accuracy − baseline) ÷ (1 − baseline)."""
+def centred(accuracy: float, baseline: float) -> float:
+    """(accuracy − baseline) ÷ (1 − baseline): 0 for guessing, 1 for perfect."""
     return (accuracy - baseline) / (1 - baseline)
 
 
 @dataclass(frozen=True)
 class CoreResult:
-    """rows: one dict a task {task, kind, shots, items, accuracy, baseline, centred}; `missing`: labels of tasks without data."""
+    """The result of each task, and the labels of the tasks without data.
 
-    rows: list
-    missing: list
+    A row holds task, kind, shots, items, accuracy, baseline and centred.
+    """
+
+    rows: list[dict[str, Any]]
+    missing: list[str]
 
     @property
-    def core(self):
+    def core(self) -> float:
         """The mean of the centred accuracies of the tasks that ran."""
         return sum(row["centred"] for row in self.rows) / len(self.rows)
 
     @property
-    def name(self):
-        """ "CORE", or "CORE (partial, 17 of 22)" where data was missing."""
+    def name(self) -> str:
+        """The score's name: CORE, or CORE (partial, 17 of 22) if data was missing."""
         total = len(self.rows) + len(self.missing)
         return f"CORE (partial, {len(self.rows)} of {total})" if self.missing else "CORE"

@@ -1,43 +1,72 @@
-"""CORE in batches: the tokens that the options of an item share run once, and logits are computed only where they are read."""
+"""CORE in batches: tokens that the options of an item share run once, and only the logits that are read exist."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nanochat_hf.machine.accelerator import Ranks
 
 from .bpb import CHUNK, beginning, encode_texts
-from .core import CoreResult, centred, prompts, spans
+from .core import CoreResult, CoreTask, Item, centred, prompts, spans
 from .core import common_length as shared_beginning
 from .scoring import Scorer
 
+GROUP = 512  # items whose texts are tokenised at a time
+
+
+@dataclass(frozen=True)
+class CoreOptions:
+    """How to measure CORE: at most `limit` items a task, `batch_tokens` positions a forward pass, a progress bar."""
+
+    limit: int | None = None
+    batch_tokens: int = 8192
+    progress: bool = True
+
 
 class Packed:
-    """One row of a batch: the common beginning of some texts of an item, then what follows it in each.
+    """One row of a batch: the common beginning of some texts of an item, then the rest of each text.
 
-    `reads`: for each text, the places of the row whose states predict its scored tokens; `targets`: those tokens.
-    A text's last token is never read, for nothing after it is predicted.
+    `item` is the item's number, `options` says which of its options the texts are. `reads` holds, for each text, the
+    places in the row whose states predict its scored tokens; `targets` holds those tokens. A text's last token is not
+    in the row, because nothing after it is predicted.
     """
 
-    def __init__(self, item, options, texts, share):
-        self.item, self.options = item, options  # item's number, and which of its options the texts are
+    def __init__(self, item: int, options: Sequence[int], texts: Sequence[tuple[list[int], int]], share: bool):
+        self.item, self.options = item, options
         inputs = [ids[:-1] for ids, _ in texts]
         shared = shared_beginning(inputs) if share else 0
         self.ids, self.positions, self.branch = list(inputs[0][:shared]), list(range(shared)), [0] * shared
-        self.reads, self.targets = [], []
+        self.reads: list[list[int]] = []
+        self.targets: list[list[int]] = []
         for number, (own, (ids, start)) in enumerate(zip(inputs, texts, strict=True), 1):
-            moved = len(self.ids) - shared  # where this text's tokens after the beginning went
+            moved = len(self.ids) - shared  # by how much this text's own tokens are moved in the row
             self.reads.append([p if p < shared else p + moved for p in range(start - 1, len(own))])
             self.targets.append(ids[start:])
             self.ids += own[shared:]
             self.positions += range(shared, len(own))
             self.branch += [number] * (len(own) - shared)
-        self.forks = shared > 0 and len(self.ids) > shared  # choices of one token leave nothing behind the beginning
+        self.forks = shared > 0 and len(self.ids) > shared  # options of one token add nothing to the beginning
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
 
-def pack(task, items, indices, tokenizer, positions, share):
-    """Rows for the items with these numbers; options of one item share a row where `share` allows it and shortens the work."""
+def pack(
+    task: CoreTask,
+    items: Sequence[Item],
+    indices: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int | None,
+    share: bool,
+) -> list[Packed]:
+    """Make the rows for the items with these numbers; an item's options share a row if `share`, and if it saves work.
+
+    `positions`: the most tokens that the model takes.
+    """
     texts = [prompts(task, items, i) for i in indices]
     encoded = iter(encode_texts(tokenizer, [text for options in texts for text in options]))
     start, rows = beginning(tokenizer), []
@@ -51,23 +80,24 @@ def pack(task, items, indices, tokenizer, positions, share):
     return rows
 
 
-def _batches(rows, batch_tokens):
-    """Rows of like length, the longest first (memory runs out at once or never), with and without branches apart."""
+def _batches(rows: Sequence[Packed], batch_tokens: int) -> Iterator[tuple[bool, list[Packed]]]:
+    # Rows of like length share a batch; rows with and without branches do not. The longest rows come first, so that
+    # memory runs out at once or never.
     for shared in (True, False):
         left = sorted((row for row in rows if row.forks is shared), key=len)
         while left:
             yield shared, [left.pop() for _ in range(min(len(left), max(1, batch_tokens // len(left[-1]))))]
 
 
-def _padded(lists, device):
-    """Lists of numbers → (B, T), filled up behind with −1."""
+def _padded(lists: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    # (B, T), filled up on the right with −1
     longest = max(map(len, lists))
     return torch.tensor([[*one, *[-1] * (longest - len(one))] for one in lists], device=device)
 
 
 @torch.no_grad()  # not inference_mode, which XLA tensors refuse
-def _score(scorer, rows, shared):
-    """For each text of `rows`: (mean loss of its scored tokens, whether all of them are the likeliest)."""
+def _score(scorer: Scorer, rows: Sequence[Packed], shared: bool) -> list[tuple[float, bool]]:
+    # for each text of the rows: the mean loss of its scored tokens, and whether each of them is the likeliest
     device = scorer.model.device
     ids = _padded([row.ids for row in rows], device).clamp(min=0)
     if shared:
@@ -77,7 +107,7 @@ def _score(scorer, rows, shared):
             _padded([row.branch for row in rows], device),
         )
     else:
-        states = scorer.states(ids)  # padded behind, where causal attention never looks
+        states = scorer.states(ids)  # padded on the right, where causal attention does not look
     width = ids.shape[1]
     places = torch.tensor(
         [r * width + p for r, row in enumerate(rows) for reads in row.reads for p in reads], device=device
@@ -94,80 +124,67 @@ def _score(scorer, rows, shared):
 
 
 def evaluate_core_task(
-    model,
-    tokenizer,
-    task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: CoreTask,
     *,
-    limit=None,
-    batch_tokens=8192,
-    rank=0,
-    world_size=1,
-    scorer=None,
-    progress=True,
-    group=512,
-):
-    """Which of the task's items the model gets right: float tensor (items,), 1 or 0; 0 for items of other ranks, so that ranks add up.
+    options: CoreOptions | None = None,
+    ranks: Ranks | None = None,
+    scorer: Scorer | None = None,
+) -> torch.Tensor:
+    """Which of the task's items the model gets right: float tensor (items,) of 1 and 0.
 
-    `limit` items at most; `batch_tokens` positions in a forward pass; texts are tokenised `group` items at a time. ValueError when items
-    are too few for the examples before each.
+    Items of other ranks are 0, so the sum over the ranks is the whole. Raises ValueError if items are too few for the
+    examples before each.
     """
-    items = task.chosen(limit)
-    scorer = scorer or Scorer(model)
+    options, ranks, scorer = options or CoreOptions(), ranks or Ranks(), scorer or Scorer(model)
+    items = task.chosen(options.limit)
     share = task.kind != "language_modeling" and scorer.can_share()
     positions = getattr(scorer.config, "max_position_embeddings", None)
-    right, mine = torch.zeros(len(items)), range(len(items))[rank::world_size]
-    with tqdm(total=len(mine), desc=task.label, unit="item", disable=not progress, leave=False) as bar:
-        for first in range(0, len(mine), group):
-            part = mine[first : first + group]
-            scores = {i: {} for i in part}
-            for shared, rows in _batches(pack(task, items, part, tokenizer, positions, share), batch_tokens):
+    right, mine = torch.zeros(len(items)), range(len(items))[ranks.rank :: ranks.world_size]
+    with tqdm(total=len(mine), desc=task.label, unit="item", disable=not options.progress, leave=False) as bar:
+        for first in range(0, len(mine), GROUP):
+            part = mine[first : first + GROUP]
+            scores: dict[int, dict[int, tuple[float, bool]]] = {i: {} for i in part}
+            for shared, rows in _batches(pack(task, items, part, tokenizer, positions, share), options.batch_tokens):
                 found = iter(_score(scorer, rows, shared))
                 for row in rows:
                     scores[row.item] |= {option: next(found) for option in row.options}
-            for i, options in scores.items():
-                if task.kind == "language_modeling":
-                    right[i] = options[0][1]
-                else:  # the first of equals
-                    right[i] = min(options, key=lambda n, options=options: (options[n][0], n)) == items[i]["gold"]
+            for i, scored in scores.items():
+                right[i] = _is_right(task, items[i], scored)
             bar.update(len(part))
     return right
 
 
-def evaluate_core(
-    model,
-    tokenizer,
-    tasks,
-    missing=(),
-    *,
-    limit=None,
-    batch_tokens=8192,
-    rank=0,
-    world_size=1,
-    reduce=None,
-    progress=True,
-):
-    """All tasks → CoreResult. `reduce` sums a tensor over ranks; each rank takes its share of the items.
+def _is_right(task: CoreTask, item: Item, scored: dict[int, tuple[float, bool]]) -> bool:
+    # scored: of each option, the mean loss of its tokens and whether each of them is the likeliest
+    if task.kind == "language_modeling":
+        return scored[0][1]
+    return min(scored, key=lambda n: (scored[n][0], n)) == item["gold"]  # of equal losses the first
 
-    Weights split by FSDP2 need all ranks in every forward pass: then each rank evaluates all items.
+
+def evaluate_core(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[CoreTask],
+    missing: Sequence[str] = (),
+    *,
+    options: CoreOptions | None = None,
+    ranks: Ranks | None = None,
+) -> CoreResult:
+    """Evaluate all tasks. Each rank takes its share of the items, and `ranks.reduce` sums the results.
+
+    `missing` are the labels of tasks without data. With weights that FSDP2 has split, every forward pass needs all
+    ranks; then each rank evaluates all items.
     """
     if not tasks:
         raise ValueError("CORE: no task has a data file; nothing could be evaluated")
-    scorer, rows = Scorer(model), []
-    alone = scorer.sharded or reduce is None
+    scorer, rows, ranks = Scorer(model), [], ranks or Ranks()
+    shares = not scorer.sharded and ranks.reduce is not None
     for task in tasks:
-        share = (0, 1) if alone else (rank, world_size)
-        right = evaluate_core_task(
-            model,
-            tokenizer,
-            task,
-            limit=limit,
-            batch_tokens=batch_tokens,
-            rank=share[0],
-            world_size=share[1],
-            scorer=scorer,
-            progress=progress,
-        )
-        accuracy = (right if alone else reduce(right)).mean().item()
+        own = ranks if shares else Ranks()
+        right = evaluate_core_task(model, tokenizer, task, options=options, ranks=own, scorer=scorer)
+        accuracy = (own.reduce(right) if own.reduce else right).mean().item()
         rows.append(
             {
                 "task": task.label,

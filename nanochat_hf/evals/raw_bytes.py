@@ -1,20 +1,24 @@
-"""How many bytes of text each token of any tokenizer stands for: byte-level BPE, SentencePiece's kind, and byte fallback."""
+"""How many bytes of text each token stands for, for byte-level BPE, SentencePiece and byte fallback."""
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"  # how SentencePiece writes a space
 
 
-def raw_token_bytes(tokenizer):
-    """LongTensor (V,): bytes of each token's raw text, 0 for special tokens. Decoding would miscount tokens that are not whole characters.
+def raw_token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Bytes of each token's raw text, 0 for special tokens: LongTensor (V,).
 
-    byte-level "Ġcat" → 4; SentencePiece's "▁cat" → 4 and "<0xF0>" → 1. ValueError for a tokenizer whose tokens do not keep the text's
-    bytes (WordPiece, whole words), because bits per byte would then be a number without meaning.
+    "Ġcat" of a byte-level tokenizer has 4 bytes, SentencePiece's "▁cat" has 4 and "<0xF0>" 1. Decoding a token would
+    miscount those that hold part of a character. Raises ValueError for a tokenizer whose tokens do not keep the text's
+    bytes (WordPiece, whole words): bits per byte would have no meaning.
     """
     vocabulary = tokenizer.get_vocab()
     sizes = torch.zeros(max(len(tokenizer), 1 + max(vocabulary.values())), dtype=torch.long)
@@ -29,8 +33,8 @@ def raw_token_bytes(tokenizer):
     return sizes
 
 
-def _counter(tokenizer):
-    """The function token → bytes, by what the tokenizer says about itself."""
+def _counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
+    # a function from a token to its bytes, chosen by what the tokenizer says about itself
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         if hasattr(tokenizer, "sp_model"):
@@ -42,18 +46,18 @@ def _counter(tokenizer):
     kinds = set(_kinds(parts["pre_tokenizer"])) | set(_kinds(parts["decoder"]))
     if "ByteLevel" in kinds:
         alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-        # one letter a byte; a token outside the alphabet was put in as text
+        # each letter of the alphabet is a byte; a token with other letters was added as text
         return lambda token: len(token) if alphabet.issuperset(token) else len(token.encode())
     if kinds & {"Metaspace", "ByteFallback"} or parts["model"].get("byte_fallback"):
         return _sentencepiece
     raise ValueError(
-        f"the tokenizer ({parts['model']['type']}) is neither byte-level nor SentencePiece's kind, so its tokens do not tell how many bytes "
-        "of the text they stand for; bits per byte needs one that does"
+        f"the tokenizer ({parts['model']['type']}) is neither byte-level nor SentencePiece's kind, so its tokens do "
+        "not tell how many bytes of the text they stand for; bits per byte needs one that does"
     )
 
 
-def _kinds(node):
-    """The types of a pre-tokenizer or decoder and of all within it."""
+def _kinds(node: Any) -> Iterator[str | None]:
+    # the types of a pre-tokenizer or decoder, and of all inside it
     if isinstance(node, dict):
         yield node.get("type")
         for children in ("pretokenizers", "decoders"):
@@ -61,5 +65,5 @@ def _kinds(node):
                 yield from _kinds(child)
 
 
-def _sentencepiece(token):
+def _sentencepiece(token: str) -> int:
     return 1 if BYTE.fullmatch(token) else len(token.replace(SPACE, " ").encode())

@@ -1,27 +1,33 @@
-"""The model side of evaluations: final hidden states once, and logits only where they are read; for any causal language model.
+"""Hidden states and logits of any causal language model, computed once and only where an evaluation reads them.
 
 Letters: B rows, T positions, C width, V vocabulary.
 """
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
-OWN_ATTENTION = {"sdpa", "eager"}  # implementations that take a mask (B, 1, T, T) of our making
+import torch
+from transformers import PreTrainedModel
+
+OWN_ATTENTION = {"sdpa", "eager"}  # attention implementations that take a ready-made mask (B, 1, T, T)
 
 
 class Scorer:
-    """Splits a model into `states` (the body) and `logits` (the head), and shares prefixes where the model can.
+    """Splits a model into `states` (its body) and `logits` (its head), and shares the beginnings of texts if it can.
 
-    What a model does behind its head (soft-caps, scales) is not told by its class, so a split is used only when it gives the model's own
-    logits on three tokens; else `states` are the logits already. Weights split by FSDP2 are gathered by a call of the whole model only.
+    A model's class does not say what follows its head (soft-caps, scales). So the split is used only if it gives the
+    model's own logits on three tokens; otherwise `states` already are the logits. With weights that FSDP2 has split
+    there is no split either, because only a call of the whole model gathers them.
     """
 
-    def __init__(self, model):
-        self.model, self.config = model, model.config.get_text_config()
+    def __init__(self, model: PreTrainedModel):
+        self.model: Any = model
+        self.config: Any = model.config.get_text_config()
         self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
         self.head = None if self.sharded else self._find_head()
 
     @torch.no_grad()  # not inference_mode, which XLA tensors refuse
-    def _find_head(self):
+    def _find_head(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         model = self.model
         if self.config.model_type == "nanochat_hf":
             return model.logits
@@ -34,19 +40,19 @@ class Scorer:
         hidden = body(ids, use_cache=False)[0]
         return next((head for head in heads if _agree(head(hidden), expected)), None)
 
-    def states(self, ids, **kwargs):
-        """ids (B, T) → hidden states (B, T, C) for `logits`; further arguments go to the model."""
+    def states(self, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Token ids (B, T) → hidden states (B, T, C) for `logits`; further arguments go to the model."""
         if self.head is None:
             return self.model(ids, use_cache=False, **kwargs).logits
         return self.model.base_model(ids, use_cache=False, **kwargs)[0]
 
-    def logits(self, states):
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
         """States (…, C) → float32 logits (…, V)."""
         return (states if self.head is None else self.head(states)).float()
 
     @torch.no_grad()
-    def can_share(self):
-        """Whether `tree_states` holds for this model: tried on two branches, of which neither may see the other."""
+    def can_share(self) -> bool:
+        """Whether `tree_states` is right for this model: tried on two branches, neither of which may see the other."""
         config, unknown = self.config, ("window_size", "attention_chunk_size", "attention_types")
         kinds = set(getattr(config, "layer_types", None) or ())
         plain = kinds <= {"full_attention", "sliding_attention"} and all(
@@ -58,21 +64,16 @@ class Scorer:
         branch, positions = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]]), torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]])
         try:
             shared = self.tree_states(ids, positions.to(ids.device), branch.to(ids.device))
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-            AttributeError,
-        ):  # models without position_ids or without ready-made masks
-            return False
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            return False  # the model takes no position_ids, or no ready-made masks
         alone = [self.states(ids[:, index]) for index in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8])]
         return _agree(shared[:, :6], alone[0]) and _agree(shared[:, 6:], alone[1][:, 3:])
 
-    def tree_states(self, ids, positions, branch):
-        """`states` of rows that hold a common beginning and several continuations of it.
+    def tree_states(self, ids: torch.Tensor, positions: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """Compute `states` of rows that hold a common beginning and several continuations of it.
 
-        positions (B, T): each token's position in its own text; branch (B, T): 0 for the beginning, else the continuation's number.
-        A token sees the beginning and its own continuation, as if each text stood alone.
+        `positions` (B, T) are each token's position in its own text. `branch` (B, T) is 0 in the beginning, else the
+        continuation's number. A token sees the beginning and its own continuation, as if each text stood alone.
         """
         T = ids.shape[1]
         order = torch.arange(T, device=ids.device)
@@ -87,7 +88,7 @@ class Scorer:
             mask = self._mask(near if kinds is None else seen)
         return self.states(ids, attention_mask=mask, position_ids=positions)
 
-    def _mask(self, seen):
+    def _mask(self, seen: torch.Tensor) -> torch.Tensor:
         seen = seen[:, None]  # (B, 1, T, T)
         if self.config._attn_implementation == "sdpa":
             return seen
@@ -96,8 +97,8 @@ class Scorer:
         )
 
 
-def _agree(a, b):
-    """Whether two results are the same up to rounding in their dtype; the head's float32 may hide a bfloat16 body, so 2 % there."""
+def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    # Whether two results are equal up to rounding. Under autocast a float32 result may come from a bfloat16 body: 2 %.
     tolerance = 1e-4 if a.dtype == b.dtype == torch.float32 and not torch.is_autocast_enabled(a.device.type) else 2e-2
     a, b = a.float(), b.float()
     return a.shape == b.shape and bool((a - b).norm() <= tolerance * b.norm())

@@ -1,9 +1,12 @@
-"""The model card of a pushed model: metadata with results, training table, curves, snippets, limits; a person's text is kept."""
+"""The metadata and the results of a model card, and what a person wrote into it, which every push keeps."""
 
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -43,20 +46,38 @@ SHOWN = (
 )
 
 
-def hub_name(name):
-    """ "org/name@v1" → ("org/name", "v1"); "org/name" → ("org/name", None); a file, an existing folder or another path → None."""
+@dataclass(frozen=True)
+class CardFacts:
+    """What a push adds to a card: figures by name, and licence and language, which otherwise stay as they are."""
+
+    results: Mapping[str, float] | None = None
+    license: str | None = None
+    language: str | None = None
+
+
+def hub_name(name: str | Path | None) -> tuple[str, str | None] | None:
+    """Split a name on the Hub into repository and revision; None for a file, a folder and anything else.
+
+    >>> hub_name("org/name@v1"), hub_name("org/name"), hub_name("chats.jsonl")
+    (('org/name', 'v1'), ('org/name', None), None)
+    """
     found = HUB_NAME.match(str(name or ""))
     if not found or Path(str(name)).exists() or found["id"].endswith(DATA_SUFFIXES):
         return None
     return found["id"], found["revision"]
 
 
-def machine_of(settings):
-    """What training recorded of where it ran, for the table: {"hardware": "2 × NVIDIA H100, mixed precision bf16", "versions": "torch 2.13.0, …"}."""
-    rows = {}
+def machine_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What training recorded about the machine, for the card's table: hardware, versions, code.
+
+    >>> machine_of({"device_name": "H100", "num_processes": 2, "mixed_precision": "bf16"})
+    {'hardware': '2 × H100, mixed precision bf16'}
+    """
+    rows: dict[str, str] = {}
     if settings.get("device_name"):
         rows["hardware"] = (
-            f"{settings.get('num_processes', 1)} × {settings['device_name']}, mixed precision {settings.get('mixed_precision')}"
+            f"{settings.get('num_processes', 1)} × {settings['device_name']}, "
+            f"mixed precision {settings.get('mixed_precision')}"
         )
     versions = {"python": settings.get("python")} | {
         k.removesuffix("_version"): v for k, v in settings.items() if k.endswith("_version")
@@ -68,10 +89,11 @@ def machine_of(settings):
     return rows
 
 
-def public(value):
-    """`value` without the folders of this machine: absolute paths keep their last part, in dicts and lists too.
+def public(value: Any) -> Any:
+    """`value` without this machine's folders: a path keeps its last part only, also inside dicts and lists.
 
-    public({"data": "/home/me/chats.jsonl", "model": "org/name"}) → {"data": "chats.jsonl", "model": "org/name"}
+    >>> public({"data": "/home/me/chats.jsonl", "model": "org/name"})
+    {'data': 'chats.jsonl', 'model': 'org/name'}
     """
     if isinstance(value, dict):
         return {key: public(item) for key, item in value.items()}
@@ -82,10 +104,11 @@ def public(value):
     return value
 
 
-def read_results(path):
-    """{"gsm8k": 0.41, "core": 0.2} from what the evaluation scripts write: a list of {name, accuracy} or a mapping to numbers.
+def read_results(path: str | Path) -> dict[str, float]:
+    """Figures by name from what the evaluation commands write, such as {"gsm8k": 0.41, "core": 0.2}.
 
-    ValueError where the file cannot be read or holds no figures.
+    The file holds a list of {name, accuracy}, or a mapping to numbers. Raises ValueError if it cannot be read, and if
+    it holds no figures.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -107,25 +130,19 @@ def read_results(path):
     return figures
 
 
-def results_of(metrics, extra=None):
-    """Figures for the model index: the least val/bpb, the last of every other evaluation in `metrics`, then `extra`."""
-    found = {}
+def results_of(metrics: Sequence[Mapping[str, Any]], extra: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Figures for the card: the lowest val/bpb and the last of every other evaluation in `metrics`, and `extra`."""
+    found: dict[str, float] = {}
     for row in metrics:
         for key, value in row.items():
-            evaluated = key.startswith(("val/", "eval/", "core", "chat"))
-            if (
-                not evaluated
-                or isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not math.isfinite(value)
-            ):
-                continue
-            found[key] = min(value, found.get(key, value)) if key == "val/bpb" else value
-    return found | (extra or {})
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if number and key.startswith(("val/", "eval/", "core", "chat")):
+                found[key] = min(value, found.get(key, value)) if key == "val/bpb" else value
+    return found | dict(extra or {})
 
 
-def eval_results(figures, datasets):
-    """`figures` (name → number) as huggingface_hub.EvalResult; bpb is measured on the held-out part of the training data."""
+def eval_results(figures: Mapping[str, float], datasets: Sequence[str]) -> list[EvalResult]:
+    """Figures by name as the Hub's EvalResult. Bits per byte are measured on held-out rows of the training data."""
     entries = []
     for name, value in figures.items():
         task = name.rsplit("/", 1)[-1]
@@ -152,8 +169,8 @@ def eval_results(figures, datasets):
     return entries
 
 
-def kept_text(card):
-    """The text between the marks of an existing card (str or None). A card that is not ours is a person's work: all of its body."""
+def kept_text(card: str | None) -> str:
+    """The text that a push keeps: what stands between the marks, or the whole body of a card that a person wrote."""
     if not card:
         return ""
     if KEEP_START in card and KEEP_END in card:
@@ -161,23 +178,35 @@ def kept_text(card):
     return "" if WRITTEN in card else re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.S).strip()
 
 
-def data_sets(settings):
-    """Hub names and the names of generated tasks in a run's settings: (["org/chats"], ["spelling_bee"])."""
-    entries = settings.get("train_data") or [{"path": settings.get("data"), "task": None}]
-    named = [hub_name(e.get("path"))[0] if hub_name(e.get("path")) else TASK_DATA.get(e.get("task")) for e in entries]
-    tasks = [e["task"] for e, name in zip(entries, named, strict=True) if e.get("task") and not name]
-    return list(dict.fromkeys(n for n in named if n)), list(dict.fromkeys(tasks))
+def data_sets(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of data sets on the Hub, and of tasks that generate their rows, in a run's settings.
+
+    >>> data_sets({"train_data": [{"path": "org/chats"}, {"task": "spelling_bee"}]})
+    (['org/chats'], ['spelling_bee'])
+    """
+    entries: Sequence[Mapping[str, Any]] = settings.get("train_data") or [{"path": settings.get("data"), "task": None}]
+    named = [found[0] if (found := hub_name(e.get("path"))) else TASK_DATA.get(e.get("task", "")) for e in entries]
+    tasks = [str(e["task"]) for e, name in zip(entries, named, strict=True) if e.get("task") and not name]
+    names = [name for name in named if name is not None]
+    return list(dict.fromkeys(names)), list(dict.fromkeys(tasks))
 
 
-def _existing_metadata(existing):
+def _existing_metadata(existing: str | None) -> dict[str, Any]:
     try:
         return ModelCard(existing, ignore_metadata_errors=True).data.to_dict() if existing else {}
-    except Exception:  # a person's malformed front matter must not stop a push; their text below it is kept
+    except Exception:  # a malformed front matter must not stop a push; the text below it is kept
         return {}
 
 
-def card_data(name, settings, figures, existing=None, license=None, language=None):
-    """ModelCardData. Licence, language and fields of their own that a person wrote into the `existing` card stay."""
+def card_data(
+    name: str,
+    settings: Mapping[str, Any],
+    figures: Mapping[str, float],
+    existing: str | None = None,
+    facts: CardFacts | None = None,
+) -> ModelCardData:
+    """The card's metadata. What a person wrote into the `existing` card stays, unless `facts` say otherwise."""
+    facts = facts or CardFacts()
     own = _existing_metadata(existing)
     base, (datasets, _) = hub_name(settings.get("model")), data_sets(settings)
     tags = [
@@ -189,8 +218,8 @@ def card_data(name, settings, figures, existing=None, license=None, language=Non
     ]
     extra = {k: v for k, v in own.items() if k not in ("model-index", "model_name", "pipeline_tag", "library_name")}
     fields = {
-        "license": license or extra.pop("license", None) or "apache-2.0",
-        "language": language or extra.pop("language", None) or "en",
+        "license": facts.license or extra.pop("license", None) or "apache-2.0",
+        "language": facts.language or extra.pop("language", None) or "en",
         "base_model": base[0] if base else extra.pop("base_model", None),
         "datasets": datasets or extra.pop("datasets", None),
     }

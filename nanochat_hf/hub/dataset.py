@@ -30,6 +30,8 @@ def tokenised_rows(
     if kind == "chat":
         for converted in conversations(source):
             row: dict[str, Any] = {"messages": published(converted.conversation["messages"])}
+            if converted.conversation.get("tools"):
+                row["tools"] = converted.conversation["tools"]
             if tokenizer:
                 ids, mask = render(tokenizer, converted.conversation)
                 if converted.weights is not None:
@@ -47,10 +49,11 @@ def tokenised_rows(
 
 
 def published(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with the keys that training reads: role, content, and weight where a message has one or `train`."""
+    """Messages with the keys that training reads: role, content, a tool's, and weight where a message has one or `train`."""
     rows = []
     for message in messages:
         row = {"role": message["role"], "content": message["content"]}
+        row |= {key: message[key] for key in ("tool_calls", "tool_call_id") if message.get(key) is not None}
         if message.get("weight") is not None or message.get("train") is not None:
             row["weight"] = factor_of(message, "row")
         rows.append(row)
@@ -102,19 +105,25 @@ def _features(first, rows):
     """The same columns for every shard, whatever its rows happen to hold."""
     from datasets import Features, List, Value
 
-    columns = {"input_ids": List(Value("int32")), "assistant_masks": List(Value("int8")), "text": Value("string")}
-    if (
-        "messages" in first
-    ):  # contents are text or parts with tool calls; Arrow has no such union, datasets keeps it as JSON
+    columns: dict[str, Any] = {"input_ids": List(Value("int32")), "assistant_masks": List(Value("int8"))}
+    columns["text"] = Value("string")
+    names = list(first)
+    if "messages" in first:
+        # contents are text or parts with tool calls; Arrow has no such union, datasets keeps it as JSON
         said = [message for row in rows for message in row["messages"]]
         mixed = any(isinstance(message["content"], list) for message in said)
-        if mixed:
+        calls = any("tool_calls" in message or "tool_call_id" in message for message in said)
+        tools = any("tools" in row for row in rows)
+        if mixed or calls or tools:
             from datasets import Json  # not in the oldest version that training runs with
         message = {"role": Value("string"), "content": Json() if mixed else Value("string")}
         if any("weight" in m for m in said):
             message["weight"] = Value("float64")
-        columns["messages"] = List(message)
-    return Features({name: columns[name] for name in first})
+        columns["messages"] = List(Json() if calls else message)
+        if tools:
+            columns["tools"] = List(Json())
+            names = [*dict.fromkeys([*names, "tools"])]
+    return Features({name: columns[name] for name in names})
 
 
 def dataset_card(repo_id, counts, *, kind, tokenizer_name=None, sources=(), license=None, language=None, existing=None):

@@ -1,23 +1,24 @@
-"""To the Hub and back: log in, stage, push in the background, fetch models and checkpoints by name."""
+"""To the Hub and back: push a model in the background, and fetch models and checkpoints by name."""
 
 import os
-import re
 import shutil
 import sys
 import tempfile
-import time
-from concurrent.futures import CancelledError
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RemoteEntryNotFoundError
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub import CommitInfo, snapshot_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
-from .card import hub_name
-from .folder import LAST, lay_out, run_settings, scrub, write_card
+from .card import CardFacts, hub_name
+from .client import check_repo_id, connect, one_line, reason, retried
+from .folder import LAST, lay_out, run_settings, write_card
 
 STRATEGIES = ("end", "every_save", "checkpoint")
 NO_MODEL = [f"{LAST}/*", "checkpoint-*", "*.pt", "*.bin", "*.png", "metrics.jsonl"]
@@ -25,7 +26,7 @@ NO_MODEL = [f"{LAST}/*", "checkpoint-*", "*.pt", "*.bin", "*.png", "metrics.json
 
 @dataclass(frozen=True)
 class HubConfig:
-    """Whether, where and when to push. The token comes from `hf auth login` or HF_TOKEN and is no part of any configuration."""
+    """Whether, where and when to push. The token comes from `hf auth login` or HF_TOKEN, never from a configuration."""
 
     push_to_hub: bool = field(
         default=False, metadata={"help": "upload to the Hub, in the background, while training goes on"}
@@ -37,7 +38,8 @@ class HubConfig:
     hub_strategy: str = field(
         default="end",
         metadata={
-            "help": "end: the final model; every_save: the model at each checkpoint; checkpoint: also the state to resume from"
+            "help": "end: the final model; every_save: the model at each checkpoint; "
+            "checkpoint: also the state to resume from"
         },
     )
     hub_revision: str | None = field(
@@ -51,137 +53,102 @@ class HubConfig:
             raise ValueError("--push-to-hub needs a repository; add --hub-model-id org/name")
         if self.hub_model_id and not self.push_to_hub:
             raise ValueError(
-                f"--hub-model-id {self.hub_model_id} without --push-to-hub pushes nothing; add --push-to-hub or leave it out"
+                f"--hub-model-id {self.hub_model_id} without --push-to-hub pushes nothing; "
+                "add --push-to-hub or leave it out"
             )
         if self.hub_model_id:
             check_repo_id(self.hub_model_id)
 
 
-def check_repo_id(repo_id, flag="--hub-model-id"):
-    """ValueError where the Hub would not take `repo_id` ("org/name" or "name") as a name."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{flag} {repo_id}: no name for a repository ({_line(error)}); give org/name") from None
-
-
-def connect(repo_id, *, private=False, revision=None, repo_type="model", wait=2.0):
-    """Log in and make the repository and branch where they are new; returns (HfApi, "org/name"). ValueError says what is missing."""
-    api = HfApi()
-    try:
-        user = retried(api.whoami, wait=wait)["name"]
-        full = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-        retried(lambda: api.create_repo(full, private=private or None, repo_type=repo_type, exist_ok=True), wait=wait)
-        if revision not in (None, "main"):
-            retried(lambda: api.create_branch(full, branch=revision, repo_type=repo_type, exist_ok=True), wait=wait)
-    except LocalTokenNotFoundError:
-        raise ValueError(f"push to {repo_id}: not logged in to the Hub; run `hf auth login` or set HF_TOKEN") from None
-    except Exception as error:
-        remedy = {
-            401: "the token is invalid or has expired; run `hf auth login` or set a fresh HF_TOKEN",
-            403: "the token may not write there; use a token with write access, or another --hub-model-id",
-        }.get(
-            _status(error),
-            "check the network and HF_ENDPOINT, or train without --push-to-hub and push later with scripts.push_to_hub",
-        )
-        raise ValueError(f"push to {repo_id}: {reason(error)}; {remedy}") from None
-    return api, full
-
-
-def retried(action, *, attempts=3, wait=5.0):
-    """action(), again after `wait`, 2·`wait` … seconds where the fault may pass; faults of the request itself (4xx) raise at once."""
-    for attempt in range(attempts):
-        try:
-            return action()
-        except Exception as error:
-            status = _status(error)
-            passing = status is None or status >= 500 or status in (408, 409, 412, 429)
-            if isinstance(error, LocalTokenNotFoundError | HFValidationError) or not passing or attempt + 1 == attempts:
-                raise
-            time.sleep(wait * 2**attempt)
-
-
-def _status(error):
-    """HTTP status of an error or of what caused it; None where no answer came."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError) and error.response is not None:
-            return error.response.status_code
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def reason(error):
-    """One line about an error and its cause, without the token and without the signed part of a URL."""
-    cause = error.__cause__ or error.__context__
-    text = _line(error) if cause is None or _line(cause) in _line(error) else f"{_line(error)} {_line(cause)}"
-    return scrub(re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text))[:400]
-
-
-def _line(error):
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 class HubPusher:
-    """Pushes model folders to one repository, one after another, in a thread of huggingface_hub's own.
+    """Pushes model folders to one repository, one after another, in a thread of huggingface_hub.
 
-    A failed push is retried, then told in one line; nothing is raised. While one push runs, the newest of those that wait takes
-    the place of the others. Use it in one process only (`finish` before it ends).
+    A push that fails is tried again, then reported in one line through `say`; nothing is raised. If pushes have to wait
+    for one that runs, only the newest of them is kept. Use it in one process, and call `finish` before that ends.
+    `wait`: seconds before the second attempt. Raises ValueError as `connect`.
     """
 
-    def __init__(self, repo_id, *, private=False, strategy="end", revision=None, attempts=3, wait=5.0, say=tqdm.write):
-        self.strategy, self.revision, self.attempts, self.wait, self.say = strategy, revision, attempts, wait, say
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        strategy: str = "end",
+        revision: str | None = None,
+        wait: float = 5.0,
+        say: Callable[[str], object] = tqdm.write,
+    ):
+        self.strategy, self.revision, self.wait, self.say = strategy, revision, wait, say
         self.api, self.repo_id = connect(repo_id, private=private, revision=revision, wait=wait)
-        self.jobs, self.failure, self.scratch = [], None, None
+        self.jobs: list[tuple[Future[None], Path]] = []
+        self.failure: str | None = None
+        self.scratch: Path | None = None
 
     @classmethod
-    def from_config(cls, config, *, idle=False):
-        """The pusher that a HubConfig asks for, logged in, or None; ValueError before any long work.
+    def from_config(cls, config: HubConfig, *, idle: bool = False) -> "HubPusher | None":
+        """The pusher that a HubConfig asks for, logged in, or None. Raises ValueError before any long work.
 
-        Ranks other than 0 get None, and so does a run that is `idle`: it writes no model.
+        Ranks other than 0 get None, and so does an `idle` run, which writes no model.
         """
-        # RANK is set by every launcher of several processes on this side of XLA; there a second login does no harm
+        if config.hub_model_id is None:
+            return None
+        # every launcher of several processes sets RANK, except XLA's, where a second login does no harm
         if idle or not config.push_to_hub or os.environ.get("RANK", "0") != "0":
             return None
-        disable_progress_bars()  # the uploads' bars would tear the training's own apart
+        disable_progress_bars()  # the bars of uploads would break up that of training
         return cls(
             config.hub_model_id, private=config.hub_private, strategy=config.hub_strategy, revision=config.hub_revision
         )
 
     def submit(
-        self, folder, *, run_dir=None, checkpoint=None, results=None, license=None, language=None, message="Push model"
-    ):
-        """Push the model in `folder`, in the background; `run_dir` holds config.json and metrics.jsonl of the run."""
+        self,
+        folder: str | Path,
+        *,
+        run_dir: str | Path | None = None,
+        checkpoint: str | Path | None = None,
+        facts: CardFacts | None = None,
+        message: str = "Push model",
+    ) -> None:
+        """Push the model in `folder` in the background. `run_dir` holds config.json and metrics.jsonl of the run."""
         try:
             stage = lay_out(folder, self._scratch(run_dir) / uuid4().hex, run_dir or folder, checkpoint)
             settings = run_settings(run_dir or folder)
             while self.jobs and self.jobs[-1][0].cancel():
                 shutil.rmtree(self.jobs.pop()[1], ignore_errors=True)
-            card = {"settings": settings, "results": results, "license": license, "language": language}
-            future = self.api.run_as_future(self._push, stage, card, message, str(folder))
+            future = self.api.run_as_future(self._push, stage, settings, facts, message, str(folder))
             self.jobs.append((future, stage))
-        except Exception as error:  # a full disk must end the push, not the run
+        except Exception as error:  # a full disk must not end the run
             self._failed(message, str(folder), error)
 
-    def _scratch(self, run_dir):
+    def _scratch(self, run_dir: str | Path | None) -> Path:
         if self.scratch is None:
-            try:
-                self.scratch = Path(run_dir) / ".hub-stage"
-                shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
-                self.scratch.mkdir()
-            except (OSError, TypeError):  # a folder that is not ours to write to, or none
-                self.scratch = Path(tempfile.mkdtemp(prefix="hub-stage-"))
+            self.scratch = self._beside(run_dir) or Path(tempfile.mkdtemp(prefix="hub-stage-"))
         return self.scratch
 
-    def _push(self, stage, card, message, folder):
+    @staticmethod
+    def _beside(run_dir: str | Path | None) -> Path | None:
+        # a folder on the run's own file system, where hard links work; None if it cannot be made
+        if run_dir is None:
+            return None
+        scratch = Path(run_dir) / ".hub-stage"
+        shutil.rmtree(scratch, ignore_errors=True)  # left behind by a run that was killed
+        try:
+            scratch.mkdir()
+        except OSError:
+            return None
+        return scratch
+
+    def _push(self, stage: Path, settings: dict[str, Any], facts: CardFacts | None, message: str, folder: str) -> None:
         try:
             write_card(
                 stage,
                 self.repo_id,
+                settings=settings,
+                facts=facts,
                 revision=self.revision,
                 existing=lambda: retried(self._existing_card, wait=self.wait),
-                **card,
             )
-            commit = retried(lambda: self._upload(stage, message), attempts=self.attempts, wait=self.wait)
+            commit = retried(lambda: self._upload(stage, message), wait=self.wait)
             self.failure = None
             self.say(f"pushed to {commit.commit_url} ({message})")
         except Exception as error:
@@ -189,10 +156,9 @@ class HubPusher:
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
-    def _upload(self, stage, message):
-        stale = (
-            f"{LAST}/*" if (stage / LAST).is_dir() else None
-        )  # files of another number of processes must not stay beside the new
+    def _upload(self, stage: Path, message: str) -> CommitInfo:
+        # a checkpoint replaces the older one whole: that may come from another number of processes
+        stale = f"{LAST}/*" if (stage / LAST).is_dir() else None
         return self.api.upload_folder(
             repo_id=self.repo_id,
             folder_path=stage,
@@ -201,30 +167,32 @@ class HubPusher:
             delete_patterns=stale,
         )
 
-    def _existing_card(self):
-        try:  # force: an answer from the cache could be older than what a person wrote since
+    def _existing_card(self) -> str | None:
+        try:  # always downloaded: a cached card could be older than what a person wrote since
             path = self.api.hf_hub_download(self.repo_id, "README.md", revision=self.revision, force_download=True)
-        except RemoteEntryNotFoundError:  # not its sibling for a Hub out of reach
+        except RemoteEntryNotFoundError:  # there is no card; a Hub out of reach is another error
             return None
         return Path(path).read_text(encoding="utf-8")
 
-    def _failed(self, message, folder, error):
+    def _failed(self, message: str, folder: str, error: BaseException) -> None:
         self.failure = reason(error)
         remedy = f"python -m scripts.push_to_hub {folder} --hub-model-id {self.repo_id}"
         self.say(
-            f"push to {self.repo_id} failed ({message}): {self.failure}; {folder} is whole, push it later with: {remedy}"
+            f"push to {self.repo_id} failed ({message}): {self.failure}; "
+            f"{folder} is whole, push it later with: {remedy}"
         )
 
-    def finish(self):
-        """Wait for what is under way; returns whether the last push arrived."""
+    def finish(self) -> bool:
+        """Wait for the pushes under way. Returns whether the last one arrived."""
         for future, _ in self.jobs:
             try:
                 future.result()
             except CancelledError:
                 continue
-            except KeyboardInterrupt:  # an ordinary exit would wait for the client's thread, however long it hangs
+            except KeyboardInterrupt:  # an ordinary exit would wait for the client's thread, which may hang
                 self.say(
-                    f"push to {self.repo_id} interrupted; what was to go there is whole, push it later with scripts.push_to_hub"
+                    f"push to {self.repo_id} interrupted; the model's folder is whole, "
+                    "push it later with scripts.push_to_hub"
                 )
                 sys.stdout.flush()
                 os._exit(130)
@@ -235,10 +203,10 @@ class HubPusher:
         return self.failure is None
 
 
-def fetch_model(name):
-    """A model folder for `name`: an existing folder as it is; "org/name[@revision]" downloaded (or from the cache), without pickles.
+def fetch_model(name: str) -> str:
+    """The folder of a model: an existing folder as it is, or "org/name[@revision]" downloaded, without pickles.
 
-    ValueError where it is neither.
+    Raises ValueError if it is neither.
     """
     if Path(str(name)).is_dir():
         return str(name)
@@ -248,12 +216,12 @@ def fetch_model(name):
     return str(folder)
 
 
-def fetch_checkpoint(name):
-    """A checkpoint for --resume: None, "auto" and folders as they are; "org/name[@revision]" → its last-checkpoint/, downloaded.
+def fetch_checkpoint(name: str | None) -> str | None:
+    """A checkpoint for --resume: None, "auto" and folders as they are; "org/name[@revision]" downloaded.
 
-    ValueError where there is none, or where loading it would run code from the Hub.
+    Raises ValueError if the repository has no last-checkpoint/, and if loading it would run code from the Hub.
     """
-    if name in (None, "auto") or Path(str(name)).is_dir() or not hub_name(name):
+    if name is None or name == "auto" or Path(str(name)).is_dir() or not hub_name(name):
         return name
     folder = _fetch(name, "--resume", allow_patterns=[f"{LAST}/*"]) / LAST
     if not (folder / "trainer.json").is_file():
@@ -263,27 +231,29 @@ def fetch_checkpoint(name):
     return str(folder)
 
 
-def _fetch(name, flag, **patterns):
+def _fetch(name: str, flag: str, **patterns: Any) -> Path:
     found = hub_name(name)
     if not found:
         raise ValueError(f"{flag} {name}: no such folder; give an existing folder or org/name[@revision]")
     try:
         return Path(snapshot_download(found[0], revision=found[1], **patterns))
-    except Exception as error:  # the client has a dozen kinds; the user needs the reason in one line
+    except Exception as error:  # the client raises a dozen kinds; the user needs one line
         raise ValueError(
-            f"{flag} {name}: neither a folder here nor to be had from the Hub ({reason(error)}); check the name and the login"
+            f"{flag} {name}: neither a folder here nor to be had from the Hub ({reason(error)}); "
+            "check the name and the login"
         ) from None
 
 
-def _refuse_code(path, name):
-    """ValueError unless `path` unpickles to plain data: training loads its own files without that check, strangers' files must pass it."""
+def _refuse_code(path: Path, name: str) -> None:
+    # Files from the Hub must unpickle to plain data. Training loads the files that it wrote itself without this check.
     import codecs
 
     import numpy as np
     import torch
+    from numpy._core.multiarray import _reconstruct
 
-    plain = [
-        np._core.multiarray._reconstruct,
+    plain: list[Any] = [
+        _reconstruct,
         np.ndarray,
         np.dtype,
         codecs.encode,
@@ -294,5 +264,6 @@ def _refuse_code(path, name):
             torch.load(path, weights_only=True, map_location="meta")
     except Exception as error:
         raise ValueError(
-            f"--resume {name}: {path.name} holds more than plain data ({_line(error)[:200]}); it could run code, refused"
+            f"--resume {name}: {path.name} holds more than plain data ({one_line(error)[:200]}); "
+            "it could run code, so it is refused: resume from a folder of your own"
         ) from None

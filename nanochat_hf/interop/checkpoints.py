@@ -156,7 +156,7 @@ def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
         if step is not None:
             raise ValueError(f"--step {step}: {folder} is a folder of transformers, which has no steps; leave it out")
         model, tokenizer = model_from_transformers(folder, tokenizer_dir)
-        export(_told_its_ends(model, tokenizer), tokenizer, output)
+        export(_told_its_ends(model, tokenizer), tokenizer, output, keep_padding=True)
         return model.eval(), tokenizer
     step = _newest(folder) if step is None else step
     meta = _read_json(folder / f"meta_{step:06d}.json")
@@ -171,7 +171,7 @@ def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
         )
     model = _empty(config)
     model.load_state_dict(weights, assign=True)
-    export(_told_its_ends(model, tokenizer), tokenizer, output)
+    export(_told_its_ends(model, tokenizer), tokenizer, output, keep_padding=True)
     dtypes = {n: str(v.dtype).removeprefix("torch.") for n, v in stored.items() if v.dtype != torch.float32}
     absent = [n for n in OLD_LAMBDAS if n not in stored]
     record = {"step": step, "meta": meta, "dtypes": dtypes, "absent": absent, "tokenizer_name": encoding["name"]}

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from ..conversation import CHAT_TEMPLATE, SPECIAL_TOKENS
-from ..tokenizer import token_bytes
+from ..conversation import SPECIAL_TOKENS
+from ..tokenizer import as_transformers, token_bytes
 
 # byte-level tokens spell bytes as letters (GPT-2): a printable Latin-1 byte as itself, the other 68 as the letters from 256 on
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -107,16 +106,7 @@ def tokenizer_from_encoding(encoding, max_length=2048):
         raise ValueError(
             f"special token {moved[0]} has the id {encoding['special_tokens'][moved[0]]}; special ids must follow the merges"
         )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|bos|>",
-        eos_token="<|assistant_end|>",
-        pad_token="<|output_end|>",
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return as_transformers(backend, max_length)
 
 
 def encoding_from_tokenizer(tokenizer, name="rustbpe"):

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, NanoChatForCausalLM
 
-from ..conversation import CHAT_TEMPLATE
 from ..model import NanochatConfig, NanochatForCausalLM
 from ..tokenizer import load_tokenizer
 
@@ -77,7 +76,7 @@ def model_from_transformers(folder, tokenizer_folder=None):
             f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; give the one it was trained with"
         )
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|bos|>", "<|assistant_end|>", "<|output_end|>"
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.add_bos_token, tokenizer.padding_side = True, "left"
     with torch.device("meta"):
         model = NanochatForCausalLM(config)
     weights = NanoChatForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()

@@ -1,4 +1,4 @@
-"""Muon's passes over memory as Triton kernels: matrices and gradients are read and written where they lie, none is stacked first.
+"""Muon's passes over memory as Triton kernels. Matrices and gradients are read and written in place, none is stacked.
 
 Letters: n matrices of r rows and c columns. Each kernel takes the addresses of the n tensors as a table on the device.
 """
@@ -34,7 +34,19 @@ def _momentum(grads_ptr, buffer_ptr, out_ptr, squares_ptr, ok_ptr, momentum, siz
 
 
 @triton.jit
-def _apply(params_ptr, out_ptr, update_ptr, factor_ptr, ok_ptr, rate, weight_decay, size, c: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr):
+def _apply(
+    params_ptr,
+    out_ptr,
+    update_ptr,
+    factor_ptr,
+    ok_ptr,
+    rate,
+    weight_decay,
+    size,
+    c: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i = tl.program_id(1).to(tl.int64)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
@@ -48,7 +60,7 @@ def _apply(params_ptr, out_ptr, update_ptr, factor_ptr, ok_ptr, rate, weight_dec
 
 
 class Tables:
-    """Tables of addresses, kept on the device while the tensors stay where they are: a copy of a list costs the host more than a kernel."""
+    """Tables of addresses on the device, made again only when a tensor has moved: a copy costs the host more than a kernel."""
 
     def __init__(self):
         self.kept = {}
@@ -62,14 +74,16 @@ class Tables:
 
 
 def fit(tensors, width: int) -> bool:
-    """Whether the kernels can read these tensors in place: contiguous float32, aligned, as must be the rows of a stack of `width` elements."""
-    return width % ALIGNMENT == 0 and all(t.dtype == torch.float32 and t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in tensors)
+    """Whether the kernels can read these tensors in place: contiguous float32, aligned, as rows of `width` elements must be."""
+    return width % ALIGNMENT == 0 and all(
+        t.dtype == torch.float32 and t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in tensors
+    )
 
 
 def momentum_(grads: torch.Tensor, buffer: torch.Tensor, momentum: float, ok: torch.Tensor, dtype: torch.dtype):
-    """Move the buffers (n, r, c) towards the gradients of a table (n) → Nesterov's direction (n, r, c) of `dtype`, its norms (n, 1, 1).
+    """Move the buffers (n, r, c) towards the gradients → Nesterov's direction (n, r, c) of `dtype`, its norms (n, 1, 1).
 
-    Where the 0-d bool `ok` is false the buffers stay and the direction is zero.
+    `grads` is a table (n). Where the 0-d bool `ok` is false the buffers stay and the direction is zero.
     """
     n, r, c = buffer.shape
     blocks = triton.cdiv(r * c, BLOCK)
@@ -79,13 +93,15 @@ def momentum_(grads: torch.Tensor, buffer: torch.Tensor, momentum: float, ok: to
     return out, squares.sum(1).sqrt().view(n, 1, 1)
 
 
-def apply(params, out, update: torch.Tensor, factor: torch.Tensor, rate: float, weight_decay: float, ok: torch.Tensor) -> None:
-    """Write param − rate·(update·factor + cautious decay) of the matrices of table `params` (n) to those of table `out` (n).
+def apply(
+    params, out, update: torch.Tensor, factor: torch.Tensor, rate: float, weight_decay: float, ok: torch.Tensor
+) -> None:
+    """Write param − rate·(update·factor + cautious decay), from the matrices of table `params` (n) to those of table `out` (n).
 
-    update: (n, r, c); factor: (n, r, 1) or (n, 1, c), float32 and contiguous. Where `ok` is false the values are copied.
+    update (n, r, c); factor (n, r, 1) or (n, 1, c), float32 and contiguous. Where `ok` is false the values are copied.
     """
     n, r, c = update.shape
     by_row = factor.shape[-1] == 1
     _apply[(triton.cdiv(r * c, BLOCK), n)](
         params, out, update, factor, ok, rate, weight_decay, r * c, c=c, BY_ROW=by_row, BLOCK=BLOCK, num_warps=8
-    )  # fmt: skip
+    )

@@ -1,24 +1,31 @@
-"""Whether training is compiled (on CUDA always, on a CPU where it can be and the run is long enough), and how."""
+"""Whether training is compiled, and how: always on CUDA, on a CPU where it can be and the run is long enough."""
 
 import math
 import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType, TorchDynamoPlugin
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
 
-# FLOPs of a process from which it pays on a CPU, where it takes half a minute without a cache and saves two fifths of a step and more
+# FLOPs of a process from which compiling pays on a CPU: it takes half a minute and saves two fifths of a step
 PAYS_FROM = 1e13
 
 
-def choose_compile(device, wanted, num_steps, step_flops, trial=False):
-    """(whether training on `device` is compiled, reason). `wanted`: True, False or None (where it pays); `step_flops`: of one process in
-    one step; `trial`: a run that writes nothing.
+def choose_compile(
+    device: torch.device, wanted: bool | None, num_steps: int, step_flops: float, trial: bool = False
+) -> tuple[bool, str]:
+    """(whether training on `device` is compiled, the reason).
 
-    choose_compile(torch.device("cpu"), None, 8, 1e10) → (False, "8 steps on a CPU; at this size it pays from 1,000")
+    `wanted`: True, False, or None for where it pays. `step_flops`: FLOPs of one process in one step. `trial`: a run
+    that writes nothing.
+
+    >>> choose_compile(torch.device("cpu"), None, 8, 1e10)
+    (False, '8 steps on a CPU; at this size it pays from 1,000')
     """
     if wanted is not None:
         return wanted, "asked for"
@@ -40,8 +47,8 @@ def choose_compile(device, wanted, num_steps, step_flops, trial=False):
     )
 
 
-def lacks():
-    """What torch.compile needs on a CPU and this machine has not, in words; "" where it can run."""
+def lacks() -> str:
+    """What torch.compile needs on a CPU and this machine does not have, in words; "" where it can run."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
     if not shutil.which(compiler):
         return f"a C++ compiler ({compiler})"
@@ -49,19 +56,21 @@ def lacks():
     return "" if headers.is_file() else f"Python's headers ({headers})"
 
 
-def compile_prepared(accelerator, compile=True, higher_order=False, layers=()):
-    """Whether `accelerator` compiles, for fixed shapes, the models that it prepares from now on; False leaves it to the launcher's YAML.
+def compile_prepared(
+    accelerator: Accelerator, compile: bool = True, higher_order: bool = False, layers: Collection[torch.nn.Module] = ()
+) -> None:
+    """Let `accelerator` compile, for fixed shapes, the models that it prepares from now on.
 
-    Under FSDP2 the `layers` are compiled in place: of a model compiled as a whole Accelerate splits the wrapper, so that evaluation, which
-    calls the model inside, would not find its parameters together.
-
-    `higher_order`: the model has operators that take functions (FlexAttention, recomputed layers). Of those dynamo cannot cut a graph at
-    DDP's buckets, and refuses to; uncut, gradients are reduced once all of them are there.
+    `compile`: False leaves it to the launcher's YAML. `layers`: under FSDP2 these are compiled in place, one by one. If
+    the model were compiled as a whole, Accelerate would split the wrapper, and evaluation, which calls the model inside
+    it, would not find whole parameters. `higher_order`: the model has operators that take functions (FlexAttention,
+    recomputed layers). Dynamo refuses to cut their graph at DDP's buckets, so gradients are reduced once all are there.
     """
-    # the constructor's own argument counts for the first Accelerator of a process alone, and the scripts make one to count the processes
+    # An argument of the constructor counts only for a process's first Accelerator, and the commands make one before, to
+    # count the processes.
     whole = compile and not (layers and accelerator.distributed_type == DistributedType.FSDP)
     accelerator.state.dynamo_plugin = (
-        TorchDynamoPlugin(backend="inductor", dynamic=False) if whole else TorchDynamoPlugin()
+        TorchDynamoPlugin(backend=DynamoBackend.INDUCTOR, dynamic=False) if whole else TorchDynamoPlugin()
     )
     if compile and not whole:
         compile_layers(layers)
@@ -69,7 +78,7 @@ def compile_prepared(accelerator, compile=True, higher_order=False, layers=()):
         torch._dynamo.config.optimize_ddp = not higher_order
 
 
-def compile_layers(layers, backend="inductor"):
+def compile_layers(layers: Collection[torch.nn.Module], backend: str | Callable = "inductor") -> None:
     """Compile modules in place, for fixed shapes; one compilation serves all that are alike."""
     for layer in layers:
         layer.compile(backend=backend, dynamic=False)

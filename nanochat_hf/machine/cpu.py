@@ -1,8 +1,8 @@
-"""What this CPU is good at: how many threads help, and whether half precision is faster than float32. Measured, not looked up.
+"""How many threads help on this CPU, and whether half precision is faster than float32 there: measured, not looked up.
 
-A table of processors ages, and the instruction set does not say what is fast: without AVX-512 or AMX a bfloat16 product takes some ten
-times as long as a float32 one, with AMX a fraction of it. A core that another program holds makes two threads slower than one. So a
-product of the model's own shape is timed once a process.
+A table of processors ages, and the instruction set does not say what is fast. Without AVX-512 or AMX a bfloat16 product
+takes some ten times as long as a float32 one, with AMX a fraction of it. When another program holds one of two cores,
+two threads are slower than one. So a product of the model's own shape is timed, once a process.
 """
 
 import functools
@@ -16,7 +16,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-WORTH = 1.3  # how much faster a bfloat16 product must be than a float32 one: autocast also casts every weight, once a forward
+# How much faster a bfloat16 product must be than a float32 one: autocast also casts every weight, once a forward.
+WORTH = 1.3
 FEWER_WIN = 0.95  # fewer threads are taken where a round takes at most this share of the time that more threads need
 TOO_SLOW = 1.0  # GFLOP/s below which training is not worth starting
 EFFICIENCY = 0.4  # FLOP/s of a whole training step as a share of one product's, measured at depths 2 to 4 on two cores
@@ -49,25 +50,34 @@ class Speed:
         return max(self.float32, self.bfloat16)
 
     def describe(self) -> str:
-        """For a plan: Speed(60.0, 7.2).describe() → "float32: bfloat16 products are 0.12 times as fast here (7.2 against 60 GFLOP/s)"."""
-        return f"{self.best}: bfloat16 products are {self.ratio:.2g} times as fast here ({self.bfloat16:.3g} against {self.float32:.3g} GFLOP/s)"
+        """The choice and its reason, for a plan.
+
+        >>> Speed(60.0, 7.2).describe()
+        'float32: bfloat16 products are 0.12 times as fast here (7.2 against 60 GFLOP/s)'
+        """
+        figures = f"{self.bfloat16:.3g} against {self.float32:.3g} GFLOP/s"
+        return f"{self.best}: bfloat16 products are {self.ratio:.2g} times as fast here ({figures})"
 
 
 @dataclass(frozen=True)
 class Threads:
-    """The number of threads in use, and the milliseconds that a round of work took with each number that was tried."""
+    """The number of threads in use, and how many milliseconds a round of work took with each number tried."""
 
     count: int
     rounds: dict[int, float] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """For a plan: Threads(1, {1: 1.5, 2: 5.5}).describe() → "1 (a round of work takes 1.5 ms with 1, 5.5 ms with 2)"."""
+        """The choice and its reason, for a plan.
+
+        >>> Threads(1, {1: 1.5, 2: 5.5}).describe()
+        '1 (a round of work takes 1.5 ms with 1, 5.5 ms with 2)'
+        """
         tried = ", ".join(f"{milliseconds:.1f} ms with {count}" for count, milliseconds in self.rounds.items())
         return f"{self.count} (a round of work takes {tried})" if len(self.rounds) > 1 else f"{self.count}"
 
 
 def available_cores(root: Path = Path("/sys/fs/cgroup"), group: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores that this process may use: its affinity, and the quota of its control group, which torch does not look at.
+    """Cores that this process may use, by its affinity and by the quota of its control group, which torch ignores.
 
     A container of two cores on a machine with 64 gets 64 threads from torch, which then wait for each other.
     """
@@ -77,7 +87,7 @@ def available_cores(root: Path = Path("/sys/fs/cgroup"), group: Path = Path("/pr
 
 
 def _control_groups(root, group):
-    # version 2 has one line, 0::/path, version 1 a line for each controller; inside a container the root is often its own group
+    # version 2 has one line, 0::/path, version 1 a line for each controller; in a container the root is often the group
     folders = [root, root / "cpu"]
     try:
         for line in group.read_text().splitlines():
@@ -112,10 +122,10 @@ def local_processes() -> int:
 
 
 def thread_choices() -> list[int]:
-    """Numbers of threads worth trying, ascending: one, half, all of this process's share of the cores; one number where somebody said it.
+    """Numbers of threads worth trying, ascending: one, half and all of this process's share of the cores.
 
-    Accelerate's launcher always sets OMP_NUM_THREADS, by default to the physical cores divided by the processes. That default is an upper
-    bound here; any other value was said by the user (in the environment or as num_cpu_threads_per_process) and is taken as it is.
+    A number that the user gave, as OMP_NUM_THREADS or num_cpu_threads_per_process, is the only one. Accelerate's
+    launcher always sets OMP_NUM_THREADS; its default, the physical cores divided by the processes, is an upper bound.
     """
     share = max(1, available_cores() // local_processes())
     said = os.environ.get("OMP_NUM_THREADS", "")
@@ -138,7 +148,10 @@ def _launchers_default():
 
 @functools.cache
 def measure(kind: str = "cpu", width: int = WIDTH) -> Speed:
-    """Time products of a model `width` channels wide, (n, C)·(C, m), on a device of this kind ("cpu" or "mps"); once a process, in 0.1 s."""
+    """Time products of a model `width` channels wide, (n, C)·(C, m), on a device of this kind ("cpu" or "mps").
+
+    Takes 0.1 s, once a process.
+    """
     speeds = {}
     for dtype in (torch.float32, torch.bfloat16):
         call, flops = _product(kind, width, dtype)
@@ -148,9 +161,9 @@ def measure(kind: str = "cpu", width: int = WIDTH) -> Speed:
 
 @functools.cache
 def set_threads(count: int | None = None) -> Threads:
-    """Set torch's number of threads; once a process, in 0.1 s. Returns it and what was measured.
+    """Set torch's number of threads and return it, with what was measured. Takes 0.1 s, once a process.
 
-    `count`: the number wanted, as a resumed run does whose sums are to be added in the same order; at most the cores there are. None:
+    `count`: the number wanted, at most the cores there are: by it a resumed run adds its sums in the same order. None:
     the number that is fastest now (see thread_choices).
     """
     choices = thread_choices() if count is None else [min(count, available_cores())]
@@ -164,7 +177,11 @@ def set_threads(count: int | None = None) -> Threads:
 
 
 def fewest_that_win(rounds: dict[int, float]) -> int:
-    """The number of threads with the shortest round, where fewer must be clearly faster: {1: 5.0, 2: 5.1} → 2, {1: 1.5, 2: 5.5} → 1."""
+    """The number of threads with the shortest round. Fewer threads must be clearly faster.
+
+    >>> fewest_that_win({1: 5.0, 2: 5.1}), fewest_that_win({1: 1.5, 2: 5.5})
+    (2, 1)
+    """
     best = max(rounds)
     for count in sorted(rounds, reverse=True):
         if rounds[count] <= FEWER_WIN * rounds[best]:
@@ -187,7 +204,7 @@ def _product(kind, width, dtype):
 
 
 def _round():
-    # a product and an elementwise region, as a layer has them: each ends in a barrier at which threads wait for the slowest
+    # a product and an elementwise region, as in a layer: at the end of each the threads wait for the slowest one
     product, _ = _product("cpu", WIDTH, torch.float32)
     x = torch.ones(ROWS, 4 * WIDTH)
 
@@ -211,7 +228,10 @@ def _seconds_a_call(call, statistic):
 
 
 def best_dtype(device: torch.device, width: int = WIDTH) -> str:
-    """The dtype for products on `device` where nobody said one: float32 or bfloat16. All processes of a run get the first one's answer."""
+    """The dtype for products on `device` where nobody said one: float32 or bfloat16.
+
+    All processes of a run get the answer of the first.
+    """
     if device.type not in ("cpu", "mps"):
         return "bfloat16"
     best = [measure(device.type, width).best]

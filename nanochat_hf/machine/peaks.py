@@ -1,15 +1,15 @@
-"""What a device can do: dense bf16 FLOP/s, and memory."""
+"""What a device can do: FLOP/s and memory."""
 
 import torch
 
 from nanochat_hf.scaling import peak_of
 
 
-def peak_flops(device):
-    """Dense bf16 FLOP/s of the device, or None where unknown (then no MFU is printed)."""
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of the device by its name, or None if it is unknown; then no MFU is printed."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def device_memory(device):
+def device_memory(device: torch.device) -> float:
     """GiB of a CUDA device."""
     return torch.cuda.get_device_properties(device).total_memory / 2**30

@@ -1,32 +1,41 @@
-"""The machine: Accelerator, device, peak FLOPS, agreement between ranks, and everything that only XLA (TPU) needs."""
+"""Everything that only XLA (TPU) needs: its Accelerator, its steps, its masks and its attention."""
 
 import functools
 import os
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, is_torch_xla_available
+from accelerate.utils import AutocastKwargs, DistributedType, is_torch_xla_available
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+T = TypeVar("T")
+
 
 class XLAAccelerator(Accelerator):
-    """Accelerate on XLA devices, with a mixed precision and masks of packed rows of our own.
+    """Accelerate on XLA devices, with its own mixed precision and its own masks for packed rows.
 
-    On a TPU Accelerate's mixed_precision="bf16" sets XLA_USE_BF16, which turns the float32 master weights into bfloat16; here it stays
-    "no", and autocast lowers the products alone. transformers looks at position_ids to see whether rows are packed, which waits for the
-    device at each forward; here the masks come from position_ids unseen, in one fixed shape.
+    Mixed precision: on a TPU, Accelerate's mixed_precision="bf16" sets XLA_USE_BF16, which turns the float32 master
+    weights into bfloat16. Here Accelerate's setting stays "no", and autocast lowers only the matrix products.
+    Masks: transformers reads position_ids on the host to see whether rows are packed, and so waits for the device in
+    each forward pass. Here the masks are computed from position_ids on the device, in one fixed shape.
+
+    `dtype` is float32, bfloat16 or None (bfloat16). Raises ValueError for a setting that would harm the weights or that
+    XLA cannot run.
     """
 
-    def __init__(self, *, dtype=None, compile=False, **kwargs):
-        """`dtype`: float32, bfloat16 or None (bfloat16). ValueError for what harms the weights or cannot run."""
+    def __init__(self, *, dtype: str | None = None, compile: bool = False, **kwargs: Any):
         for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
             if os.environ.get(name, "0") not in ("", "0"):
                 raise ValueError(
-                    f"{name}={os.environ[name]} makes bfloat16 of the float32 master weights; unset it, set mixed_precision: no in "
-                    "Accelerate's YAML (accelerate_configs/tpu.yaml does), and choose with --dtype"
+                    f"{name}={os.environ[name]} makes bfloat16 of the float32 master weights; unset it, set "
+                    "mixed_precision: no in Accelerate's YAML, as accelerate_configs/tpu.yaml does, "
+                    "and choose with --dtype"
                 )
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launched not in ("", "no"):
@@ -39,30 +48,39 @@ class XLAAccelerator(Accelerator):
         if compile:
             raise ValueError("--compile true is not for XLA, which compiles every step itself; drop it")
         state = PartialState()
-        state.local_process_index = max(
-            0, state.local_process_index
-        )  # Accelerate has -1 off TPUs, and then prints nothing
+        # off TPUs Accelerate sets -1, and a process with that number prints nothing
+        state.local_process_index = max(0, state.local_process_index)
         self.autocast_enabled = dtype != "float32"
         super().__init__(mixed_precision="no", **kwargs)
 
     @property
-    def mixed_precision(self):
-        """What the products run in; Accelerate's own setting stays "no"."""
+    def mixed_precision(self) -> str:
+        """The dtype of the matrix products, by Accelerate's name; Accelerate's own setting stays "no"."""
         return "bf16" if self.autocast_enabled else "no"
 
-    def autocast(self, autocast_handler=None):
+    def autocast(self, autocast_handler: AutocastKwargs | None = None) -> Any:
+        """Bfloat16 for the matrix products, unless `dtype` is float32."""
         return torch.autocast("xla", dtype=torch.bfloat16, enabled=self.autocast_enabled)
 
-    def backward(self, loss, **kwargs):
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Divide the loss by the number of micro-batches, which is an input of the program, and run backward."""
         (loss / as_input(self.gradient_accumulation_steps, loss.device)).backward(**kwargs)
 
-    def prepare_model(self, model, device_placement=None, evaluation_mode=False):
-        """Move the model; its forward then runs under `autocast`, with masks made from position_ids where there are any."""
+    def prepare_model(
+        self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> torch.nn.Module:
+        """Move the model; its forward then runs under `autocast`, with masks computed from position_ids if given."""
         model = super().prepare_model(model, device_placement, evaluation_mode)
         forward = model.forward
 
         @functools.wraps(forward)
-        def run(*args, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        def run(
+            *args: Any,
+            attention_mask: Any = None,
+            position_ids: torch.Tensor | None = None,
+            past_key_values: Any = None,
+            **kwargs: Any,
+        ) -> Any:
             if attention_mask is None and position_ids is not None and past_key_values is None:
                 attention_mask = packed_masks(model.config, position_ids)
             with self.autocast():
@@ -78,34 +96,38 @@ class XLAAccelerator(Accelerator):
         return model
 
 
-def mark_step(device):
-    """On XLA, run what was recorded: the next operations become a program of their own. Elsewhere nothing."""
+def mark_step(device: torch.device) -> None:
+    """On XLA, run what was recorded so far; what follows becomes another program. Elsewhere do nothing."""
     if device.type == "xla":
         import torch_xla
 
         torch_xla.sync()
 
 
-def as_input(number, device):
-    """A number that changes, as a program may take it: on XLA a 0-d float32 tensor on the device; elsewhere, and a tensor, as it is.
+def as_input(number: float | torch.Tensor, device: torch.device) -> float | torch.Tensor:
+    """A number that changes from step to step, in the form that does not recompile the program.
 
-    XLA bakes single numbers of 0 and 1 into a program and takes equal ones for one input, so that a value which happens to equal
-    another makes a new program; it does neither with the elements of a vector.
+    On XLA that is a 0-d float32 tensor on the device, taken from a vector: XLA builds the scalars 0 and 1 into its
+    program and merges inputs of equal value, so a plain scalar would give a new program now and then. Elsewhere, and
+    for a tensor, the number is returned as it is.
     """
     if device.type != "xla" or isinstance(number, torch.Tensor):
         return number
     return torch.tensor([float(number)]).to(device).squeeze(0)
 
 
-def step_by_step(device, items):
-    """The items of an iterable, with a mark_step after the work on each, so that a loop is not unrolled into one program."""
+def step_by_step(device: torch.device, items: Iterable[T]) -> Iterator[T]:
+    """Yield the items, and call `mark_step` after the work on each, so that XLA does not unroll the loop."""
     for item in items:
         yield item
         mark_step(device)
 
 
-def reduce_gradients(accelerator, optimizer):
-    """On XLA, average complete gradients over the replicas, once a step, so that norms see the whole; DDP and FSDP2 did it in backward."""
+def reduce_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """On XLA, average the gradients over the processes once a step, before anything measures their norm.
+
+    Elsewhere do nothing: DDP and FSDP2 average them in backward.
+    """
     state = accelerator.gradient_state
     if accelerator.distributed_type != DistributedType.XLA or state.is_xla_gradients_synced:
         return
@@ -113,33 +135,41 @@ def reduce_gradients(accelerator, optimizer):
 
     gradients = [param.grad for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
     xm.all_reduce(xm.REDUCE_SUM, gradients, scale=1.0 / accelerator.num_processes)
-    state.is_xla_gradients_synced = True  # Accelerate's optimizer then does not reduce again, and resets it
+    state.is_xla_gradients_synced = True  # so that Accelerate's optimizer does not reduce again; it resets this
 
 
-def enable_checkpointing(model, device):
-    """Gradient checkpointing for layers. On XLA its own, with a barrier without which XLA merges the recomputation with the original."""
+def enable_checkpointing(model: PreTrainedModel, device: torch.device) -> None:
+    """Turn on gradient checkpointing for the layers.
+
+    On XLA it is torch_xla's own, which has a barrier: without it XLA would merge the recomputation with the original
+    computation and keep its results in memory.
+    """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": device.type == "xla"})
     if device.type != "xla":
         return
     from torch_xla.utils.checkpoint import checkpoint
 
+    name = "_gradient_checkpointing_func"
     for module in model.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = functools.partial(
-                checkpoint, preserve_rng_state=False
-            )  # nothing here is random
+        if hasattr(module, name):
+            # nothing in a layer is random, so the state of the random generator need not be kept
+            setattr(module, name, functools.partial(checkpoint, preserve_rng_state=False))
 
 
-def documents(position_ids):
-    """Number of the document of each position, (B, T): a new one begins where positions do not go on by one.
+def documents(position_ids: torch.Tensor) -> torch.Tensor:
+    """Number the documents of packed rows, (B, T) → (B, T): a document ends where the next position is not one higher.
 
-    documents([[0, 1, 0, 1, 2]]) → [[0, 0, 1, 1, 1]]
+    >>> documents(torch.tensor([[0, 1, 0, 1, 2]])).tolist()
+    [[0, 0, 1, 1, 1]]
     """
     return F.pad((position_ids.diff(dim=-1) != 1).long(), (1, 0)).cumsum(-1)
 
 
-def packed_masks(config, position_ids):
-    """Boolean masks (B, 1, T, T) by layer type that keep causality, documents and windows; True where a query sees a key."""
+def packed_masks(config: PretrainedConfig, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Boolean masks (B, 1, T, T) by layer type; True where a query sees a key.
+
+    A query sees keys of its own document that are not after it and, in a layer of sliding attention, within the window.
+    """
     number = documents(position_ids)
     place = torch.arange(position_ids.shape[-1], device=position_ids.device)
     distance = place[:, None] - place[None, :]  # (T, T)
@@ -150,12 +180,21 @@ def packed_masks(config, position_ids):
     return masks
 
 
-def pallas_attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, position_ids=None, **kwargs
-):
-    """XLA's flash kernel for layers without a window; SDPA with the mask for those with one, and for lengths that 128 does not divide.
+def pallas_attention(  # noqa: PLR0913  transformers prescribes the signature of an attention function
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """XLA's flash attention: query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D).
 
-    query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D), None. Documents become the kernel's segments.
+    A document becomes a segment of the kernel. Layers with a window, and lengths that are no multiple of 128, are
+    outside of what the kernel can do; SDPA with the mask computes those.
     """
     B, H, T, _ = query.shape
     if sliding_window is not None or T % 128 or key.shape[2] != T:
@@ -171,8 +210,8 @@ def pallas_attention(
     return out.transpose(1, 2), None
 
 
-def flash_kernel():
-    """(name or None, reason): the TPU's flash attention where it can run, registered with transformers."""
+def flash_kernel() -> tuple[str | None, str]:
+    """Register the TPU's flash attention with transformers, if it can run here. Returns its name, or None, and why."""
     if not is_torch_xla_available(check_is_tpu=True):
         return None, "no TPU"
     if find_spec("jax") is None:

@@ -1,55 +1,77 @@
-"""Cross-entropy of soft-capped logits that takes its gradient chunk by chunk, while a chunk's logits exist.
+"""Cross-entropy of soft-capped logits that takes its gradient chunk by chunk, while the logits of a chunk exist.
 
-Letters: N tokens, n of a chunk, C hidden_size, V vocabulary.
+Letters: N tokens, C hidden_size, V vocabulary.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .ops_nanochat_hf import Ops
 
 
-def nll_and_slope(logits, target, weight, cap):
-    """Uncapped logits (n, V), targets (n) with −100 ignored, weights (n) → weight·nll (n) float32, its gradient (n, V)."""
-    weight, target = torch.where(target == -100, 0.0, weight).unsqueeze(1), target.clamp(min=0).unsqueeze(1)  # (n, 1)
-    squashed = torch.tanh(logits.float() / cap)
-    lse = torch.logsumexp(cap * squashed, dim=1, keepdim=True)
-    nll = (lse - cap * squashed.gather(1, target)) * weight
-    wrong = torch.exp(cap * squashed - lse) - (torch.arange(logits.shape[1], device=target.device) == target).float()
-    return nll.squeeze(1), (wrong * weight * (1 - squashed.square())).to(logits.dtype)
+class LossSizes(NamedTuple):
+    """Sizes of the loss: rows of the head that are tokens, the soft-cap, and how many tokens have logits at one time."""
 
-
-def add_product(total, a, b):
-    """total (n, m) float32 += a (n, k) · b (k, m)."""
-    total += (a @ b).float()
+    vocab_size: int
+    cap: float
+    chunk: int
 
 
 class SoftcappedLoss(torch.autograd.Function):
-    """Σ weight·nll of soft-capped logits, whose gradient is taken in the forward pass, chunk by chunk.
+    """Σ weight·nll of soft-capped logits, 0-d float32.
 
-    The logits of a chunk are read while they exist and never made again: no (N, V) tensor, and no second product with the head.
-    hidden (N, C), head (rows, C), targets (N) with −100 ignored, weights (N) float32 → 0-d float32.
+    hidden (N, C), head (V or more rows, C), targets (N) where −100 is ignored, weights (N) float32.
+
+    The gradient is taken in the forward pass, while the logits of a chunk exist. So no (N, V) tensor is kept, and the
+    product with the head is not computed twice.
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, vocab_size, cap, chunk, nll_and_slope, add_product):
+    def forward(
+        ctx, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, sizes: LossSizes, ops: Ops
+    ) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
-            table = head[:vocab_size].to(dtype)
+            table = head[: sizes.vocab_size].to(dtype)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             grad_head = torch.zeros(table.shape, dtype=torch.float32, device=hidden.device)
             grads = []
-            for h, target, weight in zip(hidden.to(dtype).split(chunk), targets.split(chunk), weights.split(chunk), strict=True):
-                nll, slope = nll_and_slope(h @ table.mT, target, weight, cap)
+            chunks = (tensor.split(sizes.chunk) for tensor in (hidden.to(dtype), targets, weights))
+            for h, target, weight in zip(*chunks, strict=True):
+                nll, slope = ops.nll_and_slope(h @ table.mT, target, weight, sizes.cap)
                 total = total + nll.sum()
                 grads.append((slope @ table).to(hidden.dtype))
-                add_product(grad_head, slope.mT, h)
+                ops.add_product(grad_head, slope.mT, h)
         ctx.save_for_backward(torch.cat(grads), grad_head)
-        ctx.head = head.shape[0] - vocab_size, head.dtype
+        ctx.padding, ctx.head_dtype = head.shape[0] - sizes.vocab_size, head.dtype
         return total
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output: Tensor):
         grad_hidden, grad_head = ctx.saved_tensors
-        padding, dtype = ctx.head
-        grad_head = F.pad((grad_head * grad_output).to(dtype), (0, 0, 0, padding))
-        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None, None, None, None
+        grad_head = F.pad((grad_head * grad_output).to(ctx.head_dtype), (0, 0, 0, ctx.padding))
+        return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None
+
+
+def chunked_loss(
+    logits: Callable, hidden: Tensor, targets: Tensor, weights: Tensor, chunk: int, recompute: bool
+) -> Tensor:
+    """The same sum by `logits`, hidden (n, C) → soft-capped logits (n, V), for heads whose weight does not say everything.
+
+    `recompute`: in backward each chunk of logits is made again, so that only one exists at a time.
+    """
+
+    def part_of(hidden, targets, weights):
+        return (F.cross_entropy(logits(hidden), targets, ignore_index=-100, reduction="none") * weights).sum()
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part in zip(*(tensor.split(chunk) for tensor in (hidden, targets, weights)), strict=True):
+        save = recompute and len(targets) > chunk
+        total = total + (checkpoint(part_of, *part, use_reentrant=False) if save else part_of(*part))
+    return total

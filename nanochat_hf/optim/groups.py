@@ -1,15 +1,17 @@
 """Parameter groups: which rule owns which parameter, and with which learning rate."""
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from nanochat_hf.optim.sharding import whole
 
-# First match wins. A parameter that no rule takes and a rule that takes no parameter are both errors, so that a
-# renamed module cannot silently change its optimizer.
+# The first match wins. A parameter without a rule and a rule without a parameter are both errors, so that renaming a
+# module cannot silently change its optimizer.
 RULES = (
     (r"(^|\.)lm_head\.weight$", "unembedding"),
     (r"(^|\.)embed_tokens\.weight$", "embedding"),
@@ -20,21 +22,25 @@ RULES = (
 )
 ADAMW_EPS = 1e-10
 MUON_BETA2 = 0.95
-PLAIN_ADAMW = {
-    "betas": (0.9, 0.95),
-    "eps": 1e-8,
-}  # what language models are usually trained with (GPT-3, arXiv:2005.14165)
+# what language models are usually trained with (GPT-3, arXiv:2005.14165)
+PLAIN_ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8}
 MATRIX_OPTIMIZERS = ("muon", "adamw")
+
+
+class HasGroups(Protocol):
+    """An optimizer, or a wrapper that shows its groups."""
+
+    param_groups: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Learning rates before any schedule, as tuned at a width of 768 and 2^19 tokens a step.
 
-    `embedding_lr` (token and value embeddings) and `unembedding_lr` are further scaled by (width / 768)^-0.5.
-    `weight_decay` is the matrices' only, as used (a base run passes 0.2 * (12 / depth)^2). `batch_lr_scale` multiplies every
-    learning rate; sqrt(tokens per step / 2^19) is the rule for base runs. `matrix_optimizer` "adamw" is the baseline that Muon is
-    measured against: it changes the rule of the matrices and nothing else, and wants a `matrix_lr` some ten times smaller.
+    `embedding_lr` (token and value embeddings) and `unembedding_lr` are also scaled by (width / 768)^-0.5.
+    `weight_decay` is for matrices only, as it is (a base run passes 0.2 * (12 / depth)^2). `batch_lr_scale` multiplies
+    every learning rate; a base run takes sqrt(tokens per step / 2^19). `matrix_optimizer` "adamw" is the baseline to
+    measure Muon against: only the matrices' rule changes, and `matrix_lr` should be some ten times smaller.
     """
 
     embedding_lr: float = 0.3
@@ -56,13 +62,15 @@ class OptimizerConfig:
                 raise ValueError(f"{field.name}={value} must be a finite number of at least 0; try {field.default}")
 
 
-def assign_rules(names, rules=RULES) -> dict[str, list[str]]:
-    """Give each parameter name to the first rule that matches.
+def assign_rules(names: Iterable[str], rules: Sequence[tuple[str, str]] = RULES) -> dict[str, list[str]]:
+    """Give each parameter's name to the first rule that matches; `rules` are pairs of a pattern and the owner's name.
 
-    `["lm_head.weight", "layers.0.mlp.up_proj.weight"]` → `{"unembedding": ["lm_head.weight"], "matrix": [...]}`.
-    Raises ValueError for a name that no rule takes and for a rule that takes no name.
+    Raises ValueError for a name that no rule takes, and for a rule that takes no name.
+
+    >>> assign_rules(["lm_head.weight", "layers.0.up_proj.weight"], [("lm_head", "unembedding"), ("layers", "matrix")])
+    {'unembedding': ['lm_head.weight'], 'matrix': ['layers.0.up_proj.weight']}
     """
-    owned = {owner: [] for _, owner in rules}
+    owned: dict[str, list[str]] = {owner: [] for _, owner in rules}
     for name in names:
         owner = next((owner for pattern, owner in rules if re.search(pattern, name)), None)
         if owner is None:
@@ -74,8 +82,8 @@ def assign_rules(names, rules=RULES) -> dict[str, list[str]]:
     return owned
 
 
-def build_param_groups(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict]:
-    """Parameter groups for `MuonAdamW`: five of AdamW, then one per matrix shape, of Muon or (the baseline) of plain AdamW.
+def build_param_groups(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict[str, Any]]:
+    """Parameter groups for `MuonAdamW`: five of AdamW, then one per matrix shape, of Muon or, as a baseline, of AdamW.
 
     Each group holds kind ("adamw" or "muon"), name, param_names, lr, initial_lr, momentum, betas, eps, weight_decay,
     initial_weight_decay and params. Frozen parameters are left out. The width is read from `model.config.hidden_size`.
@@ -83,36 +91,36 @@ def build_param_groups(model: nn.Module, config: OptimizerConfig | None = None) 
     """
     config = config or OptimizerConfig()
     named = dict(model.named_parameters())
-    model_config = getattr(model, "module", model).config
+    model_config: Any = getattr(model, "module", model).config
     with_tables = getattr(model_config, "use_value_embeddings", True)
-    # a rule for tables that the model says it has not would be idle rightly
-    owned = {"value_embeds": []} | assign_rules(
-        named, [rule for rule in RULES if with_tables or rule[1] != "value_embeds"]
-    )
+    # a model without value embeddings has no use for their rule, which would otherwise be an error
+    rules = [rule for rule in RULES if with_tables or rule[1] != "value_embeds"]
+    owned = {"value_embeds": []} | assign_rules(named, rules)
     width_scale = (model_config.hidden_size / 768) ** -0.5
     adamw = {  # name: (learning rate, betas)
         "unembedding": (config.unembedding_lr * width_scale, (0.8, 0.95)),
         "embedding": (config.embedding_lr * width_scale, (0.8, 0.95)),
         "value_embeds": (config.embedding_lr * width_scale, (0.8, 0.95)),
-        # every block multiplies the residual by its lambda, so an error compounds over depth: a hundredth of the rate
+        # every block multiplies the residual stream by its lambda, so changes compound over depth: 1 % of the rate
         "resid_lambdas": (config.scalar_lr * 0.01, (0.8, 0.95)),
         "x0_lambdas": (config.scalar_lr, (0.96, 0.95)),
     }
     groups = []
     for owner, (lr, betas) in adamw.items():
         trained = {name: named[name] for name in owned[owner] if named[name].requires_grad}
-        groups.append(_group("adamw", owner, trained, lr * config.batch_lr_scale, betas, 0.0))
+        groups.append(_group("adamw", owner, trained, lr * config.batch_lr_scale) | {"betas": betas})
     for shape, trained in _by_shape(named, owned["matrix"]).items():
-        lr, betas = config.matrix_lr * config.batch_lr_scale, (0.0, MUON_BETA2)
-        group = _group(
-            config.matrix_optimizer, f"matrix_{shape[0]}x{shape[1]}", trained, lr, betas, config.weight_decay
-        )
-        groups.append(group | PLAIN_ADAMW if config.matrix_optimizer == "adamw" else group)
+        name = f"matrix_{shape[0]}x{shape[1]}"
+        group = _group(config.matrix_optimizer, name, trained, config.matrix_lr * config.batch_lr_scale)
+        group |= {"weight_decay": config.weight_decay, "initial_weight_decay": config.weight_decay}
+        groups.append(group | (PLAIN_ADAMW if config.matrix_optimizer == "adamw" else {"betas": (0.0, MUON_BETA2)}))
     return [group for group in groups if group["params"]]
 
 
-def _by_shape(named, names) -> dict[tuple, dict]:
-    stacks = {}
+def _by_shape(
+    named: Mapping[str, nn.Parameter], names: Iterable[str]
+) -> dict[tuple[int, ...], dict[str, nn.Parameter]]:
+    stacks: dict[tuple[int, ...], dict[str, nn.Parameter]] = {}
     for name in names:
         param = named[name]
         if param.ndim != 2:
@@ -122,7 +130,7 @@ def _by_shape(named, names) -> dict[tuple, dict]:
     return stacks
 
 
-def _group(kind, name, named, lr, betas, weight_decay) -> dict:
+def _group(kind: str, name: str, named: Mapping[str, nn.Parameter], lr: float) -> dict[str, Any]:
     return {
         "kind": kind,
         "name": name,
@@ -131,15 +139,14 @@ def _group(kind, name, named, lr, betas, weight_decay) -> dict:
         "lr": lr,
         "initial_lr": lr,
         "momentum": 0.95 if kind == "muon" else 0.0,
-        "betas": betas,
         "eps": ADAMW_EPS,
-        "weight_decay": weight_decay,
-        "initial_weight_decay": weight_decay,
+        "weight_decay": 0.0,
+        "initial_weight_decay": 0.0,
     }
 
 
-def gradient_norms(optimizer) -> dict[str, torch.Tensor]:
-    """Norm of each group's gradient, {group name: 0-d tensor on the device}; a collective where parameters are DTensors."""
+def gradient_norms(optimizer: HasGroups) -> dict[str, torch.Tensor]:
+    """Norm of each group's gradient by the group's name, 0-d on the device; a collective if parameters are DTensors."""
     norms = {}
     for group in optimizer.param_groups:
         grads = [param.grad for param in group["params"] if param.grad is not None]
@@ -148,11 +155,13 @@ def gradient_norms(optimizer) -> dict[str, torch.Tensor]:
     return norms
 
 
-def apply_schedule(optimizer, lr_multiplier: float, momentum: float, weight_decay_multiplier: float = 1.0) -> None:
+def apply_schedule(
+    optimizer: HasGroups, lr_multiplier: float, momentum: float, weight_decay_multiplier: float = 1.0
+) -> None:
     """Set this step's hyperparameters, before `optimizer.step()`.
 
     Every group's lr becomes initial_lr * lr_multiplier; Muon groups also get `momentum` and their initial weight decay
-    times `weight_decay_multiplier`. Takes any wrapper that exposes `param_groups`.
+    times `weight_decay_multiplier`.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_multiplier

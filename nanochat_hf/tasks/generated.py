@@ -1,9 +1,11 @@
 """Tasks that code generates: spelling, counting letters, arithmetic, identity. Row i of a split is always the same row.
 
-Words come from the text file in `path`, one a line, else from the embedded text; those of the split test occur in no training row.
+Words come from the text file in `path`, one a line, or else from the embedded text. Words of split "test" occur in no
+training row.
 """
 
 import random
+from collections.abc import Callable
 
 from .base import Task, pair, same_number, same_text
 from .embedded import listed_words, words
@@ -81,10 +83,16 @@ IDENTITY = (
 )
 
 
-def rows(draw):
-    """load() of a generated task: `draw(random, split, path)` makes one row; train and test rows have seeds of their own."""
+Row = dict[str, str]  # the fields that a conversation is made of
 
-    def load(split="train", path=None, limit=None):
+
+def rows(draw: Callable[[random.Random, str, str | None], Row]) -> Callable[..., list[Row]]:
+    """The `load` of a generated task, whose rows `draw(random, split, path)` makes.
+
+    Each row has a seed of its own, by its split and its number.
+    """
+
+    def load(split: str = "train", path: str | None = None, limit: int | None = None) -> list[Row]:
         if limit is not None and limit < 1:
             raise ValueError(
                 f"limit={limit}: must be at least 1; leave it out for 20,000 rows to train on or 1,000 to test"
@@ -99,40 +107,44 @@ def rows(draw):
     return load
 
 
-def draw_word(rng, split, path=None):
+def draw_word(rng: random.Random, split: str, path: str | None = None) -> Row:
     """One word of the split: of the list in `path`, or of the embedded text."""
     return {"word": rng.choice(listed_words(path, split) if path else words(split))}
 
 
-def draw_bee(rng, split, path=None):
-    """A word, nine times out of ten a letter of it, else any; and a phrasing, quotes or none around each, a question mark or none."""
+def draw_bee(rng: random.Random, split: str, path: str | None = None) -> Row:
+    """A word, a letter (nine times out of ten one of the word's), a phrasing, the quotes and the mark at its end."""
     word = draw_word(rng, split, path)["word"]
     letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     marks = {"letter_quote": rng.choice(QUOTES), "word_quote": rng.choice(QUOTES), "mark": rng.choice(("?", ""))}
     return {"word": word, "letter": letter, "question": rng.choice(BEE_QUESTIONS)} | marks
 
 
-def draw_sum(rng, split, path=None):
-    """Two numbers of up to three digits and an operator; test rows have an odd digit sum, train rows an even one."""
+def draw_sum(rng: random.Random, split: str, path: str | None = None) -> Row:
+    """Two numbers of up to three digits and an operator; the sum of all digits is odd in test rows, even in others."""
     while True:
         a, b = (rng.randrange(10 ** rng.randint(1, 3)) for _ in range(2))
         if sum(map(int, f"{a}{b}")) % 2 == (split == "test"):
             return {"expression": f"{a}{rng.choice('+-*')}{b}", "question": rng.choice(SUMS)}
 
 
-def draw_identity(rng, split, path=None):
-    """A question about the model itself and its answer; the questions of the split test occur in no training row."""
+def draw_identity(rng: random.Random, split: str, path: str | None = None) -> Row:
+    """A question about the model itself and its answer. Questions of split "test" occur in no training row."""
     questions, held_out, answer = rng.choice(IDENTITY)
     return {"question": rng.choice(held_out if split == "test" else questions), "answer": answer}
 
 
-def spell(word):
-    """spell("apple") → "apple:a,p,p,l,e"."""
+def spell(word: str) -> str:
+    """The word, a colon and its letters.
+
+    >>> spell("apple")
+    'apple:a,p,p,l,e'
+    """
     return f"{word}:{','.join(word)}"
 
 
-def bee_conversation(row):
-    """Spell, walk position by position, check with the tool, answer behind ####."""
+def bee_conversation(row: Row) -> dict:
+    """Spell the word, count position by position, check with the tool, answer after ####."""
     word, letter = row["word"], row["letter"]
     steps, count = [], 0
     for position, other in enumerate(word, 1):
@@ -149,8 +161,8 @@ def bee_conversation(row):
     return pair(row["question"].format(l=letter, w=word, q=row.get("mark", "?")), answer)
 
 
-def sum_conversation(row):
-    """The tool calculates; the answer stands behind ####."""
+def sum_conversation(row: Row) -> dict:
+    """The tool calculates; the answer stands after ####."""
     a, op, b = _split(row["expression"])
     result = str({"+": a + b, "-": a - b, "*": a * b}[op])
     answer = [

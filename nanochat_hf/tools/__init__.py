@@ -1,1 +1,1 @@
-"""What a chat model may call: a calculator, and Python in a sandbox."""
+"""Tools that a model may use: a calculator, and a sandbox for the Python it writes."""

@@ -1,20 +1,20 @@
-"""Runs Python that a model wrote, as harmless as the system allows.
+"""Run Python that a model wrote, as safely as the system allows.
 
-What holds where (`protections()` says it for this machine):
+`protections()` says in one line what holds on this machine:
 
 | | Linux with namespaces | Linux without | other |
 |---|---|---|---|
-| memory, CPU and wall time, size of a file, processes | yes | yes | what setrlimit holds to: not memory on macOS |
-| the caller's environment | not given, not to be read | not given; not to be read with Landlock or as another user | not given |
-| files | reads Python, writes a tmpfs of bounded size | with Landlock (Linux 5.13): reads Python, writes its folder | what the user may |
-| signals to others | none is visible | refused by a filter of system calls | what the user may |
+| memory, CPU and wall time, file size, processes | limited | limited | by setrlimit; memory not on macOS |
+| the caller's environment | hidden | not passed on; /proc needs Landlock or another user | not passed on |
+| files | reads Python, writes a small tmpfs | with Landlock (Linux 5.13): reads Python, writes its folder | all |
+| signals to other processes | none is visible | refused by a system call filter | allowed |
 | network | none | refused by the filter | open |
-| what the program started | ends with it | ends with it | its process group ends |
+| processes that it started | end with it | end with it | its process group ends |
 
-Namespaces need the right to make user namespaces, or root with CAP_SYS_ADMIN; containers often refuse both. There, and on macOS, run
-programs of models you do not trust in a virtual machine. Root runs the program as a user that owns nothing; without
-namespaces only where that user can read the Python installation. A program that looks for it in the interpreter's memory can fake
-its success.
+Namespaces need the right to create user namespaces, or root with CAP_SYS_ADMIN; containers often refuse both. Without
+them, and on macOS, run programs of models that you do not trust in a virtual machine. Root runs the program as a user
+that owns nothing; without namespaces, only if that user can read the Python installation. A program can still fake its
+success if it searches the interpreter's memory for the answer that is expected of it.
 """
 
 import contextlib
@@ -35,9 +35,10 @@ GRACE = 10  # seconds for the start and for the end of the sandbox itself
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program: `seconds` of wall and of CPU time, bytes of `memory` a process and of `disk`, number of `processes` (threads count).
+    """What one program may use.
 
-    `namespaces` and `landlock` can be turned off, as where the system lacks them.
+    `seconds` of wall time, and as many of CPU time; bytes of `memory` for each process; bytes of `disk`; number of
+    `processes`, threads included. `namespaces` and `landlock` can be turned off, to act as on a system without them.
     """
 
     seconds: float = 5.0
@@ -50,37 +51,44 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`passed`: the program's last line was reached; else `error` says why not. `walls` are the protections that stood."""
+    """How a program ended: `passed` if it reached its last line, else `error` says why not.
+
+    `walls` names the protections that were in place.
+    """
 
     passed: bool
     error: str | None
-    walls: tuple = ()
+    walls: tuple[str, ...] = ()
 
 
-def run(source, limits=None):
-    """Run `source` (Python) to its end → Outcome; never raises for what the program does. OSError where no process can be started.
+def run(source: str, limits: Limits | None = None) -> Outcome:
+    """Run `source` (Python) to its end. An early exit has not passed.
 
-    run("assert 1 + 1 == 2") → passed; run("1 / 0").error → "ZeroDivisionError: division by zero". An early exit has not passed.
+    Never raises for what the program does; raises OSError if no process can be started.
+
+    >>> run("assert 1 + 1 == 2").passed
+    True
+    >>> run("1 / 0").error
+    'ZeroDivisionError: division by zero'
     """
     limits = limits or Limits()
     if limits.namespaces and not namespaces_work():
         limits = replace(limits, namespaces=False)
     outcome = _run(source, limits)
-    if (
-        limits.namespaces and not outcome.walls
-    ):  # not this time: a temporary folder that the program's user cannot reach, say
+    if limits.namespaces and not outcome.walls:
+        # they worked before, but not now: perhaps the program's user cannot reach this temporary folder
         outcome = _run(source, replace(limits, namespaces=False))
     return outcome
 
 
 @cache
-def namespaces_work():
-    """Whether this system lets the sandbox have namespaces of its own; tried once."""
-    return _run("", Limits(seconds=30)).passed  # a busy machine is no reason to go without
+def namespaces_work() -> bool:
+    """Whether this system lets the sandbox create namespaces; tried once, then remembered."""
+    return _run("", Limits(seconds=30)).passed  # long enough for a busy machine
 
 
-def protections(limits=None):
-    """One line: what protects this machine from a program in the sandbox."""
+def protections(limits: Limits | None = None) -> str:
+    """One line that says what protects this machine from a program in the sandbox."""
     walls = run("", limits).walls
     missing = (
         []
@@ -90,7 +98,7 @@ def protections(limits=None):
     return "sandbox: " + "; ".join([*walls, *missing])
 
 
-def _run(source, limits):
+def _run(source: str, limits: Limits) -> Outcome:
     folder = tempfile.mkdtemp(prefix="sandbox-")
     try:
         job = asdict(limits) | {"source": source.encode(errors="replace").decode(), "folder": folder}
@@ -111,12 +119,13 @@ def _run(source, limits):
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
-            process.stdout.close()
+            if process.stdout is not None:
+                process.stdout.close()
             process.wait()
     finally:
         try:
             shutil.rmtree(folder, ignore_errors=True)
-        except RecursionError:  # a tree made very deep on purpose; rm walks it without recursion
+        except RecursionError:  # the program made a very deep tree on purpose; rm does not recurse
             subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
     try:
         result = json.loads(said)

@@ -1,6 +1,7 @@
-"""A training run: config, model, data and hooks → Run(…).fit() → RunResult."""
+"""A training run, once it is open: config, model, data and hooks → Run(…).fit() → RunResult."""
 
 import enum
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,33 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from nanochat_hf.config import dump
-from nanochat_hf.interop.folder import export
+from nanochat_hf.errors import say_error
 from nanochat_hf.machine.accelerator import chose_float8
-from nanochat_hf.machine.weights import whole_weights
+from nanochat_hf.machine.durable import write_whole
 from nanochat_hf.model import NanochatForCausalLM
 from nanochat_hf.optim import MuonAdamW, build_param_groups
 from nanochat_hf.scaling import flops_per_token
 from nanochat_hf.tokenizer import token_bytes
 
 from . import checkpoint
+from .callbacks.base import Callback, Measurement
 from .callbacks.evaluate import Evaluate
 from .callbacks.garbage import CollectGarbage
 from .callbacks.log import Log
-from .callbacks.push import attach
+from .callbacks.push import Pusher, attach
 from .callbacks.sample import Sample
 from .callbacks.save import Save
 from .config import TrainConfig
 from .equipment import equip
+from .exporting import export_model
+from .integrity import Diverged
+from .opening import Opened
 from .plan import announce, lines_of, warn_of_memory
 from .report import write_report
-from .resuming import changed_settings, restore
+from .resuming import changed_settings, in_force, restore
+from .saved import blamed
 from .schedules import Schedule
 from .stopping import StopSignal
-from .tracking import environment, read_metrics
+from .together import on_main
+from .trackers import describe
+from .tracking import environment
 from .trainer import Trainer
 
 STOPPED = 143  # as of a process that SIGTERM ended
@@ -46,11 +52,15 @@ class RunStatus(enum.Enum):
     FINISHED = "finished"
     STOPPED = "stopped"  # by a signal; a checkpoint was written
     PLANNED = "planned"  # --plan-only: nothing was trained
+    DIVERGED = "diverged"  # weights are not finite: nothing was exported
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came of a run. `folder` holds the final model where the run finished and writes one; `bpb` is the validation's minimum."""
+    """What came of a run. `folder` holds the final model where the run finished and writes one.
+
+    `bpb` is the validation's minimum.
+    """
 
     status: RunStatus
     folder: Path | None = None
@@ -60,15 +70,15 @@ class RunResult:
     @property
     def exit_code(self) -> int:
         """What the program leaves with."""
-        return STOPPED if self.status is RunStatus.STOPPED else 0
+        return {RunStatus.STOPPED: STOPPED, RunStatus.DIVERGED: 1}.get(self.status, 0)
 
 
 @dataclass(frozen=True)
 class Stage:
     """What a command adds to the shared flags.
 
-    `settings` are its own flags, for config.json; `lr_scale` multiplies every learning rate; `decay_falls`: the weight decay falls to 0;
-    `prompts` are (text shown, ids) that --sample-every answers.
+    `settings` are its own flags, for config.json; `lr_scale` multiplies every learning rate; `decay_falls`: the weight
+    decay falls to 0; `prompts` are (text shown, ids) that --sample-every answers.
     """
 
     name: str
@@ -81,7 +91,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from and is measured on. `train` is endless batches with a state, `lines` what the plan says of them."""
+    """What a run learns from and is measured on.
+
+    `train` is endless batches with a state, `lines` what the plan says of them.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train: Any
@@ -96,11 +109,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What else happens: more callbacks, a pusher of what is saved, and how --resume finds a checkpoint that is not on this disk."""
+    """What else happens: more callbacks, and a pusher of what is saved."""
 
     callbacks: Sequence[Callable] = ()
-    pusher: Any = None
-    fetch: Callable[[str | None], str | None] = lambda name: name
+    pusher: Pusher | None = None
 
 
 class Run:
@@ -109,7 +121,7 @@ class Run:
     def __init__(
         self,
         config: TrainConfig,
-        accelerator: Accelerator,
+        opened: Opened,
         model: NanochatForCausalLM,
         data: Data,
         stage: Stage,
@@ -120,7 +132,8 @@ class Run:
                 f"the tokenizer has {len(data.tokenizer)} tokens, the model {model.config.vocab_size}; "
                 "use the tokenizer it was made with"
             )
-        self.config, self.accelerator, self.model, self.data = config, accelerator, model, data
+        self.config, self.model, self.data = config, model, data
+        self.accelerator, self.resumed = opened.accelerator, opened.checkpoint
         self.stage, self.hooks = stage, hooks or Hooks()
         self.schedule = Schedule(stage.num_steps, config.schedule, stage.decay_falls)
         self.output = config.run.output_dir if config.run.writes else None
@@ -134,23 +147,26 @@ class Run:
         warn_of_memory(config, accelerator, self.model)
         if config.run.plan_only:
             return RunResult(RunStatus.PLANNED)
-        trainer = self._trainer()
-        resumed = restore(config.run, trainer, self.data.tokenizer, self.output, self.hooks.fetch)
-        settings = self._settings(equipment.compiled, resumed)
-        self._track(settings, resumed)
-        log, evaluate = self._attach(trainer, settings, resumed)
-        push = attach(trainer, self.hooks.pusher if self.output else None, self.output)
+        stop = StopSignal(accelerator)
+        trainer = self._trainer(stop)
         try:
-            if config.evaluate.eval_every and not resumed:
-                evaluate.run(trainer)
+            if self.resumed:
+                restore(trainer, self.data.tokenizer, self.resumed)
+            settings = self._settings(equipment.compiled)
+            describe(accelerator, settings)
+            log, evaluate = self._attach(trainer, settings)
+            push = attach(trainer, self.hooks.pusher if self.output else None, self.output)
+            self._measure_first(trainer, evaluate)
             trainer.fit()
             result = self._finish(trainer, evaluate, log, settings)
+        except Diverged as error:
+            return self._diverged(trainer, error)
         finally:
-            trainer.stop.release()
+            stop.release()
         push.finish(result.folder, step=result.step)
         return result
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, stop) -> Trainer:
         optim = self.config.optim
         return Trainer(
             self.accelerator,
@@ -160,48 +176,59 @@ class Run:
             num_steps=self.stage.num_steps,
             schedule=self.schedule,
             max_grad_norm=optim.max_grad_norm,
-            stop=StopSignal(self.accelerator),
+            stop=stop,
             norms_every=self.config.track.log_every,
         )
 
-    def _settings(self, compiled, resumed) -> dict[str, Any]:
-        # everything that was chosen, for config.json, trackers, checkpoints and the report
+    def _settings(self, compiled) -> dict[str, Any]:
+        # everything that is in force, for config.json, trackers, checkpoints and the report
         accelerator, stage = self.accelerator, self.stage
         settings = self.config.settings() | dict(stage.settings)
         settings |= {"num_steps": stage.num_steps, "stage": stage.name, "compiled": compiled}
-        if resumed:
-            accelerator.print(*changed_settings(checkpoint.settings_of(resumed), settings), sep="", end="")
         settings |= environment(accelerator)
         if accelerator.device.type == "cpu":
             settings["cpu_threads"] = torch.get_num_threads()
         if chose_float8(self.config.compute.dtype):
             settings["mixed_precision"] += " with float8 products"
-        if accelerator.is_main_process and self.output:
-            dump(f"{self.output}/config.json", settings)
+        if self.resumed:
+            saved = checkpoint.settings_of(self.resumed)
+            accelerator.print(*(f"{line}\n" for line in changed_settings(saved, settings)), sep="", end="")
+            settings = in_force(saved, settings)
+        if self.output:
+            written = json.dumps(settings, indent=2, default=str) + "\n"
+            on_main(accelerator, lambda: write_whole(f"{self.output}/config.json", written))
         return settings
 
-    def _track(self, settings, resumed) -> None:
-        if self.config.track.report_to == "none":
-            return
-        run_id = checkpoint.trackers_of(resumed).get("wandb")
-        same_run = {"wandb": {"id": run_id, "resume": "allow"}} if run_id else {}
-        self.accelerator.init_trackers(self.config.track.run_name, config=flat(settings), init_kwargs=same_run)
-
-    def _attach(self, trainer, settings, resumed) -> tuple[Log, Evaluate]:
-        # the callbacks, in the order in which they are called
+    def _attach(self, trainer, settings) -> tuple[Log, Evaluate]:
+        # the callbacks, in the order in which they are called, as they were in the checkpoint
         config, tokenizer, output = self.config, self.data.tokenizer, self.output
         flops = flops_per_token(self.model, config.run.max_seq_len)
         log = Log(trainer, self.stage.name, flops, config.track.log_every, output, config.optim.max_skipped)
         evaluate = Evaluate(config.evaluate, self.data.validation, token_bytes(tokenizer), tokenizer, output)
-        if resumed and output and Path(output, "metrics.jsonl").is_file() and self.accelerator.is_main_process:
-            evaluate.remember(read_metrics(f"{output}/metrics.jsonl"))
         # saved before anything that could fail: evaluation and samples come after
-        trainer.callbacks = [log, *([Save(config.save, output, tokenizer, settings)] if output else []), evaluate]
+        callbacks: list[Callable] = [log]
+        if output:
+            callbacks.append(Save(config.save, output, tokenizer, settings))
+        callbacks.append(evaluate)
         if self.stage.prompts and config.evaluate.sample_every:
-            samples = Sample(tokenizer, self.stage.prompts, every=config.evaluate.sample_every, output_dir=output)
-            trainer.callbacks.append(samples)
-        trainer.callbacks += [*self.hooks.callbacks, CollectGarbage()]
+            callbacks.append(Sample(tokenizer, self.stage.prompts, config.evaluate.sample_every, output))
+        trainer.callbacks = [*callbacks, *self.hooks.callbacks, CollectGarbage()]
+        for callback in trainer.callbacks:
+            if self.resumed and isinstance(callback, Callback) and callback.name in trainer.restored:
+                with blamed(self.resumed / "trainer.json"):
+                    callback.load_state_dict(trainer.restored[callback.name])
         return log, evaluate
+
+    def _measure_first(self, trainer, evaluate) -> None:
+        # before training; or, after a resume, what was due at the checkpoint's step, which was saved before it was
+        # measured
+        if not self.resumed:
+            if self.config.evaluate.eval_every:
+                evaluate.measure(trainer)
+            return
+        for callback in trainer.callbacks:
+            if isinstance(callback, Measurement) and callback.due(trainer, trainer.state.step):
+                callback.measure(trainer)
 
     def _finish(self, trainer, evaluate, log, settings) -> RunResult:
         # export, report, say goodbye
@@ -209,20 +236,26 @@ class Run:
         if trainer.stopped and state.step < trainer.num_steps:
             accelerator.print(f"stopped at step {state.step}; continue with --resume auto")
             accelerator.end_training()
-            return RunResult(RunStatus.STOPPED, step=state.step, bpb=evaluate.best)
-        if math.isnan(evaluate.last):  # the run was already finished when resumed
-            evaluate.run(trainer)
-        folder = Path(self.output, "final") if self.output else None
-        weights = whole_weights(trainer.raw_model)
-        if accelerator.is_main_process and folder:
-            export(trainer.raw_model, self.data.tokenizer, folder, weights)
-            title = f"{Path(self.output).name}: {self.stage.name}"
-            write_report(self.output, title, settings, self._figures(trainer, evaluate, log))
-        where = f"model in {folder}, report in {self.output}/report.md" if folder else "nothing written (dry run)"
-        accelerator.print(f"minimum validation bpb {evaluate.best:.4f}; {state.seconds:.0f} s of training; {where}")
+            return RunResult(RunStatus.STOPPED, step=state.step, bpb=evaluate.minimum)
+        figures, folder, where = self._figures(trainer, evaluate, log), None, "nothing written (dry run)"
+        if self.output:
+            output = Path(self.output)
+            folder, title = output / "final", f"{output.name}: {self.stage.name}"
+            export_model(trainer, self.data.tokenizer, folder)
+            on_main(accelerator, lambda: write_report(output, title, settings, figures))
+            where = f"model in {folder}, report in {output}/report.md"
+        accelerator.print(f"minimum validation bpb {evaluate.minimum:.4f}; {state.seconds:.0f} s of training; {where}")
         accelerator.wait_for_everyone()
         accelerator.end_training()
-        return RunResult(RunStatus.FINISHED, folder, state.step, evaluate.best)
+        return RunResult(RunStatus.FINISHED, folder, state.step, evaluate.minimum)
+
+    def _diverged(self, trainer, error) -> RunResult:
+        # every process learned it at the same point
+        if self.hooks.pusher:
+            self.hooks.pusher.finish()
+        self.accelerator.end_training()
+        say_error(f"error: {error}")
+        return RunResult(RunStatus.DIVERGED, step=trainer.state.step)
 
     def _figures(self, trainer, evaluate, log) -> dict[str, Any]:
         # the table of results in report.md
@@ -231,7 +264,7 @@ class Run:
             "steps": state.step,
             "tokens": state.tokens,
             "seconds of training": state.seconds,
-            "minimum validation bpb": evaluate.best,
+            "minimum validation bpb": evaluate.minimum,
             "last validation bpb": evaluate.last,
             "validation bpb before": evaluate.first,
             "steps without targets": state.skipped,
@@ -239,9 +272,3 @@ class Run:
             **log.figures,
             **self.data.left_out(),
         }
-
-
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as trackers take them: numbers, booleans and text as they are, the rest as text."""
-    plain = int | float | str | bool
-    return {key: value if isinstance(value, plain) else str(value) for key, value in settings.items()}

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from nanochat_hf import kernels
 from nanochat_hf.machine.xla import as_input, mark_step, reduce_gradients
 from nanochat_hf.optim import gradient_norms
+from nanochat_hf.optim.gradient_sums import gradient_sums
 
 from .stopping import StopSignal
 
@@ -68,13 +69,13 @@ class Trainer:
         self.callbacks = list(self.callbacks)
         self.state, self.stopped = TrainState(), False
         self.overflows = 0  # overflowed steps in a row until now
-        self.kept = None  # what kernels keep over a step, see kept_sums
+        self.sums = None  # of gradients over the micro-batches of a step, see gradient_sums
 
     def fit(self):
         """Train to `num_steps` or until a stop is agreed on; returns the TrainState."""
         batches = iter(self.batches)
         self.model.train()
-        with self.kept_sums() as self.kept:
+        with self.gradient_sums() as self.sums:
             while self.state.step < self.num_steps and not self.stopped:
                 info = self.step(list(islice(batches, self.accumulation)))
                 self.stopped = self.stop is not None and self.stop.agreed()
@@ -82,12 +83,16 @@ class Trainer:
                     callback(self, info)
         return self.state
 
-    def kept_sums(self):
-        """A context in which kernels, where the model has them, add up gradients over micro-batches themselves and find weights in half precision; with
-        one micro-batch a step there is nothing to gain."""
+    def gradient_sums(self):
+        """A context in which kernels add gradients up over micro-batches and find weights in half precision.
+
+        It yields the GradientSums, or None: several processes reduce what autograd hands them, and of one micro-batch a step
+        there is nothing to sum.
+        """
         alone = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cuda"
+        layers = kernels.summed(self.raw_model) if alone and self.accumulation > 1 else []
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        return kernels.kept_sums(self.raw_model, alone and self.accumulation > 1, half)
+        return gradient_sums(layers, half)
 
     def step(self, micro_batches):
         """One optimizer step over `micro_batches` (dicts of CPU tensors, see collate.py) → StepInfo."""
@@ -125,8 +130,8 @@ class Trainer:
         # backward() divides by the accumulation, DDP by the processes: undo both
         scale = as_input(self.accumulation * self.accelerator.num_processes / targets, device)
         targets = as_input(targets, device)
-        if self.kept:
-            self.kept.refresh()
+        if self.sums:
+            self.sums.refresh()
         for batch in micro_batches:
             # while positions still lie on the host
             borders = self.raw_model.base_model.document_borders(batch.get("position_ids"), device)
@@ -151,7 +156,7 @@ class Trainer:
                     if self.max_grad_norm:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
                     self.optimizer.step()
-                    self.optimizer.zero_grad(set_to_none=not self.kept)
+                    self.optimizer.zero_grad(set_to_none=not self.sums)
                     mark_step(device)
         return total, norms
 

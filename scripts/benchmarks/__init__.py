@@ -1,0 +1,4 @@
+"""Benchmarks, one file each.
+
+python -m scripts.bench NAME.
+"""

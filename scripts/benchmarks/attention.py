@@ -1,15 +1,19 @@
-"""Attention of one layer, way by way: python -m scripts.bench attention [--rows 32 --positions 2048 --heads 6 --window 1024 --document 512]
+"""Attention of one layer, way by way.
 
-Forward and backward in ms, each with and without a window and documents, and how far they stray from float32: ‖ours − formula‖ / ‖formula‖ of
-the output and of dq, dk, dv on the first rows. SDPA knows neither window nor documents but by a mask, so it runs for plain causal rows alone.
+python -m scripts.bench attention [--rows 32 --positions 2048 --heads 6 --window 1024 --document 512]
+
+Forward and backward in ms, each with and without a window and documents. The error of the output and of dq, dk, dv is
+‖ours − formula‖ / ‖formula‖ in float32, on the first rows. SDPA would need a mask for a window or documents, so it runs
+for plain causal rows only.
 """
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.kernels.lib import cudnn_attention
 from scripts.benchmarks.measure import median_ms, report
 
 CHECKED = 2  # rows that are compared with the formula: its weights are float32 (rows, H, T, T)
@@ -57,6 +61,7 @@ def flex(device):
 
 
 def sdpa(q, borders, window):
+    """PyTorch's SDPA for plain causal rows; None for the other cases."""
     if borders is not None or window:
         return None
     return lambda q, k, v: F.scaled_dot_product_attention(
@@ -65,22 +70,22 @@ def sdpa(q, borders, window):
 
 
 def cudnn(q, borders, window):
+    """The attention of cuDNN; RuntimeError that says what is missing if it cannot run."""
     missing = cudnn_attention.missing(q.device)
     if missing:
         raise RuntimeError("; ".join(missing))
     return lambda q, k, v: torch.ops.nanochat_hf.cudnn_attention(q, k, v, borders, q.shape[-1] ** -0.5, window)[0]
 
 
-def measure(prepare, tensors, borders, window, wanted, device, args):
-    """Figures of one way; None where it is not for this case."""
-    q, k, v, slope = tensors
+def measure(prepare, tensors, borders, window, wanted, args):
+    """Figures of one way; None if it is not for this case."""
+    (q, k, v, slope), device = tensors, tensors[0].device
     function = prepare(q, borders, window)
     if function is None:
         return None
     learns = device.type == "cuda" or prepare is not args.flex
-    inputs = [
-        t.detach().requires_grad_(learns) for t in (q, k, v)
-    ]  # also for forward: training's, and compiled once for both
+    # forward is timed with gradients too: that is training's, and so it is compiled only once
+    inputs = [t.detach().requires_grad_(learns) for t in (q, k, v)]
     timing = dict(repeats=args.repeats, inner=args.inner)
     out, backward = function(*inputs), float("nan")
     results = [out.detach()]
@@ -97,7 +102,8 @@ def measure(prepare, tensors, borders, window, wanted, device, args):
     }
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench attention", description=__doc__)
     small = not torch.cuda.is_available()
     parser.add_argument("--rows", type=int, default=2 if small else 32, help="rows of a batch")
@@ -140,7 +146,7 @@ def main(argv=None):
             for name, prepare in ways.items():
                 case = {"way": name, "window": window, "documents": 0 if borders is None else len(borders) - 1}
                 try:
-                    figures = measure(prepare, tensors, borders, window, wanted, device, args)
+                    figures = measure(prepare, tensors, borders, window, wanted, args)
                 except Exception as error:  # the others shall still be measured
                     print(f"{case}: {type(error).__name__}: {str(error)[:2000]}", flush=True)
                     continue

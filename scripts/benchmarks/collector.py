@@ -1,13 +1,17 @@
-"""What Python's garbage collector costs the training loop: python -m scripts.bench collector [--blocks 6] [--steps 60]
+"""What Python's garbage collector costs the training loop.
 
-One trainer, blocks of steps with the collector running and with it frozen (callbacks.CollectGarbage) by turns, so that what else the
-machine does falls on both.
+python -m scripts.bench collector [--blocks 6] [--steps 60]
+
+One trainer, blocks of steps with the collector running and with it frozen (callbacks.CollectGarbage) by turns, so that
+what else the machine does falls on both.
 """
 
 import argparse
 import gc
 import statistics
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 
 import datasets  # noqa: F401  a real run has its objects in memory, and the collector walks over them
 import torch
@@ -28,14 +32,16 @@ class Pauses:
     def __init__(self):
         self.seconds, self.begun = [], 0.0
 
-    def __call__(self, phase, info):
+    def __call__(self, phase: str, info: dict) -> None:
+        """Note when a collection begins, and how long it took."""
         if phase == "start":
             self.begun = time.perf_counter()
         else:
             self.seconds.append(time.perf_counter() - self.begun)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench collector", description=__doc__)
     parser.add_argument("--depth", type=int, default=4, help="layers")
     parser.add_argument("--rows", type=int, default=1, help="rows of a step")
@@ -72,7 +78,7 @@ def main(argv=None):
         trainer.fit()
         gc.callbacks.remove(pauses[kind])
         if block:  # the first block warms up
-            times[kind] += [b - a for a, b in zip(mine, mine[1:], strict=False)]
+            times[kind] += [b - a for a, b in pairwise(mine)]
         else:
             pauses[kind].seconds.clear()
     full = {"running": full_collection()}

@@ -1,11 +1,15 @@
-"""CORE in batches beside one item at a time: python -m scripts.bench core --core-data eval_bundle.zip (--model DIR | --depth N --vocab-size V)
+"""CORE in batches beside one item at a time.
 
-One item at a time is what the definition says and most implementations do: its options stacked, a whole forward pass, logits everywhere.
+python -m scripts.bench core --core-data eval_bundle.zip (--model DIR | --depth N --vocab-size V)
+
+One item at a time is what the definition says and most implementations do: its options stacked, a whole forward pass,
+logits everywhere.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +19,7 @@ from nanochat_hf import NanochatForCausalLM
 from nanochat_hf.config import user_errors
 from nanochat_hf.evals.bpb import beginning, encode_texts
 from nanochat_hf.evals.core import BUNDLE_HELP, load_bundle, prompts, spans
-from nanochat_hf.evals.core_scoring import evaluate_core_task
+from nanochat_hf.evals.core_scoring import CoreOptions, evaluate_core_task
 from nanochat_hf.scaling import model_config
 from nanochat_hf.tokenizer import train_tokenizer
 from scripts.benchmarks.measure import report, wait
@@ -59,7 +63,8 @@ def random_model(args, tasks, device):
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench core", description=__doc__)
     parser.add_argument("--core-data", required=True, help=BUNDLE_HELP)
     parser.add_argument("--model", help="folder or Hub name; without it, random weights")
@@ -94,7 +99,7 @@ def main(argv=None):
             ways = (
                 one_at_a_time,
                 lambda m, t, task, n: evaluate_core_task(
-                    m, t, task, limit=n, batch_tokens=args.batch_tokens, progress=False
+                    m, t, task, options=CoreOptions(n, args.batch_tokens, progress=False)
                 ).tolist(),
             )
             for way, seconds in zip(ways, times[task.label], strict=True):

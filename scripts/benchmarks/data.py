@@ -1,7 +1,11 @@
-"""Tokens per second of the data's way: python -m scripts.bench data --tokenizer DIR [--chats FILE] [--text FILES]"""
+"""Tokens per second of the data's way.
+
+python -m scripts.bench data --tokenizer DIR [--chats FILE] [--text FILES]
+"""
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -16,7 +20,7 @@ from nanochat_hf.data.packing import plan_rows
 from nanochat_hf.data.planned import SFTBatches
 from nanochat_hf.data.sources import SourceConfig
 from nanochat_hf.data.streamed import TextBatches
-from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine.accelerator import build_accelerator, on_cuda
 from nanochat_hf.machine.attention import choose_attention
 from nanochat_hf.scaling import model_config
@@ -46,7 +50,8 @@ class DataBench:
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
     config, _ = parse([DataBench], argv, description=__doc__)
     if not (config.chats or config.text):
@@ -62,7 +67,8 @@ def main(argv=None):
     report([row | against(row, config, step_ms, bare) for row in rows], config.json)
     if step_ms:
         print(
-            f"the model takes {step_ms:.1f} ms for a micro-batch of {config.device_batch_size} × {config.max_seq_len}, forward and backward"
+            f"the model takes {step_ms:.1f} ms for a micro-batch of {config.device_batch_size} × {config.max_seq_len}, "
+            "forward and backward"
         )
 
 
@@ -122,8 +128,10 @@ def chats(config, tokenizer):
 
 
 def copying(batches, config, pinned):
-    """Moving the loader's batches to the GPU as the trainer does: pinned by the loader, or from ordinary memory. Seconds are the host's,
-    which goes on with its work as soon as the copies are launched."""
+    """Move the loader's batches to the GPU as the trainer does, from pinned or from ordinary memory.
+
+    Seconds are the host's, which goes on with its work as soon as it has started the copies.
+    """
     some = batches.take(8)
     if not all(value.is_pinned() for batch in some for value in batch.values()):
         raise ValueError("the loader's batches are not pinned, though there is a GPU; pinning failed")
@@ -149,7 +157,7 @@ def copying(batches, config, pinned):
 
 
 def model_ms(config, vocab_size):
-    """Milliseconds of forward and backward of one micro-batch on the device at hand, compiled where the scripts compile."""
+    """Milliseconds of forward and backward of one micro-batch, compiled where training would be compiled."""
     accelerator = build_accelerator(1, dtype="bfloat16", compile=on_cuda())
     device = accelerator.device
     with device:
@@ -178,7 +186,8 @@ def text(config, tokenizer, mode, streaming):
     )
     seconds = loop(batches, config.batches)
     read, cropped = (sum(counts[key] for counts in batches.counts) for key in ("read", "cropped"))
-    name = f"TextBatches to the loop, {mode}, {'stream' if streaming else 'mapped'}, {cropped / read:.1%} of the tokens discarded"
+    kind = "stream" if streaming else "mapped"
+    name = f"TextBatches to the loop, {mode}, {kind}, {cropped / read:.1%} of the tokens discarded"
     return line(name, config.batches * config.device_batch_size * config.max_seq_len, seconds)
 
 
@@ -206,7 +215,7 @@ def loop(batches, count):
 
 
 def alternating(ways, repeats):
-    """Median CPU seconds of each function (none of them has threads), measured in turns, since a shared machine's speed drifts."""
+    """Median CPU seconds of each function, in turns because a shared machine's speed drifts; none has threads."""
     seconds = {name: [] for name in ways}
     for _ in range(repeats):
         for name, function in ways.items():
@@ -222,7 +231,7 @@ def line(name, tokens, seconds):
 
 
 def against(row, config, step_ms, bare):
-    """What a row's rate is beside bare encoding, where it tokenises, and beside the tokens that the model takes in the same time."""
+    """A row's rate beside bare encoding, if it tokenises, and beside the tokens that the model takes meanwhile."""
     added = {}
     if bare:
         added["of bare encode_batch_fast"] = (

@@ -1,12 +1,17 @@
-"""Parts of a layer in float8 beside bfloat16, one GPU: python -m scripts.bench float8 --width 1280 [--tokens 65536]"""
+"""Parts of a layer in float8 beside bfloat16, one GPU.
+
+python -m scripts.bench float8 --width 1280 [--tokens 65536]
+"""
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from nanochat_hf.kernels import float8, float8_layers
-from nanochat_hf.kernels.mlp import SquaredReluMLP
+from nanochat_hf.kernels.float8 import layers as float8_layers
+from nanochat_hf.kernels.float8 import products as float8
+from nanochat_hf.kernels.ops.squared_relu import SquaredReluMLP
 from scripts.benchmarks.measure import median_ms, report
 
 E4M3, E5M2 = float8.E4M3, float8.E5M2
@@ -49,7 +54,7 @@ def casts(N, C, device):
 
 
 def inside(N, C, device):
-    """The wide products with squared ReLU or slope: one kernel, and a product and a cast → [(name, function, FLOPs)]."""
+    """The wide products with squared ReLU or its slope, in one kernel and in two: [(name, function, FLOPs)]."""
     one, rows = torch.ones((), device=device), []
     x, up = torch.randn(N, C, device=device).to(E4M3), torch.randn(4 * C, C, device=device).to(E4M3)
     g, unit = x.to(torch.bfloat16).to(E5M2), torch.full((), 10.0 * C, device=device)
@@ -116,7 +121,8 @@ def parts(N, C, device):
     return rows
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench float8", description=__doc__)
     parser.add_argument("--tokens", type=int, default=65536, help="of a micro-batch")
     parser.add_argument("--width", type=int, default=1280, help="hidden_size")

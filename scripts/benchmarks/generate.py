@@ -1,13 +1,17 @@
-"""Tokens a second beside transformers' generate: python -m scripts.bench generate (--model DIR | --depth N) [--batch 1 --batch 64]
+"""Tokens a second beside transformers' generate.
 
-Greedy, every row to its full length. Prefill is the time to the first token; decode is the rest, per token of all rows. The ways take turns
-in one run and the median of the repeats counts. "generate" is model.generate with transformers' defaults: eager, a dynamic cache.
+python -m scripts.bench generate (--model DIR | --depth N) [--batch 1 --batch 64]
+
+Greedy, every row to its full length. Prefill is the time to the first token; decode is the rest, per token of all rows.
+The ways take turns in one run and the median of the repeats counts. "generate" is model.generate with transformers'
+defaults: eager, a dynamic cache.
 """
 
 import argparse
 import gc
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -24,10 +28,12 @@ class NoTokens:
 
     pad_token_id, eos_token_id = 0, None
 
-    def get_vocab(self):
+    def get_vocab(self) -> dict[str, int]:
+        """No tokens."""
         return {}
 
-    def decode(self, ids):
+    def decode(self, ids: Sequence[int]) -> str:
+        """No text."""
         return ""
 
 
@@ -110,7 +116,8 @@ def measure(model, rows, args):
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench generate", description=__doc__)
     parser.add_argument("--model", help="folder or Hub name; without it, random weights")
     parser.add_argument("--depth", type=int, default=4, help="layers of the model with random weights")
@@ -142,7 +149,8 @@ def main(argv=None):
     model, rows = load(args, device, dtype), []
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{name}, {dtype}, torch {torch.__version__}, prompt {args.prompt}, {args.tokens} new tokens, {args.repeats} repeats",
+        f"{name}, {dtype}, torch {torch.__version__}, prompt {args.prompt}, {args.tokens} new tokens, "
+        f"{args.repeats} repeats",
         flush=True,
     )
     for batch in args.batch or [1, 64]:

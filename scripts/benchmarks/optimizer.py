@@ -1,4 +1,6 @@
-"""The optimizer's step on random gradients: python -m scripts.bench optimizer --depth 12 --depth 20
+"""The optimizer's step on random gradients.
+
+python -m scripts.bench optimizer --depth 12 --depth 20
 
 With --ranks 1 --ranks 2 --ranks 4 the memory of its state on each of so many CPU processes instead.
 """
@@ -6,6 +8,7 @@ With --ranks 1 --ranks 2 --ranks 4 the memory of its state on each of so many CP
 import argparse
 import gc
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,12 +32,14 @@ class Both:
             torch.optim.AdamW(others, lr=0.01, fused=device.type == "cuda"),
         )
 
-    def step(self):
+    def step(self) -> None:
+        """Step both."""
         for part in self.parts:
             part.step()
 
     @property
-    def state(self):
+    def state(self) -> dict:
+        """The states of both."""
         return {k: v for part in self.parts for k, v in part.state.items()}
 
 
@@ -99,7 +104,8 @@ def shares(depth, world, vocab_size):
     return {"depth": depth, "processes": world, "most MiB": max(held), "least MiB": min(held), "all MiB": sum(held)}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench optimizer", description=__doc__)
     parser.add_argument(
         "--depth", type=int, action="append", help="layers of the model whose parameters are stepped (default 4)"

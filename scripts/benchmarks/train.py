@@ -1,15 +1,19 @@
-"""Training speed on random tokens: python -m scripts.bench train --depth 12 --depth 20 [--rows 32] [--attn auto] [--no-isolate]"""
+"""Training speed on random tokens.
+
+python -m scripts.bench train --depth 12 --depth 20 [--rows 32] [--attn auto] [--no-isolate]
+"""
 
 import argparse
 import gc
 import statistics
 import time
-from itertools import cycle
+from collections.abc import Sequence
+from itertools import cycle, pairwise
 
 import torch
 
 from nanochat_hf import NanochatForCausalLM, kernels
-from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine.accelerator import build_accelerator
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.machine.peaks import peak_flops
@@ -59,6 +63,7 @@ class Timed:
         setattr(owner, name, self)
 
     def __call__(self, *args, **kwargs):
+        """Call the method, and note when it began and ended."""
         start = moment(self.device)
         result = self.call(*args, **kwargs)
         self.times.append((start, moment(self.device)))
@@ -97,7 +102,8 @@ def measure(depth, rows, args):
         model = NanochatForCausalLM(config)
     set_attention(model, attention)
     if args.kernels:
-        kernels.install(model, args.dtype == "float8")
+        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": kernels.FLOAT8}
+        model.model.training_ops, _ = kernels.choose(model, device, dtypes.get(args.dtype, torch.float32))
     optimizer = MuonAdamW(build_param_groups(model))
 
     def schedule(wrapped, step):
@@ -120,7 +126,7 @@ def measure(depth, rows, args):
     trainer.callbacks = [mark]
     trainer.fit()
     wait(device)
-    seconds = statistics.median(passed(a, b) for a, b in zip(marks[1:], marks[2:], strict=False)) / 1e3
+    seconds = statistics.median(passed(a, b) for a, b in pairwise(marks[1:])) / 1e3
     updates = statistics.median(update.milliseconds()[-args.steps :] or [float("nan")])
     tokens = args.total_batch_size
     peak = peak_flops(device)
@@ -156,7 +162,7 @@ def profile(trainer, batches, depth):
     """Print the kernels of one step, the longest first."""
     micro = list(zip(range(trainer.accumulation), batches, strict=False))
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with trainer.kept_sums() as trainer.kept, torch.profiler.profile(activities=activities) as run:
+    with trainer.gradient_sums() as trainer.sums, torch.profiler.profile(activities=activities) as run:
         trainer.step([batch for _, batch in micro])
         wait(trainer.accelerator.device)
     on_device = [
@@ -172,7 +178,8 @@ def profile(trainer, batches, depth):
         print(f"  {event.self_device_time_total / 1e3:8.2f} ms {share:6.1%} {event.count:6d} ×  {event.key[:110]}")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench train", description=__doc__)
     parser.add_argument(
         "--depth", type=int, action="append", help="layers; give it several times for several models (default 4)"

@@ -1,7 +1,9 @@
-"""What a step of the trainer costs beside forward, backward and optimizer: python -m scripts.bench trainer --depth 12 [--rows 32]
+"""What a step of the trainer costs beside forward, backward and optimizer.
 
-The whole of Trainer.fit (batches collated from documents in memory by a thread, moved, accumulated, reduced and logged) against a bare loop over the
-same compiled model and optimizer with the same batches lying on the device, in turns.
+python -m scripts.bench trainer --depth 12 [--rows 32]
+
+The whole of Trainer.fit (batches collated from documents in memory by a thread, moved, accumulated, reduced and logged)
+against a bare loop over the same compiled model and optimizer with the same batches lying on the device, in turns.
 """
 
 import argparse
@@ -9,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import cycle, islice
 
 import numpy as np
@@ -17,7 +20,7 @@ from nanochat_hf import NanochatForCausalLM
 from nanochat_hf.data.collate import PackingCollator
 from nanochat_hf.data.packing import plan_rows
 from nanochat_hf.data.workers import ahead
-from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine.accelerator import build_accelerator, on_cuda
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
@@ -31,7 +34,7 @@ from scripts.benchmarks.measure import report, wait
 
 
 class Documents:
-    """Micro-batches like fine-tuning's, over and over: documents of log-normal length, a third of the tokens trained, planned and collated."""
+    """Micro-batches like fine-tuning's, repeated: documents of log-normal length, a third of their tokens trained."""
 
     distinct = 8
 
@@ -68,7 +71,8 @@ class Counted:
     def __init__(self, callback):
         self.callback, self.seconds = callback, 0.0
 
-    def __call__(self, trainer, info):
+    def __call__(self, trainer, info) -> None:
+        """Call it, and add the time."""
         start = time.perf_counter()
         self.callback(trainer, info)
         self.seconds += time.perf_counter() - start
@@ -171,7 +175,8 @@ def table(args, accumulation, seconds, waited, called):
     return [{"what": what, "ms a step": ms, "share": f"{ms / whole:.2%}"} for what, ms in figures.items()], spread
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench trainer", description=__doc__)
     parser.add_argument("--depth", type=int, default=4, help="layers")
     parser.add_argument("--rows", type=int, default=32, help="rows of a micro-batch")

@@ -1,0 +1,1 @@
+"""Experiments, each a program that compares trainings and writes what it found."""

@@ -1,14 +1,16 @@
-"""The fast path against the plain one, all else equal: do kernels, compilation and the chosen attention change what is learnt?
+"""The fast path against the plain one: do kernels, compilation and attention change what a model learns?
 
-python -m scripts.experiments.fast_vs_plain --data 'text/*.parquet' --validation val.parquet --output runs/paths [--num-steps 300] [--float8 true]
+python -m scripts.experiments.fast_vs_plain --data 'text/*.parquet' --validation val.parquet --output runs/paths
+[--num-steps 300] [--float8 true]
 
-Each way is a run of base_train, side by side on as many GPUs as there are. "plain": the formulas as they stand, uncompiled, with SDPA under
-masks. --float8 true adds a run with float8 products.
+Each way is a run of base_train, side by side on as many GPUs as there are. "plain": the formulas as they stand,
+uncompiled, with SDPA under masks. --float8 true adds a run with float8 products.
 """
 
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +32,8 @@ class PathsConfig(ExperimentConfig):
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the trainings, and write what they show."""
     config, _ = parse([PathsConfig], argv, description=__doc__)
     started, output = time.monotonic(), Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -54,8 +57,9 @@ def compare(runs):
     for name, values in losses.items():
         gaps = [abs(a - b) / a for a, b in zip(losses["fast"], values, strict=False)]
         print(
-            f"{name:<7} first loss {values[0]:.4f}, mean of the last {LAST} {at_end[name]:.4f} ({at_end[name] / at_end['fast'] - 1:+.3%} of fast's); "
-            f"one step differs by {statistics.median(gaps):.3%} (median), {max(gaps):.3%} (most); bpb {runs[name]['bpb'][-1][1]:.4f}",
+            f"{name:<7} first loss {values[0]:.4f}, mean of the last {LAST} {at_end[name]:.4f} "
+            f"({at_end[name] / at_end['fast'] - 1:+.3%} of fast's); one step differs by "
+            f"{statistics.median(gaps):.3%} (median), {max(gaps):.3%} (most); bpb {runs[name]['bpb'][-1][1]:.4f}",
             flush=True,
         )
 

@@ -1,8 +1,9 @@
-"""Muon against plain AdamW on the matrices, everything else equal: data, tokens, depth, seed, schedule and the other groups' AdamW.
+"""Muon against plain AdamW on the matrices: data, tokens, depth, seed, schedule and all other groups are equal.
 
-Two calls, each runs its arms side by side on as many GPUs as there are:
-python -m scripts.experiments.muon_vs_adamw --phase lr-search --data 'text/*.parquet' --validation val.parquet --output runs/muon
-python -m scripts.experiments.muon_vs_adamw --phase full --adamw-lr 0.002 …   (left out: the best of OUTPUT/results.json)
+Two calls; each runs its arms side by side on as many GPUs as there are. The second takes the best rate of the first.
+
+    python -m scripts.experiments.muon_vs_adamw --phase lr-search --data 'text/*.parquet' --validation val.parquet …
+    python -m scripts.experiments.muon_vs_adamw --phase full --data … [--adamw-lr 0.002]
 """
 
 import json
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,7 +74,8 @@ class ExperimentConfig:
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the trainings, and write what they show."""
     config, _ = parse([ExperimentConfig], argv, description=__doc__)
     started, output = time.monotonic(), Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -177,7 +180,7 @@ def command(config, name, differing, tokenizer):
 
 
 def run_all(config, arms, tokenizer, started):
-    """Run every arm, one on each GPU at a time; past the limit they are asked to stop. ValueError where one fails, and the others end too."""
+    """Run every arm, one on each GPU at a time; those that pass the limit are stopped. If one fails, all end."""
     cuda, waiting, running, told = torch.cuda.is_available(), list(arms), {}, time.monotonic()
     free = list(range(max(1, torch.cuda.device_count())))
     try:
@@ -239,7 +242,7 @@ def last_line(config, name):
 
 
 def summary(folder, name, flags):
-    """Figures of one arm from its metrics.jsonl: bpb as [step, bpb] pairs, medians over the log entries behind the first two."""
+    """Figures of one arm from its metrics.jsonl: pairs of step and bpb, and medians over all log entries but two."""
     entries = read_metrics(folder / "metrics.jsonl")
     settled = [e for e in entries if "train/loss" in e][2:] or [e for e in entries if "train/loss" in e]
     median = {
@@ -266,9 +269,9 @@ def table(runs):
     for run in runs:
         best, mfu = min(value for _, value in run["bpb"]), f"MFU {run['mfu']:.1%}" if "mfu" in run else "MFU unknown"
         print(
-            f"{run['name']:<18} {run['bpb'][-1][1]:.4f} bpb at the end, {best:.4f} at best; {run['tokens'] / 1e6:.1f} M tokens "
-            f"({run['epochs']:.1f} epochs) in {run['seconds']:.0f} s; {run['tokens_per_second']:,.0f} tok/s, {mfu}, "
-            f"peak {run['peak_memory_gib']:.1f} GiB",
+            f"{run['name']:<18} {run['bpb'][-1][1]:.4f} bpb at the end, {best:.4f} at best; "
+            f"{run['tokens'] / 1e6:.1f} M tokens ({run['epochs']:.1f} epochs) in {run['seconds']:.0f} s; "
+            f"{run['tokens_per_second']:,.0f} tok/s, {mfu}, peak {run['peak_memory_gib']:.1f} GiB",
             flush=True,
         )
 

@@ -1,9 +1,11 @@
-"""Fine-tuning beside the reference's way, from one base model and on one budget:
+"""Fine-tuning beside the reference's way, from one base model and on one budget.
 
-python -m scripts.experiments.real_result --model runs/base/final --output-dir runs/real [--data-root ../shared/data] [--num-steps 100]
+python -m scripts.experiments.real_result --model runs/base/final --output-dir runs/real [--data-root ../shared/data]
+[--num-steps 100]
 
-The base model is evaluated, fine-tuned twice (on the assistant's tokens with packed conversations kept apart; and on all tokens with
-packs that see each other, as the reference does), and both results are evaluated and asked. All of it by the scripts a user has.
+The base model is evaluated, fine-tuned twice (on the assistant's tokens with packed conversations kept apart; and on
+all tokens with packs that see each other, as the reference does), and both results are evaluated and asked. All of it
+by the scripts a user has.
 """
 
 import json
@@ -12,6 +14,7 @@ import queue
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +77,7 @@ class Jobs:
         self.launch = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{machine}.yaml"]
 
     def run(self, name, *stages):
-        """In the background, the stages [(title, command, standard input or None)] one after another; a future of their outputs."""
+        """Run stages (title, command, standard input or None) in the background, in order; a future of their output."""
         return self.workers.submit(self._run, name, stages)
 
     def _run(self, name, stages):
@@ -110,17 +113,15 @@ class Jobs:
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the trainings, and write what they show."""
     config, _ = parse([ResultConfig], argv, description=__doc__)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     mixture, tasks = (localised(name, config, folder) for name in ("sft_local.yaml", "eval_local.yaml"))
     jobs, start = Jobs(folder, config.jobs), time.perf_counter()
     # the fine-tunings first: they take longest
-    runs = {
-        arm: jobs.run(arm, *fine_tuning(config, arm, flags, mixture, tasks, folder, jobs))
-        for arm, flags in ARMS.items()
-    }
+    runs = {arm: jobs.run(arm, *fine_tuning(config, arm, mixture, tasks, jobs)) for arm in ARMS}
     runs["base"] = jobs.run("base", ("evaluation", evaluation(config, config.model, tasks, folder / "base.json"), None))
     said = {name: future.result() for name, future in runs.items()}
     figures = {name: accuracies(folder / f"{name}.json") for name in COLUMNS}
@@ -132,12 +133,13 @@ def main(argv=None):
     (folder / "result.md").write_text(text + "\n")
     (folder / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(
-        f"{text}\n\n{time.perf_counter() - start:.0f} s in all; written: {folder / 'result.md'}, {folder / 'result.json'}"
+        f"{text}\n\n{time.perf_counter() - start:.0f} s in all; "
+        f"written: {folder / 'result.md'}, {folder / 'result.json'}"
     )
 
 
 def localised(name, config, folder):
-    """A copy of a recipe in `folder` whose paths lie under --data-root; returns its path. ValueError where a file is missing."""
+    """Copy a recipe into `folder` with paths under --data-root; returns its path. ValueError if a file is missing."""
     recipe, root = read_recipe(RECIPES / name), config.data_root
     for key, entries in recipe.items():
         for entry in entries if key.endswith("_data") else ():
@@ -150,8 +152,9 @@ def localised(name, config, folder):
     return str(path)
 
 
-def fine_tuning(config, arm, flags, mixture, tasks, folder, jobs):
+def fine_tuning(config, arm, mixture, tasks, jobs):
     """The stages of one arm: train, evaluate, talk."""
+    folder = jobs.folder
     shape = [config.device_batch_size, config.max_seq_len]
     model = str(folder / arm / "final")
     train = [
@@ -180,7 +183,7 @@ def fine_tuning(config, arm, flags, mixture, tasks, folder, jobs):
         max(1, config.num_steps // 20),
         "--init-lr-frac",
         config.init_lr_frac,
-        *flags,
+        *ARMS[arm],
     ]
     talk = [
         ("conversation", ["-m", "scripts.chat_cli", "--model", model], "".join(f"{line}\n" for line in asked))

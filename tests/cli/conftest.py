@@ -1,3 +1,3 @@
-"""A Hub on loopback."""
+"""A Hub on loopback, and a finished run."""
 
-from tests.support.hub import hub  # noqa: F401
+from tests.support.hub import finished, hub  # noqa: F401

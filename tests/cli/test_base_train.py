@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -194,26 +192,14 @@ def test_the_default_recipe_streams_from_its_hub_name(start, tmp_path):
     with HubServer({TOKEN: "user"}) as server:
         server.repos["datasets", "karpathy/fineweb-edu-100b-shuffle"] = Repo()
         server.repos["datasets", "karpathy/fineweb-edu-100b-shuffle"].commit("main", "shards", files)
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "scripts.base_train",
-                "--config",
-                str(ROOT / "scripts/recipes/base.yaml"),
-                *flags,
-                "--output-dir",
-                "run",
-            ],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment(server, tmp_path) | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"},
-        )
+        given = ["--config", ROOT / "scripts/recipes/base.yaml", *flags, "--output-dir", "run"]
+        known = environment(server, tmp_path)
+        run = Run("scripts.base_train", given, tmp_path / "log", environment=known, folder=tmp_path)
+        codes = run.wait()
         asked = [path for _, path, _ in server.requests if "/resolve/" in path]
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "karpathy/fineweb-edu-100b-shuffle, packing crop" in done.stdout and "base d2 step 2/2" in done.stdout
-    assert "The capital of France is" in done.stdout  # the seven prompts, at the end
+    assert codes == [0], run.text()[-3000:]
+    assert "karpathy/fineweb-edu-100b-shuffle, packing crop" in run.text() and "base d2 step 2/2" in run.text()
+    assert "The capital of France is" in run.text()  # the seven prompts, at the end
     assert (
         any("shard_00000.parquet" in path for path in asked)
         and (tmp_path / "run" / "final" / "model.safetensors").is_file()

@@ -251,6 +251,13 @@ def test_wrong_paths_say_what_would_be_right(path, reason, tmp_path, capsys):
     assert stop.value.code == 2 and reason.replace("RUN", str(tmp_path)) in error and error.count("\n") == 1
 
 
+def test_one_answer_shows_control_characters_as_the_dialogue_does(endless, monkeypatch, capsys):
+    pieces = [("text", "a\x1b[2J\tb\n"), ("python", "1\x07"), ("python_output", "\x9b1\x7f")]
+    monkeypatch.setattr(Chat, "ask", lambda *_: iter(pieces))
+    main(["--model", str(endless), "-p", "hi"])
+    assert capsys.readouterr().out == "a\ufffd[2J\tb\n[1\ufffd → \ufffd1\ufffd]\n"
+
+
 @pytest.mark.parametrize(
     ("flag", "value"), [("--temperature", "-1"), ("--top-k", "-5"), ("--top-p", "2"), ("--max-new-tokens", "0")]
 )

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanochat_hf import NanochatConfig, NanochatForCausalLM
-from nanochat_hf.cli.chat_web import Answers, Page, build_page
+from nanochat_hf.cli import chat_web
+from nanochat_hf.cli.chat_web import Answers, Page, build_page, model_name
 from nanochat_hf.conversation import render
 from nanochat_hf.generation import Chat, Engine
 from nanochat_hf.tokenizer import train_tokenizer
@@ -59,7 +60,7 @@ def test_a_second_question_and_a_retry_continue_the_ids_of_what_was_said(tokeniz
     engine = Scripted(tokenizer, ids(tokenizer, CALL))
     page = Page(Chat(engine, temperature=1.0), "be brief")
     *_, shown = page.respond("3*4?", [], 1.0, 50)
-    assert shown == "so `3*4 → 12` cats"
+    assert shown == "so [3*4 → 12] cats"
     history = [{"role": "user", "content": "3*4?"}, {"role": "assistant", "content": [{"type": "text", "text": shown}]}]
     for _ in range(2):
         list(page.respond("sure?", history, 1.0, 50))
@@ -109,9 +110,9 @@ def test_stop_keeps_what_was_said(tokenizer):
 
 @pytest.fixture(scope="module")
 def site(tokenizer, tmp_path_factory):
-    """(address, Page) of a running page; the model says "!" as often as it may."""
+    """(address, Page, interface) of a running page; the model says "!" as often as it may."""
     pytest.importorskip("gradio", reason="gradio (the extra web) is not installed")
-    folder = tmp_path_factory.mktemp("web")
+    folder = tmp_path_factory.mktemp("secretplace") / "poet" / "final"
     endless().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with socket.socket() as probe:
@@ -120,7 +121,7 @@ def site(tokenizer, tmp_path_factory):
     interface, launch, page = build_page(["--model", str(folder), "--port", str(port), "--max-new-tokens", "300"])
     assert launch["server_name"] == "127.0.0.1" and launch["share"] is False
     interface.launch(**launch, prevent_thread_lock=True, quiet=True)
-    yield f"http://127.0.0.1:{port}", page
+    yield f"http://127.0.0.1:{port}", page, interface
     interface.close()
 
 
@@ -131,6 +132,52 @@ def test_the_page_streams_over_http(site):
     assert set(job.result(timeout=120)) == {"!"} and len(job.outputs()) > 3, "it comes in pieces"
     with pytest.raises(Exception, match="the model sees 100000"):
         client.predict("cat " * 100_000, 0.0, 0, api_name="/chat")
+    with pytest.raises(Exception, match="characters, the model sees 100,000 tokens"):
+        client.predict("c" * 1_600_001, 0.0, 0, api_name="/chat")
+
+
+def test_the_page_names_no_folder_and_serves_and_takes_no_file(site, tmp_path):
+    requests = pytest.importorskip("httpx")
+    folder = site[1].base.engine.model.name_or_path
+    assert "secretplace" in folder and "poet" in folder
+    for path in ("/", "/config", "/gradio_api/info"):
+        answer = requests.get(site[0] + path)
+        assert answer.status_code == 200 and "img-src 'self' data: blob:;" in answer.headers["content-security-policy"]
+        assert "secretplace" not in answer.text and str(tmp_path.parent.parent) not in answer.text
+    assert "nanochat_hf: poet" in requests.get(site[0] + "/config").text
+    assert requests.post(site[0] + "/gradio_api/upload", files={"files": b"x"}).status_code == 403
+    assert requests.get(site[0] + f"/gradio_api/file={folder}/config.json").status_code == 403
+    large = b"x" * (chat_web.BODY_BYTES + 1)
+    assert requests.post(site[0] + "/gradio_api/queue/join", content=large).status_code == 413
+    config = requests.get(site[0] + "/config").json()
+    (chatbot,) = (c["props"] for c in config["components"] if c["type"] == "chatbot")
+    assert chatbot["render_markdown"] is False and chatbot["sanitize_html"] is True
+
+
+def test_one_answer_at_a_time_and_a_queue_with_an_end(site, tokenizer):
+    interface = site[2]
+    assert interface._queue.max_size == chat_web.WAITING
+    chats = [f for f in interface.fns.values() if f.api_name == "chat"]
+    assert chats and all(f.concurrency_limit == 1 for f in chats)
+
+
+def test_a_conversation_that_cannot_fit_is_refused_before_it_is_tokenised(tokenizer, monkeypatch):
+    engine = Scripted(tokenizer, ids(tokenizer, ["ok"]))
+    page = Page(Chat(engine), None)
+    monkeypatch.setattr(Chat, "ask", lambda *_: pytest.fail("was asked"))
+    monkeypatch.setattr(Answers, "restore", lambda *_: pytest.fail("was tokenised"))
+    history = [{"role": "user", "content": "a" * 900_000}, {"role": "assistant", "content": "b" * 700_000}]
+    with pytest.raises(ValueError, match="has 1,600,002 characters, the model sees 100,000 tokens"):
+        next(page.respond("no", history, 0.0, 0))
+    assert not engine.prompts
+
+
+def test_the_name_of_a_model_is_no_path(tmp_path):
+    for kind in ("final", "best"):
+        (tmp_path / "poet" / kind).mkdir(parents=True)
+        assert model_name(str(tmp_path / "poet" / kind)) == "poet"
+    assert model_name(str(tmp_path / "poet")) == "poet"
+    assert model_name("me/poet") == "me/poet"
 
 
 def test_in_a_browser_a_question_is_answered_stopped_and_tried_again(site, tmp_path):

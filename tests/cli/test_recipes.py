@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from nanochat_hf.data.sources import SourceConfig
 from tests.support.hub import ROOT, TOKEN, environment
 from tests.support.hub_endpoints import Repo
 from tests.support.hub_server import HubServer
+from tests.support.processes import Run
 
 RECIPES = ROOT / "scripts" / "recipes"
 
@@ -107,7 +106,7 @@ def work(tmp_path):
 def sft(hub, finished, work, *more):
     home = work / "home"
     home.mkdir(exist_ok=True)
-    if (Path(HF_HOME) / "nanochat_hf").is_dir():  # the word list takes half a minute to gather
+    if (Path(HF_HOME) / "nanochat_hf").is_dir():  # the word list takes seconds to gather
         os.symlink(Path(HF_HOME) / "nanochat_hf", home / "nanochat_hf")
     shape = [
         "--max-seq-len",
@@ -121,30 +120,14 @@ def sft(hub, finished, work, *more):
         "--log-every",
         "1",
     ]
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "scripts.chat_sft",
-            "--config",
-            "sft.yaml",
-            "--model",
-            str(finished / "final"),
-            "--output-dir",
-            "run",
-            *shape,
-            *more,
-        ],
-        capture_output=True,
-        text=True,
-        cwd=work,
-        env=environment(hub, home) | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"},
-    )
+    flags = ["--config", "sft.yaml", "--model", finished / "final", "--output-dir", "run", *shape, *more]
+    run = Run("scripts.chat_sft", flags, work / "log", environment=environment(hub, home), folder=work)
+    assert run.wait() == [0], run.text()[-3000:]
+    return run.text()
 
 
 def test_the_default_recipe_loads_from_its_hub_names_and_trains(data_hub, finished, work):
-    done = sft(data_hub, finished, work, "--num-steps", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = sft(data_hub, finished, work, "--num-steps", "2")
     for said in (
         "smoltalk: read as a task's rows, 40 documents",
         "mmlu: read as a task's rows, 20 documents",
@@ -155,7 +138,7 @@ def test_the_default_recipe_loads_from_its_hub_names_and_trains(data_hub, finish
         "272 conversations",
         "sft step 2/2",
     ):
-        assert said in done.stdout, (said, done.stdout[-3000:])
+        assert said in printed, (said, printed[-3000:])
     asked = {
         path.split("/")[2] for _, path, _ in data_hub.requests if "/resolve/" in path and path.startswith("/datasets/")
     }
@@ -169,8 +152,8 @@ def test_a_hub_name_is_streamed(data_hub, finished, work):
         "validation_data": [{"path": "HuggingFaceTB/smol-smoltalk", "split": "test"}],
     }
     (work / "sft.yaml").write_text(yaml.safe_dump(recipe))
-    done = sft(data_hub, finished, work, "--streaming", "true", "--num-steps", "2")
-    assert done.returncode == 0 and "1 streams" in done.stdout and "sft step 2/2" in done.stdout, done.stderr[-3000:]
+    printed = sft(data_hub, finished, work, "--streaming", "true", "--num-steps", "2")
+    assert "1 streams" in printed and "sft step 2/2" in printed, printed[-3000:]
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("sft*.yaml")))

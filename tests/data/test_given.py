@@ -236,7 +236,34 @@ def test_keys_of_messages_that_are_not_used_are_counted(tokenizer, tmp_path):
     said = {"role": "assistant", "content": "a", "thinking": "hm", "name": "bot", "empty": ""}
     rows = [{"messages": [ASK, said], "tools": [{"name": "f"}], "id": i} for i in range(3)]
     _, report = learned(tokenizer, write(tmp_path / "c.jsonl", rows))
-    assert report.ignored == {"id": 3, "messages.name": 3, "messages.thinking": 3, "tools": 3}
+    assert report.ignored == {"id": 3, "messages.name": 3, "messages.thinking": 3}
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "now", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_declared_tools_are_in_the_prompt_and_their_calls_as_clients_write_them(
+    tokenizer, tmp_path, name, stream, as_text
+):
+    call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
+    messages = [
+        ASK,
+        {"role": "assistant", "content": None, "tool_calls": [call], "weight": 0},
+        {"role": "tool", "content": "3", "tool_call_id": "a"},
+        {"role": "assistant", "content": "three"},
+    ]
+    row = {"tools": json.dumps([TOOL]) if as_text else [TOOL], "messages": messages}
+    said, report = learned(tokenizer, write(tmp_path / name, [row]), stream)
+    seen, trained = said[0]
+    heading = f"Tools, called as NAME{{ARGUMENTS}}:\n{json.dumps(TOOL['function'])}\n\nq<|user_end|>"
+    assert heading in seen and '<|python_start|>now{"zone": "UTC"}<|python_end|>' in seen
+    assert "three<|assistant_end|>" in trained and "now" not in trained and not report.ignored
 
 
 def test_a_text_that_cannot_be_encoded_is_named_or_left_out(tokenizer, tmp_path):

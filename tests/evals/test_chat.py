@@ -1,4 +1,4 @@
-"""chat_eval: the same answers in any batch and on any number of processes, ours and other models, results as table and JSON."""
+"""chat_eval: the same answers in any batch and on any number of processes, for our models and others."""
 
 import json
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from nanochat_hf.cli import chat_eval
 from nanochat_hf.conversation import render_prompt
 from nanochat_hf.evals import chat
 from nanochat_hf.evals.chat import (
+    ChatOptions,
     TaskResult,
     chat_core,
     chat_core_stderr,
@@ -27,6 +28,7 @@ from nanochat_hf.tasks.multiple_choice import mmlu
 from nanochat_hf.tokenizer import train_tokenizer
 from tests.support.processes import Run
 
+QUIET = ChatOptions(progress=False)
 MMLU = [{"question": "why " * n, "choices": list("wxyz"), "answer": n % 4} for n in range(1, 12)]
 
 
@@ -88,7 +90,7 @@ def arguments(recipe, output, *others):
 
 def test_letters_of_a_batch_are_those_of_each_prompt_alone(ours):
     model, tokenizer = ours
-    result = evaluate_task(model, tokenizer, get_task("mmlu"), MMLU, batch_size=4, progress=False)
+    result = evaluate_task(model, tokenizer, get_task("mmlu"), MMLU, options=ChatOptions(4, progress=False))
     for row, answer in zip(MMLU, result.answers, strict=True):
         prompt = torch.tensor([render_prompt(tokenizer, mmlu(row))])
         ids = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "ABCD"]
@@ -107,7 +109,7 @@ def test_ranks_share_the_batches_and_each_answers_its_own(ours, monkeypatch):
     monkeypatch.setattr(chat, "gather_object", lambda records: shares.append([r["index"] for r in records]) or records)
     for rank in range(3):
         accelerator = SimpleNamespace(num_processes=3, process_index=rank)
-        evaluate_task(*ours, get_task("mmlu"), MMLU, accelerator=accelerator, batch_size=2, progress=False)
+        evaluate_task(*ours, get_task("mmlu"), MMLU, accelerator=accelerator, options=ChatOptions(2, progress=False))
     assert sorted(i for share in shares for i in share) == list(range(len(MMLU))) and all(
         len(share) >= 3 for share in shares
     )
@@ -205,12 +207,12 @@ def test_what_a_user_gets_wrong_is_one_line(recipe, tmp_path, capsys, others, re
 
 def test_models_without_a_template_and_rows_without_an_answer_are_refused(ours, tmp_path, capsys):
     with pytest.raises(ValueError, match="has no chat template"):
-        evaluate_task(*other_model(tmp_path, template=None), get_task("mmlu"), MMLU, progress=False)
+        evaluate_task(*other_model(tmp_path, template=None), get_task("mmlu"), MMLU, options=QUIET)
     rows = [{"messages": [{"role": "user", "content": "hi"}]}]
     with pytest.raises(ValueError, match="custom_json: row 0 does not end in a question and its answer"):
-        evaluate_task(*ours, get_task("custom_json"), rows, progress=False)
+        evaluate_task(*ours, get_task("custom_json"), rows, options=QUIET)
     with pytest.raises(ValueError, match="no rows"):
-        evaluate_task(*ours, get_task("mmlu"), [], progress=False)
+        evaluate_task(*ours, get_task("mmlu"), [], options=QUIET)
 
 
 def test_a_limit_takes_rows_from_everywhere(recipe):

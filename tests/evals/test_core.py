@@ -24,11 +24,13 @@ from transformers import (
 from nanochat_hf import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.cli.base_eval import main
 from nanochat_hf.evals.core import CoreTask, centred, common_length, load_bundle, prompts
-from nanochat_hf.evals.core_scoring import Scorer, evaluate_core_task
+from nanochat_hf.evals.core_scoring import CoreOptions, Scorer, evaluate_core_task
+from nanochat_hf.machine.accelerator import Ranks
 from nanochat_hf.tokenizer import train_tokenizer
 from nanochat_hf.training.callbacks.core import CoreConfig
 from tests.support.processes import Run
 
+QUIET = CoreOptions(progress=False)
 BUNDLE = Path("../shared/data/core/eval_bundle.zip")
 WORDS = (
     "the cat sat on a mat and counted twelve letters while rain fell over green hills near old stone bridges".split()
@@ -136,10 +138,11 @@ def test_batched_decisions_are_those_of_the_plain_way(models, tokenizer, name, k
     ) or shots == 3
     expected = [float(plain_right(model, tokenizer, task, items, i)) for i in range(len(items))]
     for budget in (1, 512, 8192):
-        assert evaluate_core_task(model, tokenizer, task, batch_tokens=budget, progress=False).tolist() == expected
+        options = CoreOptions(batch_tokens=budget, progress=False)
+        assert evaluate_core_task(model, tokenizer, task, options=options).tolist() == expected
     if kind != "language_modeling":
         assert 0 < sum(expected) < len(items)
-    parts = [evaluate_core_task(model, tokenizer, task, rank=r, world_size=3, progress=False) for r in range(3)]
+    parts = [evaluate_core_task(model, tokenizer, task, options=QUIET, ranks=Ranks(r, 3)) for r in range(3)]
     assert sum(parts).tolist() == expected
 
 
@@ -152,7 +155,7 @@ def test_language_modeling_is_right_where_the_greedy_continuation_is_the_answer(
             items.append({"context": item["context"], "continuation": text})
     task = CoreTask("greedy", "language_modeling", items, 0, "")
     expected = [float(plain_right(model, tokenizer, task, task.chosen(), i)) for i in range(len(items))]
-    assert evaluate_core_task(model, tokenizer, task, progress=False).tolist() == expected and sum(expected) > 0
+    assert evaluate_core_task(model, tokenizer, task, options=QUIET).tolist() == expected and sum(expected) > 0
 
 
 def test_texts_tokens_and_centring_by_example(tokenizer):
@@ -289,7 +292,7 @@ def test_what_is_no_bundle_is_named_and_where_to_get_one(tmp_path, files, reason
         (path / name).write_text(text)
     with pytest.raises(ValueError, match=reason):
         load_bundle(path)
-    with pytest.raises(ValueError, match="https://.*eval_bundle.zip"):
+    with pytest.raises(ValueError, match=r"https://.*eval_bundle.zip"):
         load_bundle(tmp_path / "none")
 
 
@@ -357,4 +360,5 @@ def test_real_bundle_loads_whole_and_scores_like_the_plain_way(models, tokenizer
         task = by_label[label]
         items = task.chosen(6)
         expected = [float(plain_right(models["nanochat"], tokenizer, task, items, i)) for i in range(6)]
-        assert evaluate_core_task(models["nanochat"], tokenizer, task, limit=6, progress=False).tolist() == expected
+        options = CoreOptions(limit=6, progress=False)
+        assert evaluate_core_task(models["nanochat"], tokenizer, task, options=options).tolist() == expected

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ from nanochat_hf.conversation import render
 from nanochat_hf.hub.dataset import write_dataset
 from nanochat_hf.tokenizer import load_tokenizer
 from tests.support.hub import TOKEN, environment, push
+from tests.support.processes import Run
 
-ROOT = Path(__file__).parents[2]
 CHATS = [
     {
         "messages": [
@@ -37,14 +36,24 @@ CHATS[3]["messages"][1]["content"] = [
 ]
 
 
-def python(hub, home, *argv, cwd=ROOT, **variables):
-    """Run `python argv` against this Hub alone; returns what it printed. Fails with its stderr."""
-    done = subprocess.run(
-        [sys.executable, *argv], capture_output=True, text=True, cwd=cwd, env=environment(hub, home) | variables
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert TOKEN not in done.stdout + done.stderr
-    return done.stdout + done.stderr
+def start(hub, home, program, *argv, world=1):
+    """A Run of a module, or of a file.py, that knows this Hub alone and has `home` for its cache."""
+    home.mkdir(exist_ok=True)
+    return Run(program, argv, home / "log", world, environment(hub, home))
+
+
+def python(hub, home, program, *argv, world=1):
+    """Let such a Run end; returns what it printed. Fails with that where the run fails."""
+    run = start(hub, home, program, *argv, world=world)
+    assert run.wait() == [0] * world, run.text()[-3000:]
+    assert TOKEN not in run.text()
+    return run.text()
+
+
+def written(path, code):
+    """The path of a file with this code."""
+    path.write_text(code)
+    return str(path)
 
 
 @pytest.fixture
@@ -57,7 +66,6 @@ def chats(tmp_path):
 def sft(chats, output, *more, model="user/base@main"):
     """Flags of a run of six steps."""
     return [
-        "-m",
         "scripts.chat_sft",
         "--model",
         model,
@@ -127,7 +135,6 @@ def test_base_training_pushes_its_checkpoints_and_its_model(hub, run, tmp_path):
     said = python(
         hub,
         tmp_path / "home",
-        "-m",
         "scripts.base_train",
         "--depth",
         "2",
@@ -163,11 +170,10 @@ def test_base_training_pushes_its_checkpoints_and_its_model(hub, run, tmp_path):
 
 
 def test_two_processes_push_once(hub, run, chats, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = sft(
         chats, tmp_path / "a", "--push-to-hub", "--hub-model-id", "chat", "--hub-private", model=str(run / "final")
     )
-    said = python(hub, tmp_path / "home", *launcher, *flags, ACCELERATE_USE_CPU="1")
+    said = python(hub, tmp_path / "home", *flags, world=2)
     assert "on 2 processes" in said
     repo = hub.repos["models", "user/chat"]
     assert repo.private and repo.titles == ["initial commit", "Final model, step 6"]
@@ -182,17 +188,13 @@ def test_a_run_that_could_not_push_is_refused_before_the_model_is_loaded(hub, ru
         (["--push-to-hub"], "add --hub-model-id"),
         (["--push-to-hub", "--hub-model-id", "other/chat"], "write access"),
     ):
-        command = [sys.executable, *sft(chats, tmp_path / "a", *flags, model=str(run / "final"))]
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env=environment(hub, tmp_path / "home")
-        )
-        assert done.returncode == 2 and message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+        run_ = start(hub, tmp_path / "home", *sft(chats, tmp_path / "a", *flags, model=str(run / "final")))
+        assert run_.wait() == [2] and message in run_.text().splitlines()[-1] and "Traceback" not in run_.text()
     assert not (tmp_path / "a").exists()
 
 
 def test_a_published_data_set_is_read_back_by_name(hub, run, chats, tmp_path):
     script = [
-        "-m",
         "scripts.push_dataset",
         "--hub-dataset-id",
         "user/chats",
@@ -220,7 +222,7 @@ ours, theirs = (iter(SFTBatches([SourceConfig(path=p)], tokenizer, **shape)) for
 same = all(a[key].equal(b[key]) for _ in range(30) for a, b in [(next(ours), next(theirs))] for key in a)
 print("FOUND" + json.dumps({"rows": [dict(r) for r in rows], "same": same}))
 """
-    said = python(hub, tmp_path / "there", "-c", code, str(run / "final"), chats)
+    said = python(hub, tmp_path / "there", written(tmp_path / "read.py", code), str(run / "final"), chats)
     found = json.loads(re.search("^FOUND(.*)", said, re.M)[1])
     assert found["same"], "training on the published data set gives other batches than on the file"
     tokenizer = load_tokenizer(str(run / "final"))
@@ -273,7 +275,8 @@ rows = load_source(SourceConfig(path="user/texts"))
 print("FOUND", len(rows), rows[2]["text"], rows[2]["input_ids"][0] == int(sys.argv[1]), rows[2]["input_ids"].count(int(sys.argv[1])))
 """
     bos = load_tokenizer(str(run / "final")).bos_token_id
-    assert "FOUND 3 the sky <|bos|> 2 True 1" in python(hub, tmp_path / "there", "-c", code, str(bos))
+    said = python(hub, tmp_path / "there", written(tmp_path / "read.py", code), str(bos))
+    assert "FOUND 3 the sky <|bos|> 2 True 1" in said
 
 
 def test_the_cards_snippets_run_where_the_package_is_not_installed(hub, run, tmp_path):
@@ -289,8 +292,11 @@ import torch
 torch.save(model(torch.tensor({ids})).logits, "logits.pt")
 print("module", type(model).__module__)
 """
-    # a stranger: no token, an empty cache, another folder
-    said = python(hub, tmp_path / "home", "-c", code, cwd=tmp_path, HF_TOKEN="", PYTHONPATH="")
+    # a stranger, so a Python of its own: no token, an empty cache, another folder
+    unknown = environment(hub, tmp_path / "home") | {"HF_TOKEN": "", "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=unknown)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout
     assert "assistant" in said and "module transformers_modules" in said
     model = NanochatForCausalLM.from_pretrained(run / "final")
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(torch.tensor(ids)).logits)
@@ -365,20 +371,12 @@ def test_ctrl_c_ends_a_run_whose_last_push_hangs(hub, run, chats, tmp_path):
     hang = (
         "import runpy, sys, time\nfrom nanochat_hf.hub.push import HubPusher\n"
         "HubPusher._upload = lambda *_: (print('hangs', flush=True), time.sleep(100))\n"
-        "sys.argv = sys.argv[1:]\nrunpy.run_module('scripts.chat_sft', run_name='__main__')"
+        "runpy.run_module('scripts.chat_sft', run_name='__main__')"
     )
-    with open(tmp_path / "log", "w") as log:
-        command = [sys.executable, "-c", hang, *flags[1:]]
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment(hub, tmp_path / "home"))
+    process = start(hub, tmp_path / "home", written(tmp_path / "hang.py", hang), *flags[1:])
     deadline = time.monotonic() + 60
-    while "hangs" not in (tmp_path / "log").read_text() and process.poll() is None and time.monotonic() < deadline:
+    while "hangs" not in process.text() and process.processes[0].is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)  # it now waits for the push
-    process.send_signal(signal.SIGINT)
-    try:
-        code = process.wait(10)
-    finally:
-        process.kill()
-    assert code == 130 and "push to user/chat interrupted" in (tmp_path / "log").read_text(), (
-        tmp_path / "log"
-    ).read_text()
+    process.kill(signal.SIGINT)
+    assert process.wait(30) == [130] and "push to user/chat interrupted" in process.text(), process.text()

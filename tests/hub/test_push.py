@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard, constants
 
 from nanochat_hf import NanochatForCausalLM
-from nanochat_hf.hub.card import KEEP_END, KEEP_START
+from nanochat_hf.hub.card import KEEP_END, KEEP_START, CardFacts
 from nanochat_hf.hub.push import HubConfig, HubPusher, fetch_checkpoint, fetch_model
 from nanochat_hf.training import checkpoint
 from nanochat_hf.training.callbacks.push import Push
@@ -57,7 +57,7 @@ def test_everything_lands_and_nothing_private(hub, run, capfd):
 
 
 def test_card_holds_metadata_results_training_and_limits(hub, run):
-    assert push(run, submit={"results": {"gsm8k": 0.25, "chatcore": 0.1}})
+    assert push(run, submit={"facts": CardFacts({"gsm8k": 0.25, "chatcore": 0.1})})
     text = hub.files("user/tiny")["README.md"].decode()
     data = ModelCard(text).data
     assert (data.license, data.language, data.base_model, data.datasets) == (
@@ -189,7 +189,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(hub, monkeypatch, to
 
 def test_a_hub_out_of_reach_is_refused_at_the_start(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("nanochat_hf.hub.push.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("nanochat_hf.hub.client.time.sleep", lambda seconds: None)
     with pytest.raises(ValueError, match="network"):
         HubPusher("user/m")
 

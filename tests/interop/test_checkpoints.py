@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import tiktoken
@@ -25,6 +23,7 @@ from nanochat_hf.interop.encoding import (
 from nanochat_hf.model import NanochatConfig
 from nanochat_hf.tokenizer import train_tokenizer
 from tests.support.nanochat_checkpoints import FIELDS, TEXT, formula, state_dict, write
+from tests.support.processes import Run
 
 
 @pytest.mark.parametrize("pattern", ["SSSL", "L", "SL"])
@@ -226,14 +225,8 @@ def test_models_that_nanochat_cannot_describe_are_refused():
 def test_scripts_work_and_fail_in_one_line(tmp_path, encoding, capsys):
     source = write(tmp_path / "c", encoding, state_dict(FIELDS))
     arguments = ["--checkpoint-dir", str(source), "--output", str(tmp_path / "out")]
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.import_nanochat",
-        *arguments,
-    ]  # once as a user does, the rest without the imports' seconds
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "300 tokens" in done.stdout, done.stderr
+    run = Run("scripts.import_nanochat", arguments, tmp_path / "log")  # once as a user does
+    assert run.wait() == [0] and "300 tokens" in run.text(), run.text()
     export_nanochat.main(["--model", str(tmp_path / "out"), "--output", str(tmp_path / "back")])
     assert "model_000007.pt" in capsys.readouterr().out
     for script, flags, reason in (

@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
-from nanochat_hf.kernels import cudnn_attention, cudnn_graph
+from nanochat_hf.kernels.lib import cudnn_attention, cudnn_graph
 from nanochat_hf.machine import attention
 from nanochat_hf.training.trainer import Trainer
 from tests.support import cudnn_stand_in
-from tests.support.models import build, tokens
+from tests.support.cudnn import both, eager, inputs, learned, model_of, plain, same
+from tests.support.models import tokens
 
 LENGTH = 30  # windows are 9 keys
 PACKED = torch.tensor([[*range(11), *range(19)], [*range(5), *range(20), *range(5)]])
@@ -30,64 +31,25 @@ def graphs(monkeypatch):
     cudnn_graph.graph_of.cache_clear(), cudnn_graph.handle_of.cache_clear()
 
 
-def model_of(**changes):
-    model = build(**changes)
-    model.set_attn_implementation(cudnn_attention.register())
-    return model
+# One layer with a window and one without: a graph is compiled in half the time of four layers.
+SHORT = dict(num_hidden_layers=2, window_pattern="SL")
 
 
-def eager(**changes):
-    return build(attn_implementation="eager", **changes)
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def learned(model, ids, call=None, **inputs):
-    """Logits, and the gradients of a loss."""
-    logits = model(ids, **inputs).logits
-    loss = (model.train() if call is None else call)(ids, labels=ids, **inputs).loss
-    return logits, torch.autograd.grad(loss, list(model.parameters()))
-
-
-def plain(q, k, v, mask):
-    """Attention by its formula: q (B, T, H, D), k and v (B, T, K, D), mask (B or 1, 1, T, T) → (B, T, H, D)."""
-    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
-
-
-def inputs(B, T, H, K, D, device="cpu", dtype=torch.float32, borders=None):
-    """q, k, v and a slope of the output, and the borders of documents as a tensor."""
-    generator = torch.Generator(device).manual_seed(0)
-    tensors = [torch.randn(B, T, heads, D, generator=generator, device=device).to(dtype) for heads in (H, K, K, H)]
-    return *tensors, None if borders is None else torch.tensor(borders, dtype=torch.int32, device=device)
-
-
-def both(q, k, v, do, borders, window):
-    """(out, dq, dk, dv) of the operator and of the formula in float32."""
-    results = []
-    for kernel in (True, False):
-        tensors = [t.detach().clone(memory_format=torch.preserve_format) if kernel else t.detach().float() for t in (q, k, v)]
-        tensors = [t.requires_grad_() for t in tensors]
-        if kernel:
-            out, _ = torch.ops.nanochat_hf.cudnn_attention(*tensors, borders, q.shape[-1] ** -0.5, window)
-        else:
-            out = plain(*tensors, cudnn_attention.packed_mask(q.shape[:2], borders, window, q.device))
-        results.append((out.detach(), *torch.autograd.grad(out, tensors, do if kernel else do.float())))
-    return zip(*results, strict=True)
-
-
-@pytest.mark.parametrize("changes", [{}, dict(num_key_value_heads=1), dict(num_key_value_heads=4), dict(window_pattern="L")], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(num_key_value_heads=1), dict(num_key_value_heads=4), dict(window_pattern="L")], ids=str
+)
 def test_plain_rows_windows_and_shared_heads(graphs, changes):
     ids = tokens(2, LENGTH)
     for ours, theirs in zip(learned(model_of(**changes), ids), learned(eager(**changes), ids), strict=True):
         same(ours, theirs)
     assert len(graphs.runs) == 4 + 4 + 4  # layers: evaluation, training, backward
     windows = [run.band["diagonal_band_left_bound"] for run in graphs.runs[:4]]
-    assert windows == [None if changes.get("window_pattern") else 9] * 3 + [None] and model_of().config.sliding_window == 9
-    assert graphs.built == (3 if changes.get("window_pattern") else 6)  # evaluation's keys come through a cache, which lays them out anew
+    assert (
+        windows == [None if changes.get("window_pattern") else 9] * 3 + [None] and model_of().config.sliding_window == 9
+    )
+    assert graphs.built == (
+        3 if changes.get("window_pattern") else 6
+    )  # evaluation's keys come through a cache, which lays them out anew
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -104,7 +66,11 @@ def test_packed_documents_are_apart(graphs, rows, checkpointing):
     changed = ids.clone()
     changed[0, :11] = (changed[0, :11] + 1) % 100
     after = model.eval()(changed, position_ids=positions).logits
-    assert torch.equal(after[0, 11:], logits[0, 11:]) and torch.equal(after[1:], logits[1:]) and not torch.equal(after[0, :11], logits[0, :11])
+    assert (
+        torch.equal(after[0, 11:], logits[0, 11:])
+        and torch.equal(after[1:], logits[1:])
+        and not torch.equal(after[0, :11], logits[0, :11])
+    )
 
 
 @pytest.mark.parametrize("borders", [None, [0, 3, 13, 26], [0, 1, 2, 13, 14, 26]], ids=str)
@@ -150,38 +116,49 @@ def test_opcheck(graphs, borders):
     torch.library.opcheck(torch.ops.nanochat_hf.cudnn_attention, (*tensors, borders, 0.3, 4))
     out, stats = torch.ops.nanochat_hf.cudnn_attention(*(t.detach() for t in tensors), borders, 0.3, 4)
     arguments = do, *(t.detach() for t in tensors), out, stats, borders, 0.3, 4
-    torch.library.opcheck(torch.ops.nanochat_hf.cudnn_attention_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.nanochat_hf.cudnn_attention_backward, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_plain_rows_compile_as_one_graph(graphs):
     ids = tokens(2, LENGTH)
-    model = model_of()
+    model = model_of(**SHORT)
     call = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     model.train()
-    for ours, wanted in zip(learned(model, ids, call)[1], learned(eager(), ids)[1], strict=True):
+    for ours, wanted in zip(learned(model, ids, call)[1], learned(eager(**SHORT), ids)[1], strict=True):
         same(ours, wanted)
 
 
 def test_packed_rows_compile_once_for_any_number_of_documents(graphs):
-    model, ids, counter = model_of(), tokens(1, LENGTH), CompileCounterWithBackend("aot_eager")
+    model, ids, counter = model_of(**SHORT), tokens(1, LENGTH), CompileCounterWithBackend("aot_eager")
     call, frames = torch.compile(model.train(), dynamic=False, backend=counter), []
     for documents in (1, 2, 3, 7, 20):
-        positions = torch.cat([torch.arange(LENGTH + 1 - documents), torch.zeros(documents - 1, dtype=torch.long)])[None]
+        positions = torch.cat([torch.arange(LENGTH + 1 - documents), torch.zeros(documents - 1, dtype=torch.long)])[
+            None
+        ]
         gradients = learned(model, ids, call, position_ids=positions)[1]
-        same(gradients, learned(eager(), ids, position_ids=positions)[1])
+        same(gradients, learned(eager(**SHORT), ids, position_ids=positions)[1])
         frames.append(counter.frame_count)
     assert frames[0] == frames[-1]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_packed_rows_whose_borders_come_along_compile_as_one_graph(graphs, rows):
-    model, ids, counter = model_of(), tokens(rows, LENGTH), CompileCounterWithBackend("aot_eager")
+    model, ids, counter = model_of(**SHORT), tokens(rows, LENGTH), CompileCounterWithBackend("aot_eager")
     call = torch.compile(model.train(), dynamic=False, fullgraph=True, backend=counter)
     for documents in (1, 2, 3, 7, 20):
-        positions = torch.cat([torch.arange(LENGTH + 1 - documents), torch.zeros(documents - 1, dtype=torch.long)]).expand(rows, -1)
+        positions = torch.cat(
+            [torch.arange(LENGTH + 1 - documents), torch.zeros(documents - 1, dtype=torch.long)]
+        ).expand(rows, -1)
         borders = model.model.document_borders(positions, ids.device)
-        wanted = learned(eager(), ids, position_ids=positions)[1]
-        same(torch.autograd.grad(call(ids, labels=ids, position_ids=positions, **borders).loss, list(model.parameters())), wanted)
+        wanted = learned(eager(**SHORT), ids, position_ids=positions)[1]
+        same(
+            torch.autograd.grad(
+                call(ids, labels=ids, position_ids=positions, **borders).loss, list(model.parameters())
+            ),
+            wanted,
+        )
     assert counter.frame_count == 1
     assert eager().model.document_borders(positions, ids.device) == {} == model.model.document_borders(None, ids.device)
 
@@ -192,11 +169,16 @@ def test_the_trainer_brings_the_borders(graphs):
     ids = tokens(2, LENGTH)
     batch = {"input_ids": ids, "shift_labels": ids.roll(-1, 1), "position_ids": positions}
     losses = []
-    for model in (eager(), model_of()):
+    for model in (eager(**SHORT), model_of(**SHORT)):
         trainer = Trainer(
-            Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1), repeat(batch), num_steps=3, schedule=lambda optimizer, step: 1.0,
+            Accelerator(cpu=True),
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            repeat(batch),
+            num_steps=3,
+            schedule=lambda optimizer, step: 1.0,
             callbacks=[lambda trainer, info: losses.append(info.loss)],
-        )  # fmt: skip
+        )
         if model.config._attn_implementation == "cudnn":
             trainer.model = torch.compile(trainer.model, fullgraph=True, dynamic=False, backend="aot_eager")
         trainer.fit()
@@ -220,7 +202,9 @@ def test_what_cudnn_refuses_is_an_error_with_its_reason(graphs, monkeypatch):
         raise RuntimeError("No valid engine configs")
 
     monkeypatch.setattr(graphs, "build", refuse)
-    with pytest.raises(RuntimeError, match="cuDNN 91900 cannot run .*No valid engine configs; use --attn flex_attention or sdpa"):
+    with pytest.raises(
+        RuntimeError, match="cuDNN 91900 cannot run .*No valid engine configs; use --attn flex_attention or sdpa"
+    ):
         torch.ops.nanochat_hf.cudnn_attention(*inputs(1, 4, 1, 1, 8)[:3], None, 1.0, 0)
 
 
@@ -232,7 +216,9 @@ def test_masks_caches_and_what_the_kernels_do_not_know_are_eagers(stand_in, give
         request.getfixturevalue("graphs")
     ids, place, model = tokens(2, LENGTH)[:rows], torch.arange(LENGTH), model_of()
     lengths, outputs = torch.tensor([8, LENGTH])[:rows, None], []
-    mask = {"left": place >= LENGTH - lengths, "right": place < lengths}.get(given, torch.ones(rows, LENGTH).bool()).long()
+    mask = {"left": place >= LENGTH - lengths, "right": place < lengths}.get(
+        given, torch.ones(rows, LENGTH).bool()
+    ).long()
     for each in (model, eager()):
         more = dict(attention_mask=mask) if given in ("left", "right", "ones") else {}
         if given in ("ones", "cache", "positions"):  # documents are apart in the last alone
@@ -241,7 +227,9 @@ def test_masks_caches_and_what_the_kernels_do_not_know_are_eagers(stand_in, give
             more["past_key_values"] = DynamicCache(config=each.config)
         if given == "borders":
             borders = torch.tensor([0, 11, 30, 35, 55, 60][: 3 * rows], dtype=torch.int32)
-            more = dict(position_ids=PACKED[:rows]) | (dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders) if each is model else {})
+            more = dict(position_ids=PACKED[:rows]) | (
+                dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders) if each is model else {}
+            )
         outputs.append(each(ids, **more).logits[mask.bool()])
     same(*outputs)
 
@@ -277,22 +265,38 @@ def test_the_kernels_take_half_precision_on_cuda_alone():
     "device, installed, major, precision, message",
     [
         ("cpu", True, 9, "bf16", "cudnn cannot run on cpu: its kernels need a CUDA device; use sdpa or auto"),
-        ("cuda", False, 9, "bf16", "nvidia-cudnn-frontend is not installed; pip install nvidia-cudnn-frontend, or use sdpa or auto"),
+        (
+            "cuda",
+            False,
+            9,
+            "bf16",
+            "nvidia-cudnn-frontend is not installed; pip install nvidia-cudnn-frontend, or use sdpa or auto",
+        ),
         ("cuda", True, 8, "bf16", "the GPU is older than Hopper; use sdpa or auto"),
         ("cuda", True, 9, "no", "it computes in half precision and this run in float32; add --dtype bfloat16"),
         ("cuda", True, 9, "bf16", None),
         ("cuda", True, 10, None, None),
     ],
 )
-def test_where_it_cannot_run_the_flag_says_why_and_auto_takes_another(monkeypatch, device, installed, major, precision, message):
+def test_where_it_cannot_run_the_flag_says_why_and_auto_takes_another(
+    monkeypatch, device, installed, major, precision, message
+):
     monkeypatch.setitem(sys.modules, "cudnn", cudnn_stand_in.module())
     real = find_spec
-    found = lambda name: (object() if installed else None) if name == "cudnn" else object() if name == "triton" else real(name)  # noqa: E731
+
+    def found(name):
+        if name == "cudnn":
+            return object() if installed else None
+        return object() if name == "triton" else real(name)
+
     monkeypatch.setattr(cudnn_attention, "find_spec", found), monkeypatch.setattr(attention, "find_spec", found)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
     device = torch.device(device)
     if message is None:
-        assert attention.choose_attention(device, "cudnn", precision=precision, cudnn=cudnn_attention) == ("cudnn", "asked for")
+        assert attention.choose_attention(device, "cudnn", precision=precision, cudnn=cudnn_attention) == (
+            "cudnn",
+            "asked for",
+        )
     else:
         with pytest.raises(ValueError, match=message):
             attention.choose_attention(device, "cudnn", precision=precision, cudnn=cudnn_attention)

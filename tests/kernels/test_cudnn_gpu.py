@@ -3,17 +3,14 @@
 import pytest
 import torch
 
-from nanochat_hf.kernels import cudnn_attention
-from tests.kernels.test_cudnn_attention import both, eager, inputs, learned, model_of
+from nanochat_hf.kernels.lib import cudnn_attention
+from tests.support.cudnn import both, eager, inputs, learned, model_of
+from tests.support.kernels import relative
 from tests.support.models import tokens
 
 MISSING = cudnn_attention.missing(torch.device("cuda")) if torch.cuda.is_available() else ("no CUDA device",)
 gpu = pytest.mark.skipif(MISSING is not None, reason=f"cuDNN's attention does not run here: {MISSING and MISSING[0]}")
 LISTS = {"rows": None, "few": [0, 1, 130, 384, 400, 767, 768], "as many as a graph has": [*range(0, 756, 12), 757, 768]}
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @gpu
@@ -49,6 +46,8 @@ def test_on_the_gpu_the_model_strays_no_further_from_float32_than_eager(packed, 
         _, plain_ones = learned(eager(**sizes).cuda(), ids, **more)
         model = model_of(**sizes).cuda()
         _, ours = learned(model, ids, torch.compile(model.train(), dynamic=False) if compile else None, **more)
-    for (name, parameter), gradient, other, wanted in zip(model.named_parameters(), ours, plain_ones, exact, strict=True):
+    for (name, parameter), gradient, other, wanted in zip(
+        model.named_parameters(), ours, plain_ones, exact, strict=True
+    ):
         if parameter.ndim == 2:
             assert relative(gradient, wanted) < 1.5 * relative(other, wanted) + 5e-3, name

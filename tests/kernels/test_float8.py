@@ -6,21 +6,18 @@ through two roundings to e5m2.
 """
 
 from importlib.metadata import version
-from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat_hf.kernels import float8, float8_layers
+from nanochat_hf.kernels.float8 import capable
+from nanochat_hf.kernels.float8 import layers as float8_layers
+from nanochat_hf.kernels.float8 import products as float8
+from tests.support.kernels import FLOAT8_DEVICES as DEVICES
+from tests.support.kernels import relative, triton
 
-CAPABLE = torch.cuda.is_available() and float8.capable(torch.device("cuda"))[0]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CAPABLE, reason="no CUDA device with float8 products"))]
-triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+CAPABLE = torch.cuda.is_available() and capable(torch.device("cuda"))[0]
 
 
 def plain_projections(x, q, k, v):
@@ -36,13 +33,18 @@ def tensors(part, N=256, C=128):
     x = F.rms_norm(torch.randn(2, N // 2, C), (C,))
     if part == "projections":
         return x, *(torch.randn(width, C) / 8 for width in (C, 64, 64))
-    return (x * 30, torch.randn(64, C) / 8) if part == "linear" else (x, torch.randn(4 * C, C) / 8, torch.randn(C, 4 * C) / 16)
+    return (
+        (x * 30, torch.randn(64, C) / 8)
+        if part == "linear"
+        else (x, torch.randn(4 * C, C) / 8, torch.randn(C, 4 * C) / 16)
+    )
 
 
 PARTS = {
-    "projections": (float8_layers.Projections.apply, plain_projections, (0.042, 0.065)), "linear": (float8_layers.Linear.apply, F.linear, (0.042, 0.065)),
+    "projections": (float8_layers.Projections.apply, plain_projections, (0.042, 0.065)),
+    "linear": (float8_layers.Linear.apply, F.linear, (0.042, 0.065)),
     "mlp": (float8_layers.SquaredReluMLP.apply, plain_mlp, (0.07, 0.105)),
-}  # fmt: skip
+}
 
 
 def outputs_and_gradients(function, inputs, slopes=1.0):
@@ -96,7 +98,10 @@ def test_backward_keeps_one_byte_an_element():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         float8_layers.SquaredReluMLP.apply(x, up, down)
     large = [t for t in kept if t.numel() > 1]
-    assert all(t.element_size() == 1 for t in large) and sum(t.numel() for t in large) == x.numel() * 5 + up.numel() + down.numel()
+    assert (
+        all(t.element_size() == 1 for t in large)
+        and sum(t.numel() for t in large) == x.numel() * 5 + up.numel() + down.numel()
+    )
 
 
 def test_rows_longer_than_any_row_before_still_fit_their_bound():
@@ -114,7 +119,7 @@ def test_rows_longer_than_any_row_before_still_fit_their_bound():
 @pytest.mark.parametrize("shape", [(48, 16), (128, 64), (272, 80)])
 def test_the_casting_kernel_writes_both_layouts(shape):
     """Of numbers that float8 holds exactly, since Triton's interpreter rounds others wrongly where a carry reaches the exponent."""
-    from nanochat_hf.kernels import float8_casts
+    from nanochat_hf.kernels.float8 import casts as float8_casts
 
     device = "cuda" if CAPABLE else "cpu"
     generator = torch.Generator().manual_seed(0)
@@ -127,9 +132,10 @@ def test_the_casting_kernel_writes_both_layouts(shape):
     x = chosen([-3.0, -0.5, 0.0, 1.0, 1.5, 2.0], n, c).bfloat16()
     kept = chosen([0.0, 1.0, 4.0, 0.25], c, n).to(float8.E4M3)
     expected = {
-        (float8_casts.CAST, float8.E5M2): x.float() * 4, (float8_casts.SQUARE, float8.E4M3): x.float().relu().square() * 4,
+        (float8_casts.CAST, float8.E5M2): x.float() * 4,
+        (float8_casts.SQUARE, float8.E4M3): x.float().relu().square() * 4,
         (float8_casts.SLOPE, float8.E5M2): x.float() * 2 * (kept.t().float() * 4).sqrt() * 4,
-    }  # fmt: skip
+    }
     for (mode, dtype), values in expected.items():
         wide = torch.zeros(n, 2 * c, device=device).to(dtype), torch.zeros(2 * c, n, device=device).to(dtype)
         out, turned = wide[0][:, c:], wide[1][c:]
@@ -143,7 +149,10 @@ def test_the_casting_kernel_writes_both_layouts(shape):
         x = torch.randn(n, c, device=device)
         for dtype in (float8.E4M3, float8.E5M2):
             out, turned = float8.cast([x], float8.unit_of(x.abs().amax(), dtype), dtype, 1)
-            assert torch.equal(turned.float(), out.t().float()) and relative(out, float8.scaled(x, float8.unit_of(x.abs().amax(), dtype), dtype)) < 1e-2
+            assert (
+                torch.equal(turned.float(), out.t().float())
+                and relative(out, float8.scaled(x, float8.unit_of(x.abs().amax(), dtype), dtype)) < 1e-2
+            )
 
 
 @pytest.mark.skipif(not CAPABLE, reason="no CUDA device with float8 products")
@@ -163,7 +172,7 @@ def test_the_products_with_casts_inside_are_those_with_casts_after(shape):
     pytest.importorskip("triton.tools.tensor_descriptor")
     if not CAPABLE and version("triton") < "3.7":
         pytest.skip("the interpreter of Triton before 3.7 cannot loop to a number that is computed, under numpy 2.4")
-    from nanochat_hf.kernels import float8_matmul
+    from nanochat_hf.kernels.float8 import matmul as float8_matmul
 
     device = "cuda" if CAPABLE else "cpu"
     N, C, W = shape
@@ -172,16 +181,28 @@ def test_the_products_with_casts_inside_are_those_with_casts_after(shape):
     def sparse(rows, values):
         """One number in each row, so that no sum has to be rounded."""
         at = torch.randint(C, (rows, 1), generator=generator)
-        return torch.zeros(rows, C).scatter(1, at, torch.tensor(values)[torch.randint(len(values), (rows, 1), generator=generator)]).to(device)
+        return (
+            torch.zeros(rows, C)
+            .scatter(1, at, torch.tensor(values)[torch.randint(len(values), (rows, 1), generator=generator)])
+            .to(device)
+        )
 
-    x, w, units = sparse(N, [1.0, -2.0, 0.5]), sparse(W, [1.0, 2.0]), [torch.tensor(value, device=device) for value in (2.0, 0.5)]
+    x, w, units = (
+        sparse(N, [1.0, -2.0, 0.5]),
+        sparse(W, [1.0, 2.0]),
+        [torch.tensor(value, device=device) for value in (2.0, 0.5)],
+    )
     unit, kept_unit = torch.tensor(0.25, device=device), torch.tensor(4.0, device=device)
-    w = w.index_add(1, torch.arange(0, C, 3, device=device), torch.ones(W, len(range(0, C, 3)), device=device))  # enough that is not 0
+    w = w.index_add(
+        1, torch.arange(0, C, 3, device=device), torch.ones(W, len(range(0, C, 3)), device=device)
+    )  # enough that is not 0
     a, a_t = float8_matmul.launch(x.to(float8.E4M3), w.to(float8.E4M3), units, unit, float8.E4M3)
     expected = (x @ w.t()).relu().square() * 4
     assert expected.count_nonzero() > expected.numel() / 16
     assert torch.equal(a.float(), expected.to(float8.E4M3).float()) and torch.equal(a_t.float(), a.float().t())
     kept = torch.tensor([0.0, 1.0, 4.0])[torch.randint(3, (W, N), generator=generator)].to(device)
-    s, s_t = float8_matmul.launch(x.to(float8.E5M2), w.to(float8.E4M3), units, unit, float8.E5M2, kept.to(float8.E4M3), kept_unit)
+    s, s_t = float8_matmul.launch(
+        x.to(float8.E5M2), w.to(float8.E4M3), units, unit, float8.E5M2, kept.to(float8.E4M3), kept_unit
+    )
     expected = (x @ w.t()) * 2 * (kept.t() * 4).sqrt() * 4
     assert torch.equal(s.float(), expected.to(float8.E5M2).float()) and torch.equal(s_t.float(), s.float().t())

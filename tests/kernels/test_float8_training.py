@@ -1,7 +1,6 @@
 """Models trained by float8 products: gradients, what evaluation and files see of it, which layers take part, how it is chosen. See test_float8.py."""
 
 from copy import deepcopy
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,15 +8,19 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
 from nanochat_hf import NanochatConfig, NanochatForCausalLM, kernels
-from nanochat_hf.kernels import float8, float8_layers
+from nanochat_hf.kernels import float8
+from nanochat_hf.kernels.float8 import layers as float8_layers
 from nanochat_hf.machine.accelerator import build_accelerator, chose_float8
 from nanochat_hf.machine.xla import enable_checkpointing
 from nanochat_hf.optim import MuonAdamW, build_param_groups
 from nanochat_hf.training.config import TrainConfig
 from nanochat_hf.training.equipment import accelerate, install_kernels
-from tests.kernels.test_float8 import DEVICES, relative, triton
+from tests.support.kernels import FLOAT8_DEVICES as DEVICES
+from tests.support.kernels import relative
 
-FORMULAS = dict(rms_norm_eps=1e-6, final_logit_softcapping=50.0)  # settings which the other kernels do not know, so that no Triton is needed
+FORMULAS = dict(
+    rms_norm_eps=1e-6, final_logit_softcapping=50.0
+)  # settings which the other kernels do not know, so that no Triton is needed
 IDS = 256
 
 
@@ -27,17 +30,24 @@ def fresh_state():
     AcceleratorState._reset_state(True)
 
 
-@pytest.fixture(autouse=True)
-def no_triton_on_the_cpu(request, monkeypatch):
-    """Where there is a GPU Triton compiles for it, and cannot read the CPU's tensors."""
-    device = request.node.callspec.params.get("device", "cpu") if hasattr(request.node, "callspec") else "cpu"
-    if torch.cuda.is_available() and device == "cpu":
-        monkeypatch.setattr(kernels, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+def with_float8(model, monkeypatch):
+    """Give `model` its operations in float8, on the CPU too, whose torch._scaled_mm multiplies float8 as well; → the report."""
+    if model.device.type == "cpu":
+        monkeypatch.setattr(float8, "capable", lambda device: (True, ""))
+    model.model.training_ops, report = kernels.choose(model, model.device, kernels.FLOAT8)
+    return {op: name for op, (name, _) in report.items() if name.startswith("float8")}
 
 
 def tiny(device="cpu", random=True, **settings):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=IDS, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    sizes = dict(
+        vocab_size=IDS,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
     model = NanochatForCausalLM(NanochatConfig(**sizes | settings)).to(device).train()
     for parameter in model.parameters() if random else ():  # at their zero initialisation most paths carry no gradient
         if parameter.ndim == 2:
@@ -59,14 +69,12 @@ def gradients(model, inputs, call=None):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("settings", [FORMULAS, pytest.param({}, marks=triton)], ids=["formulas", "kernels"])
+@pytest.mark.parametrize("settings", [FORMULAS, {}], ids=["formulas", "kernels"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_all_of_a_model_has_a_gradient_near_float32s(settings, compile, device):
-    if device == "cpu" and not settings and torch.cuda.is_available():
-        pytest.skip("Triton compiles for the GPU where there is one, and cannot read the CPU's tensors")
+def test_all_of_a_model_has_a_gradient_near_float32s(settings, compile, device, monkeypatch):
     model, inputs = tiny(device, **settings), batch(device)
     loss, exact = gradients(model, inputs)
-    kernels.install(model, float8=True)
+    with_float8(model, monkeypatch)
     backend = "inductor" if device == "cuda" else "aot_eager"
     call = torch.compile(model, fullgraph=True, dynamic=False, backend=backend) if compile else None
     with torch.autocast(device, torch.bfloat16):
@@ -79,19 +87,23 @@ def test_all_of_a_model_has_a_gradient_near_float32s(settings, compile, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_evaluation_is_the_plain_model_to_the_bit(device):
+def test_evaluation_is_the_plain_model_to_the_bit(device, monkeypatch):
     model, inputs = tiny(device, **FORMULAS), batch(device)
     twin = deepcopy(model).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    kernels.install(model, float8=True)
+    with_float8(model, monkeypatch)
     gradients(model, inputs)  # as in a training under way
     model.eval()
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         ours, plain = (each(inputs["input_ids"]).logits for each in (model, twin))
     assert torch.equal(ours, plain)
-    assert torch.equal(*(each.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False) for each in (model, twin)))
+    assert torch.equal(
+        *(each.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False) for each in (model, twin))
+    )
     after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[n], before[n]) and after[n].dtype == before[n].dtype for n in before)
+    assert list(after) == list(before) and all(
+        torch.equal(after[n], before[n]) and after[n].dtype == before[n].dtype for n in before
+    )
     with torch.no_grad():
         assert not torch.equal(model.train()(**inputs, skip_logits=False).logits, twin(inputs["input_ids"]).logits)
 
@@ -107,10 +119,12 @@ def products_of(model, monkeypatch):
 
 def test_layers_that_do_not_fit_stay_as_they_were(monkeypatch):
     model = tiny(**FORMULAS)
-    assert kernels.install(model, float8=True)[-1].startswith("float8 products of 12 of the layers' 12 matrices")
+    assert len(with_float8(model, monkeypatch)) == 3
     assert products_of(model, monkeypatch) == 2 * 4
-    model = tiny(**FORMULAS, hidden_size=64, num_attention_heads=4, num_key_value_heads=1, head_dim=24)  # 64 → 96, 24, 24
-    assert kernels.install(model, float8=True)[-1].startswith("float8 products of 6 of the layers' 12 matrices")
+    model = tiny(
+        **FORMULAS, hidden_size=64, num_attention_heads=4, num_key_value_heads=1, head_dim=24
+    )  # 64 → 96, 24, 24
+    assert set(with_float8(model, monkeypatch)) == {"project_and_add", "squared_relu_mlp"}
     assert products_of(model, monkeypatch) == 2 * 2
 
 
@@ -120,7 +134,7 @@ def test_replaced_layers_and_odd_numbers_of_tokens_are_multiplied_as_before(monk
             return super().forward(x) * 2
 
     model = tiny(**FORMULAS)
-    kernels.install(model, float8=True)
+    with_float8(model, monkeypatch)
     for layer in model.model.layers:  # as PEFT does, after the kernels came
         for owner, name in ((layer.mlp, "up_proj"), (layer.self_attn, "v_proj"), (layer.self_attn, "o_proj")):
             old = getattr(owner, name)
@@ -128,19 +142,21 @@ def test_replaced_layers_and_odd_numbers_of_tokens_are_multiplied_as_before(monk
     assert products_of(model, monkeypatch) == 0
     model, inputs = tiny(**FORMULAS), batch(positions=31)  # 62 tokens
     plain = gradients(model, inputs)
-    kernels.install(model, float8=True)
+    with_float8(model, monkeypatch)
     ours = gradients(model, inputs)
-    assert ours[0] == pytest.approx(plain[0], rel=1e-6) and all(relative(ours[1][n], plain[1][n]) < 1e-5 for n in plain[1])
+    assert ours[0] == pytest.approx(plain[0], rel=1e-6) and all(
+        relative(ours[1][n], plain[1][n]) < 1e-5 for n in plain[1]
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_it_learns_as_float32_does(device):
+def test_it_learns_as_float32_does(device, monkeypatch):
     """From the real initialisation, whose o_proj and down_proj are zeros."""
     curves = []
     for use in (False, True):
         model, inputs, losses = tiny(device, random=False, **FORMULAS), batch(device), []
         if use:
-            kernels.install(model, float8=True)
+            with_float8(model, monkeypatch)
         optimizer = MuonAdamW(build_param_groups(model), orthogonalize_dtype=torch.float32, compile=False)
         for _ in range(30):
             losses.append(gradients(model, inputs)[0])
@@ -151,17 +167,18 @@ def test_it_learns_as_float32_does(device):
     assert all(abs(a - b) < 0.03 * plain[0] for a, b in zip(plain, ours, strict=True)), (plain, ours)
 
 
-def test_checkpointed_layers_have_the_same_gradients():
+def test_checkpointed_layers_have_the_same_gradients(monkeypatch):
     model, inputs = tiny(**FORMULAS), batch()
-    kernels.install(model, float8=True)
-    model.model.fused_mix = None  # checkpointing does without it, and rounds elsewhere
+    with_float8(model, monkeypatch)
     _, kept = gradients(model, inputs)
     enable_checkpointing(model, torch.device("cpu"))
     _, recomputed = gradients(model, inputs)
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
-@pytest.mark.parametrize(("dtype", "launched"), [("float8", None), ("float8", "bf16"), ("float8", "fp8"), (None, "fp8")])
+@pytest.mark.parametrize(
+    ("dtype", "launched"), [("float8", None), ("float8", "bf16"), ("float8", "fp8"), (None, "fp8")]
+)
 def test_both_ways_to_choose_it_give_bfloat16_to_accelerate(monkeypatch, dtype, launched):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setenv("ACCELERATE_FP8_BACKEND", "AO")  # as the launcher sets it
@@ -173,17 +190,22 @@ def test_both_ways_to_choose_it_give_bfloat16_to_accelerate(monkeypatch, dtype, 
     assert accelerator.fp8_backend.value == "NO"
     monkeypatch.setattr(kernels, "available", lambda device: (True, "a test"))
     model = tiny(**FORMULAS)
-    assert "float8 products of 12 of the layers' 12" in install_kernels(TrainConfig.of(output_dir="", dtype=dtype), accelerator, model)
+    assert "float8_mlp" in install_kernels(TrainConfig.of(output_dir="", dtype=dtype), accelerator, model)
     assert type(accelerator.prepare(model).model.layers[0].mlp.up_proj) is torch.nn.Linear
     with pytest.raises(ValueError, match="float8 is made of kernels, which are off"):
         install_kernels(TrainConfig.of(output_dir="", dtype=dtype, kernels=False), accelerator, model)
 
 
-@pytest.mark.parametrize(("dtype", "launched", "message"), [
-    ("float8", None, "--dtype float8: cpu has no float8 products; use bfloat16"), (None, "fp8", "mixed_precision=fp8 of the launcher: cpu has no"),
-    ("float8", "fp16", "disagrees with the launcher's mixed_precision=fp16"), ("bfloat16", "fp8", "disagrees with the launcher's mixed_precision=fp8"),
-    ("fp8", None, "--dtype fp8 must be float32, bfloat16, float16 or float8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "launched", "message"),
+    [
+        ("float8", None, "--dtype float8: cpu has no float8 products; use bfloat16"),
+        (None, "fp8", "mixed_precision=fp8 of the launcher: cpu has no"),
+        ("float8", "fp16", "disagrees with the launcher's mixed_precision=fp16"),
+        ("bfloat16", "fp8", "disagrees with the launcher's mixed_precision=fp8"),
+        ("fp8", None, "--dtype fp8 must be float32, bfloat16, float16 or float8"),
+    ],
+)
 def test_errors(monkeypatch, dtype, launched, message):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     if launched:
@@ -195,4 +217,7 @@ def test_errors(monkeypatch, dtype, launched, message):
 def test_a_gpu_without_float8_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    assert float8.capable(torch.device("cuda")) == (False, "NVIDIA A100 has compute capability 8.0, float8 begins with 8.9")
+    assert float8.capable(torch.device("cuda")) == (
+        False,
+        "NVIDIA A100 has compute capability 8.0, float8 begins with 8.9",
+    )

@@ -1,4 +1,4 @@
-"""The real model under Accelerate on 1, 2 and 3 gloo processes, and split by FSDP2: 20 steps end at the same parameters."""
+"""The model under Accelerate on 1, 2 and 3 processes, and split by FSDP2: 20 steps end at the same parameters."""
 
 import contextlib
 from types import SimpleNamespace
@@ -16,10 +16,10 @@ from tests.support.processes import on_ranks
 ROWS, POSITIONS, STEPS = 6, 16, 20
 
 
-def build():
+def build(layers=4):
     torch.manual_seed(0)
     config = NanochatConfig(
-        vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=16
+        vocab_size=300, hidden_size=64, num_hidden_layers=layers, num_attention_heads=2, max_position_embeddings=16
     )
     model = NanochatForCausalLM(config)
     with torch.no_grad():
@@ -28,7 +28,8 @@ def build():
     return model
 
 
-# rates at which twenty steps on random targets stay a smooth path: at the usual ones a width of 64 is chaotic, and any rounding grows
+# rates at which twenty steps on random targets stay a smooth path: at the usual ones a width of 64 is chaotic, and any
+# rounding grows
 RATES = OptimizerConfig(embedding_lr=0.001, unembedding_lr=0.0005, matrix_lr=0.001, scalar_lr=0.001, weight_decay=0.1)
 
 
@@ -126,8 +127,8 @@ def furthest(ours, expected):
     return max(apart.values())
 
 
-# float32: the order of a sum of gradients is all that differs. bfloat16: activations are rounded by shapes that differ with the rows of a
-# rank, each to 2^-9, and twenty steps of a rate of 0.02 carry that into matrices that began at zero.
+# float32: the order of a sum of gradients is all that differs. bfloat16: activations are rounded by shapes that differ
+# with the rows of a rank, each to 2^-9, and twenty steps of a rate of 0.02 carry that into matrices that began at zero.
 @pytest.mark.parametrize(
     "function, world, precision, limit",
     [
@@ -146,12 +147,13 @@ def test_twenty_steps_end_where_one_process_ends(alone, tmp_path, function, worl
         assert furthest(result["params"], expected["params"]) < limit
         assert result["state_bytes"] < expected["state_bytes"] / world * 1.3
     print(
-        f"state of the optimizer: {expected['state_bytes']} bytes alone, {[r['state_bytes'] for r in results]} on {world} ranks"
+        f"state of the optimizer: {expected['state_bytes']} bytes alone, "
+        f"{[r['state_bytes'] for r in results]} on {world} ranks"
     )
 
 
 def compiled_and_split(rank, world, folder, precision):
-    """The model with its layers compiled, then split, as under Accelerate's FSDP2; evaluated before, between and after steps."""
+    """The model with its layers compiled, then split, as under Accelerate's FSDP2; evaluated between steps."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -159,7 +161,7 @@ def compiled_and_split(rank, world, folder, precision):
     from nanochat_hf.training.callbacks.base import evaluating
 
     dist.init_process_group("gloo")
-    model, mesh = build(), init_device_mesh("cpu", (world,))
+    model, mesh = build(2), init_device_mesh("cpu", (world,))
     compiled = CompileCounterWithBackend("aot_eager")
     compile_layers(model.model.layers, compiled)
     for layer in model.model.layers:

@@ -7,7 +7,7 @@ from nanochat_hf import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.machine import compiling
 from nanochat_hf.machine.accelerator import build_accelerator
 from nanochat_hf.machine.compiling import PAYS_FROM, choose_compile
-from tests.support.training import STEPS, train, weights
+from tests.support.training import STEPS, save_model, train, weights
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -59,7 +59,10 @@ def test_an_accelerator_compiles_though_the_process_made_another_before():
 @pytest.mark.skipif(bool(compiling.lacks()), reason=f"torch.compile cannot run here: no {compiling.lacks()}")
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_compiled_run_resumes_bit_for_bit(start, tmp_path, world):
-    changed = {"compile": True, "save_every": 4, "environment": {"TORCH_COMPILE_DISABLE": "0"}}
+    # one layer, and no pool of compiling processes, which would import torch each
+    own = {"TORCH_COMPILE_DISABLE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    save_model(tmp_path / "model", layers=1)
+    changed = {"model": tmp_path / "model", "compile": True, "save_every": 4, "environment": own}
     whole = train(start, tmp_path / "whole", tmp_path / "log", world, **changed)
     assert whole.wait(240) == [0] * world, whole.text()
     assert "compiled    yes (asked for)" in whole.text()

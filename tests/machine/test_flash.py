@@ -1,5 +1,9 @@
-"""The model under every name of transformers' flash family against eager attention. No GPU: see flash.py for what stands in the kernels' place."""
+"""The model under every name of transformers' flash family against eager attention.
 
+Without a GPU, tests/support/flash.py stands in for the kernels.
+"""
+
+from functools import cache
 from importlib import import_module, util
 from inspect import signature
 
@@ -10,11 +14,11 @@ from transformers import DynamicCache
 from transformers.integrations import flash_attention
 
 from nanochat_hf.machine import attention
-from nanochat_hf.model import modeling_nanochat_hf as modeling
+from nanochat_hf.model.masks_nanochat_hf import varlen_arguments
 from tests.support import flash
 from tests.support.models import build, tokens
 
-LENGTH = 30  # windows are 9 keys
+LENGTH, WINDOW = 30, 9  # positions, and keys of a window
 PACKED = torch.tensor([[*range(11), *range(19)], [*range(5), *range(20), *range(5)]])
 
 
@@ -33,6 +37,23 @@ def flashing(monkeypatch, name, **changes):
 
 def eager(**changes):
     return build(attn_implementation="eager", **changes)
+
+
+@cache
+def said_by_eager(rows):
+    """What eager attention generates for the last `rows` of the left-padded prompts."""
+    return eager().generate(tokens(3, LENGTH)[-rows:], **asked(rows))
+
+
+def asked(rows):
+    """Settings of that generation: past the 9 keys of a window, and round its cache."""
+    return dict(
+        attention_mask=padding("left")[-rows:],
+        max_new_tokens=WINDOW + 3,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=3,
+    )
 
 
 def same(a, b):
@@ -156,14 +177,14 @@ def test_padding(monkeypatch, name, side):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_generation_from_left_padded_prompts_past_the_window(monkeypatch, name, rows, options):
     ids, mask = tokens(3, LENGTH)[-rows:], padding("left")[-rows:]
-    asked = dict(attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=3)
     model, functions = flashing(monkeypatch, name)
-    said = model.generate(ids, **asked, **options)
-    assert torch.equal(said, eager().generate(ids, **asked)) and functions.calls
+    said = model.generate(ids, **asked(rows), **options)
+    assert torch.equal(said, said_by_eager(rows)) and functions.calls
     for row, length in enumerate(mask.sum(1).tolist()):
         alone = ids[row : row + 1, LENGTH - length :]
         assert torch.equal(
-            model.generate(alone, **asked | dict(attention_mask=torch.ones_like(alone)))[0, length:], said[row, LENGTH:]
+            model.generate(alone, **asked(rows) | dict(attention_mask=torch.ones_like(alone)))[0, length:],
+            said[row, LENGTH:],
         )
 
 
@@ -184,10 +205,10 @@ def test_cached_is_uncached_past_the_window(monkeypatch, name, rows, sizes):
 
 
 def test_other_numbers_of_documents_compile_nothing_anew():
-    """For the whole model with real kernels, as operators: what reads the borders is compiled once, though shapes are said to be fixed."""
+    """The whole model with real kernels, as operators: what reads the borders of documents is compiled once."""
     counter = CompileCounter()
     borders = torch.compile(
-        lambda positions: modeling.varlen_arguments(positions, 1)["cu_seq_lens_q"] * 2, backend=counter, dynamic=False
+        lambda positions: varlen_arguments(positions, 1)["cu_seq_lens_q"] * 2, backend=counter, dynamic=False
     )
     for documents in range(1, 12):
         positions = torch.cat([torch.arange(13 - documents), torch.zeros(documents - 1, dtype=torch.long)])
@@ -251,6 +272,6 @@ def test_where_flash_cannot_run_the_flag_says_why_and_what_to_do(
 
 def test_what_transformers_cannot_load_is_one_error_of_the_flag():
     with pytest.raises(
-        ValueError, match="--attn flash_attention_3 cannot be loaded: .*(installed|CPU).*; use sdpa or auto"
+        ValueError, match=r"--attn flash_attention_3 cannot be loaded: .*(installed|CPU).*; use sdpa or auto"
     ):
         attention.set_attention(build(), "flash_attention_3")

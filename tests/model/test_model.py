@@ -45,7 +45,9 @@ def plain(model, ids):
         pattern = c.window_pattern[i % len(c.window_pattern)]
         reach = c.max_position_embeddings // 2 if pattern == "S" and i < c.num_hidden_layers - 1 else len(ids)
         queries, keys, values = [], [], []
-        stream = [w["model.resid_lambdas"][i] * x + w["model.x0_lambdas"][i] * x0 for x, x0 in zip(stream, start, strict=True)]
+        stream = [
+            w["model.resid_lambdas"][i] * x + w["model.x0_lambdas"][i] * x0 for x, x0 in zip(stream, start, strict=True)
+        ]
         for position, x in enumerate(stream):
             y = unit(x)
             q, k, v = ((w[f"{layer}self_attn.{n}_proj.weight"] @ y).split(D) for n in "qkv")
@@ -177,7 +179,9 @@ def test_loss_counts_weights_and_items_as_defined(model, monkeypatch):
         for case in (model, training):
             torch.testing.assert_close(case(ids, labels=labels).loss, nll.sum() / valid.sum())
             torch.testing.assert_close(case(ids, shift_labels=shifted, num_items_in_batch=100).loss, nll.sum() / 100)
-            torch.testing.assert_close(case(ids, shift_labels=shifted, loss_weights=weights).loss, (nll * weights).sum() / valid.sum())
+            torch.testing.assert_close(
+                case(ids, shift_labels=shifted, loss_weights=weights).loss, (nll * weights).sum() / valid.sum()
+            )
     assert training(ids, labels=labels).logits is None and model(ids, labels=labels).logits.dtype == torch.float32
     empty = training(ids, labels=torch.full_like(ids, -100)).loss
     empty.backward()
@@ -206,7 +210,9 @@ def test_chunked_loss_has_the_whole_gradient_and_never_all_logits(monkeypatch, a
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.shape), t)[1], lambda t: t):
         loss = model(ids, labels=ids).loss
     loss.backward()
-    assert max(widest, default=0) == (10 if adapted else 0) and saved and not any(shape[-1:] == (100,) for shape in saved)
+    assert (
+        max(widest, default=0) == (10 if adapted else 0) and saved and not any(shape[-1:] == (100,) for shape in saved)
+    )
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
@@ -266,18 +272,29 @@ def test_outputs_keep_transformers_conventions(model):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (dict(hidden_size=65), "hidden_size=65"), (dict(num_key_value_heads=3), "num_key_value_heads=3"), (dict(head_dim=15), "head_dim=15"),
-        (dict(window_pattern="SXL"), "window_pattern='SXL'"), (dict(window_pattern=""), "window_pattern=''"),
-        (dict(sliding_window=17), "sliding_window=17"), (dict(hidden_size=16), "hidden_size=16"), (dict(num_hidden_layers=0), "num_hidden_layers=0"),
-        (dict(num_key_value_heads=0), "num_key_value_heads=0"), (dict(num_attention_heads=0), "num_attention_heads=0"),
-        (dict(vocab_size=-1), "vocab_size=-1"), (dict(final_logit_softcapping=None), "final_logit_softcapping=None"),
-        (dict(layer_types=["full_attention"]), "layer_types="), (dict(layer_types=["chunked_attention"] * 4), "layer_types="),
-        (dict(tie_word_embeddings=True), "tie_word_embeddings=True"), (dict(window_pattern=None), "window_pattern='NONE'"),
-        (dict(pad_vocab_to_multiple_of=0), "pad_vocab_to_multiple_of=0"), (dict(rms_norm_eps=-1.0), "rms_norm_eps=-1.0"),
-        (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type=yarn"), (dict(rope_scaling={"type": "linear"}), "rope_type=linear"),
+        (dict(hidden_size=65), "hidden_size=65"),
+        (dict(num_key_value_heads=3), "num_key_value_heads=3"),
+        (dict(head_dim=15), "head_dim=15"),
+        (dict(window_pattern="SXL"), "window_pattern='SXL'"),
+        (dict(window_pattern=""), "window_pattern=''"),
+        (dict(sliding_window=17), "sliding_window=17"),
+        (dict(hidden_size=16), "hidden_size=16"),
+        (dict(num_hidden_layers=0), "num_hidden_layers=0"),
+        (dict(num_key_value_heads=0), "num_key_value_heads=0"),
+        (dict(num_attention_heads=0), "num_attention_heads=0"),
+        (dict(vocab_size=-1), "vocab_size=-1"),
+        (dict(final_logit_softcapping=None), "final_logit_softcapping=None"),
+        (dict(layer_types=["full_attention"]), "layer_types="),
+        (dict(layer_types=["chunked_attention"] * 4), "layer_types="),
+        (dict(tie_word_embeddings=True), "tie_word_embeddings=True"),
+        (dict(window_pattern=None), "window_pattern='NONE'"),
+        (dict(pad_vocab_to_multiple_of=0), "pad_vocab_to_multiple_of=0"),
+        (dict(rms_norm_eps=-1.0), "rms_norm_eps=-1.0"),
+        (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type=yarn"),
+        (dict(rope_scaling={"type": "linear"}), "rope_type=linear"),
         (dict(model_type="nanochat"), "model_type=nanochat"),
     ],
-)  # fmt: skip
+)
 def test_impossible_sizes_are_named(changes, named):
     with pytest.raises(ValueError) as error:
         NanochatConfig(**(SIZES | changes))

@@ -1,8 +1,6 @@
 """What transformers asks of any causal language model: loading, resizing, outputs, attention implementations. See docs/model.md."""
 
 import json
-import sys
-from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -12,14 +10,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import find_labels
 
-from nanochat_hf import kernels
 from nanochat_hf.model import NanochatConfig, NanochatForCausalLM
 from tests.support.models import build, tokens
 
 VARIATIONS = {
     "windows and value embeddings": {},
     "odd depth": dict(num_hidden_layers=3),
-    "no value embeddings": dict(use_value_embeddings=False, window_pattern="L", rms_norm_eps=1e-6, rope_in_bfloat16=False),
+    "no value embeddings": dict(
+        use_value_embeddings=False, window_pattern="L", rms_norm_eps=1e-6, rope_in_bfloat16=False
+    ),
     "one key head": dict(num_key_value_heads=1),
     "no padding": dict(pad_vocab_to_multiple_of=1),
     "wide heads": dict(head_dim=32, intermediate_size=37),
@@ -45,7 +44,13 @@ def test_every_variation_survives_saving_whole_and_in_shards(varied, tmp_path):
     varied.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
     for folder in ("whole", "shards"):
-        for options in ({}, {"low_cpu_mem_usage": True}, {"device_map": "cpu"}, {"device_map": "auto"}, {"tie_word_embeddings": False}):
+        for options in (
+            {},
+            {"low_cpu_mem_usage": True},
+            {"device_map": "cpu"},
+            {"device_map": "auto"},
+            {"tie_word_embeddings": False},
+        ):
             model, info = NanochatForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True, **options)
             assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
             assert torch.equal(model(ids).logits, expected), (folder, options)
@@ -86,7 +91,11 @@ def test_resizing_reaches_every_table_and_keeps_the_old_rows(varied, tmp_path):
     for size, options in ((150, {}), (70, {}), (90, {"mean_resizing": False}), (100, {"pad_to_multiple_of": 16})):
         embedding = varied.resize_token_embeddings(size, **options)
         rows = -(-size // 16) * 16 if options.get("pad_to_multiple_of") else size
-        assert embedding is varied.get_input_embeddings() and varied.config.vocab_size == rows and embedding.num_embeddings == rows
+        assert (
+            embedding is varied.get_input_embeddings()
+            and varied.config.vocab_size == rows
+            and embedding.num_embeddings == rows
+        )
         tables = {n: p for n, p in varied.state_dict().items() if "embed" in n or "lm_head" in n}
         assert {len(p) for p in tables.values()} == {rows} and varied.lm_head.out_features == rows
         assert all(torch.equal(p[:70], old[n][:70]) for n, p in tables.items())
@@ -103,7 +112,12 @@ def test_resizing_reaches_every_table_and_keeps_the_old_rows(varied, tmp_path):
 
 def test_new_rows_are_the_mean_or_drawn_as_their_table_was_and_padding_is_no_token():
     torch.manual_seed(0)
-    means, model = {}, NanochatForCausalLM(NanochatConfig(**(build().config.to_dict() | dict(vocab_size=1000, hidden_size=128, head_dim=32))))
+    means, model = (
+        {},
+        NanochatForCausalLM(
+            NanochatConfig(**(build().config.to_dict() | dict(vocab_size=1000, hidden_size=128, head_dim=32)))
+        ),
+    )
     with torch.no_grad():
         for name in ("embed_tokens", "value_embeds.1", "value_embeds.3"):
             table = model.model.get_submodule(name).weight
@@ -115,7 +129,11 @@ def test_new_rows_are_the_mean_or_drawn_as_their_table_was_and_padding_is_no_tok
         same(model.model.get_submodule(name).weight[1000:], mean.expand(500, -1), 2e-4)
     assert not model.model.embed_tokens.weight.requires_grad and model.lm_head.weight.requires_grad
     model.resize_token_embeddings(3000, mean_resizing=False)
-    for table, std in ((model.model.embed_tokens, 1.0), (model.model.value_embeds["1"], 128**-0.5), (model.lm_head, 0.001)):
+    for table, std in (
+        (model.model.embed_tokens, 1.0),
+        (model.model.value_embeds["1"], 128**-0.5),
+        (model.lm_head, 0.001),
+    ):
         assert abs(table.weight[1500:].std() / std - 1) < 0.03
     with pytest.raises(ValueError, match="new_num_tokens=0"):
         model.resize_token_embeddings(0)
@@ -138,7 +156,11 @@ def test_outputs_as_tuple_as_mapping_and_by_config():
     assert len(out.hidden_states) == 5 and len(out.attentions) == 4
     assert all(a.shape == (2, 4, 12, 12) for a in out.attentions)
     same(out.attentions[0].sum(-1), torch.ones(2, 4, 12))
-    assert not out.attentions[0].triu(1).any() and not out.attentions[0].tril(-9).any() and out.attentions[3].tril(-9).any()
+    assert (
+        not out.attentions[0].triu(1).any()
+        and not out.attentions[0].tril(-9).any()
+        and out.attentions[3].tril(-9).any()
+    )
     as_tuple = model(ids, labels=ids, output_hidden_states=True, output_attentions=True, return_dict=False)
     assert type(as_tuple) is tuple and torch.equal(as_tuple[0], out.loss) and torch.equal(as_tuple[1], out.logits)
     assert all(torch.equal(a, b) for a, b in zip(as_tuple[3], out.hidden_states, strict=True))
@@ -264,7 +286,11 @@ def test_the_flash_family_is_told_the_documents_of_all_rows(monkeypatch):
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_stand_in", flash_attention_mask)
     model = build()
     model.config._attn_implementation = "flash_attention_stand_in"
-    for positions, borders in ((packed_positions(), [0, 11, 30, 35, 55, 60]), (torch.arange(30)[None], [0, 30, 60]), (None, [0, 30, 60])):
+    for positions, borders in (
+        (packed_positions(), [0, 11, 30, 35, 55, 60]),
+        (torch.arange(30)[None], [0, 30, 60]),
+        (None, [0, 30, 60]),
+    ):
         expected = build()(ids, position_ids=positions).logits
         heard.clear()
         same(model(ids, position_ids=positions).logits, expected, 1e-4)
@@ -285,15 +311,6 @@ def test_flex_attention_isolates_packed_documents_too(compiled):
         same(model(ids, position_ids=packed_positions()).logits, expected, 1e-4)
 
 
-def test_fused_kernels_leave_attention_alone_whose_formulas_they_do_not_know(monkeypatch):
-    """Without Triton here: the module of the loss, which needs it, is a stand-in."""
-    monkeypatch.setitem(sys.modules, "nanochat_hf.kernels.cross_entropy", SimpleNamespace(softcapped_nll_=None))
-    for settings, fits in (({}, True), (dict(rms_norm_eps=1e-6), False), (dict(rope_in_bfloat16=False), False), (dict(head_dim=24), False)):
-        model = build(**settings)
-        assert ("rope and norm of queries and keys" in kernels.install(model)) == fits
-        assert all((layer.self_attn.fused is not None) == fits for layer in model.model.layers)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, VARIATIONS["no value embeddings"]], ids=["default", "of 2025"])
 def test_inductor_compiles_training_as_one_graph(settings):
@@ -302,7 +319,9 @@ def test_inductor_compiles_training_as_one_graph(settings):
     plain.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    loss = torch.compile(model, fullgraph=True, dynamic=False)(ids, position_ids=packed_positions()[:, :24], shift_labels=ids).loss
+    loss = torch.compile(model, fullgraph=True, dynamic=False)(
+        ids, position_ids=packed_positions()[:, :24], shift_labels=ids
+    ).loss
     loss.backward()
     same(loss, plain)
     for name, p in model.named_parameters():

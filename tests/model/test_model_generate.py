@@ -12,7 +12,7 @@ from transformers import (
     StaticCache,
     TextIteratorStreamer,
     pipeline,
-)  # fmt: skip
+)
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from nanochat_hf.conversation import SPECIAL_TOKENS
@@ -48,8 +48,14 @@ def test_greedy_is_the_same_with_every_cache_and_without(model, prompt, greedy):
     assert torch.equal(model.generate(**prompt, **LONG), greedy)
     assert torch.equal(model.generate(**prompt, **LONG, use_cache=False), greedy)
     for kind in ("static", "dynamic"):
-        assert torch.equal(model.generate(**prompt, **LONG, cache_implementation=kind, disable_compile=True), greedy), kind
-    for cache in (DynamicCache(), DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=64)):
+        assert torch.equal(model.generate(**prompt, **LONG, cache_implementation=kind, disable_compile=True), greedy), (
+            kind
+        )
+    for cache in (
+        DynamicCache(),
+        DynamicCache(config=model.config),
+        StaticCache(config=model.config, max_cache_len=64),
+    ):
         assert torch.equal(model.generate(**prompt, **LONG, past_key_values=cache, disable_compile=True), greedy)
 
 
@@ -63,7 +69,9 @@ def test_prefill_in_chunks_is_one_prefill(model, prompt, greedy, size):
 
 
 def test_embeddings_start_generation_only_where_no_value_embedding_needs_ids(model, prompt, greedy):
-    embedded = dict(inputs_embeds=model.model.embed_tokens(prompt["input_ids"]), attention_mask=prompt["attention_mask"])
+    embedded = dict(
+        inputs_embeds=model.model.embed_tokens(prompt["input_ids"]), attention_mask=prompt["attention_mask"]
+    )
     if model.config.use_value_embeddings:
         with pytest.raises(ValueError, match="value embeddings are looked up by id"):
             model.generate(**embedded, **LONG)
@@ -74,18 +82,31 @@ def test_embeddings_start_generation_only_where_no_value_embedding_needs_ids(mod
 def test_generation_goes_on_from_a_cache(model, prompt, greedy):
     first = model.generate(**prompt, **LONG | dict(max_new_tokens=12), return_dict_in_generate=True)
     mask = torch.ones_like(first.sequences)
-    rest = model.generate(first.sequences, attention_mask=mask, past_key_values=first.past_key_values, **LONG | dict(max_new_tokens=18))
+    rest = model.generate(
+        first.sequences, attention_mask=mask, past_key_values=first.past_key_values, **LONG | dict(max_new_tokens=18)
+    )
     assert torch.equal(rest, greedy)
 
 
 def test_scores_attentions_and_hidden_states_come_out(prompt):
     model = build(attn_implementation="eager")
     out = model.generate(
-        **prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_scores=True, output_logits=True,
-        output_attentions=True, output_hidden_states=True,
-    )  # fmt: skip
+        **prompt,
+        max_new_tokens=4,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        output_attentions=True,
+        output_hidden_states=True,
+    )
     assert type(out) is GenerateDecoderOnlyOutput and len(out.scores) == len(out.logits) == 4
-    assert len(out.attentions) == len(out.hidden_states) == 4 and len(out.attentions[0]) == 4 and len(out.hidden_states[0]) == 5
+    assert (
+        len(out.attentions) == len(out.hidden_states) == 4
+        and len(out.attentions[0]) == 4
+        and len(out.hidden_states[0]) == 5
+    )
     assert out.attentions[0][0].shape == (2, 4, 10, 10) and out.attentions[3][3].shape == (2, 4, 1, 13)
     assert out.attentions[3][0].shape[-1] == 9  # a window's cache holds no more
     assert out.hidden_states[1][0].shape == (2, 1, 64)
@@ -118,7 +139,10 @@ def test_beams_find_at_least_what_greedy_finds_and_do_not_mix(model, prompt):
     for row in range(2):
         alone = model.generate(**{n: t[row : row + 1] for n, t in prompt.items()}, num_beams=4, **options)
         assert torch.equal(alone[0], beams[row])
-    assert model.generate(**prompt, num_beams=4, num_return_sequences=3, **options | dict(do_sample=True)).shape == (6, 30)
+    assert model.generate(**prompt, num_beams=4, num_return_sequences=3, **options | dict(do_sample=True)).shape == (
+        6,
+        30,
+    )
 
 
 def test_left_padding_changes_nothing_for_any_cache(model):
@@ -126,11 +150,18 @@ def test_left_padding_changes_nothing_for_any_cache(model):
     ids = torch.cat([torch.nn.functional.pad(p, (20 - p.shape[1], 0), value=3) for p in prompts])
     mask = (torch.arange(20) >= 20 - torch.tensor([[3], [12], [20]])).long()
     short = dict(max_new_tokens=12)
-    for options in ({}, {"cache_implementation": "static", "disable_compile": True}, {"num_beams": 3} | short, {"prefill_chunk_size": 6} | short):
+    for options in (
+        {},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"num_beams": 3} | short,
+        {"prefill_chunk_size": 6} | short,
+    ):
         together = model.generate(ids, attention_mask=mask, **LONG | options)[:, 20:]
         for p, row in zip(prompts, together, strict=True):
             # prompts in chunks of one size would themselves begin with another chunk
-            alone = model.generate(p, attention_mask=torch.ones_like(p), **LONG | {k: v for k, v in options.items() if "chunk" not in k})
+            alone = model.generate(
+                p, attention_mask=torch.ones_like(p), **LONG | {k: v for k, v in options.items() if "chunk" not in k}
+            )
             assert torch.equal(alone[0, p.shape[1] :], row), options
 
 
@@ -143,21 +174,34 @@ def test_assisted_generation_says_what_greedy_says(model, prompt):
         assert torch.equal(model.generate(**one, **LONG, **helper), expected), helper
 
 
+def test_the_first_layers_draft_for_all_and_the_config_stays(model, prompt):
+    one = {name: t[:1] for name, t in prompt.items()}
+    expected, layers = model.generate(**one, **LONG), model.config.num_hidden_layers
+    assert torch.equal(model.generate(**one, **LONG, assistant_early_exit=2), expected)
+    assert model.config.num_hidden_layers == layers
+
+
 def test_constraints_are_kept(model, prompt):
     allowed = [5, 17, 42]
     bound = model.generate(**prompt, **LONG, prefix_allowed_tokens_fn=lambda row, ids: allowed)
     assert set(bound[:, 10:].flatten().tolist()) <= set(allowed)
-    with_beams = model.generate(**prompt, **LONG, num_beams=3, prefix_allowed_tokens_fn=lambda row, ids: [allowed[row], 60])
+    with_beams = model.generate(
+        **prompt, **LONG, num_beams=3, prefix_allowed_tokens_fn=lambda row, ids: [allowed[row], 60]
+    )
     assert set(with_beams[0, 10:].tolist()) <= {5, 60} and set(with_beams[1, 10:].tolist()) <= {17, 60}
 
     class Only(LogitsProcessor):
         def __call__(self, input_ids, scores):
-            assert scores.shape[-1] == 100 and scores.dtype == torch.float32  # cut to the vocabulary: no padding row can be chosen
+            assert (
+                scores.shape[-1] == 100 and scores.dtype == torch.float32
+            )  # cut to the vocabulary: no padding row can be chosen
             return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([7]), 0.0)
 
     forced = model.generate(**prompt, **LONG, logits_processor=LogitsProcessorList([Only()]))
     assert (forced[:, 10:] == 7).all()
-    banned = model.generate(**prompt, **LONG, bad_words_ids=[[t] for t in range(50)], no_repeat_ngram_size=2, min_new_tokens=5)
+    banned = model.generate(
+        **prompt, **LONG, bad_words_ids=[[t] for t in range(50)], no_repeat_ngram_size=2, min_new_tokens=5
+    )
     assert (banned[:, 10:] >= 50).all()
 
 
@@ -206,8 +250,13 @@ def test_continuous_batching_over_a_paged_cache_says_what_greedy_says(prompt):
 def folder(tmp_path_factory):
     """A saved model of 300 tokens with its tokenizer."""
     folder = tmp_path_factory.mktemp("chat")
-    tokenizer = train_tokenizer(["The cat sat on the mat, and it counted 12 letters; then the other cat sat there."] * 4, 300)
-    ids = {name: tokenizer.convert_tokens_to_ids(t) for name, t in zip(("bos", "eos", "pad"), SPECIAL_TOKENS[::4], strict=True)}
+    tokenizer = train_tokenizer(
+        ["The cat sat on the mat, and it counted 12 letters; then the other cat sat there."] * 4, 300
+    )
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(t)
+        for name, t in zip(("bos", "eos", "pad"), SPECIAL_TOKENS[::4], strict=True)
+    }
     model = build(vocab_size=300, bos_token_id=ids["bos"], eos_token_id=ids["eos"], pad_token_id=ids["pad"])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

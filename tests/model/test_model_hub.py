@@ -1,8 +1,12 @@
 """Saving and loading: alone without the package, on the meta device, in bfloat16, with missing weights."""
 
+import ast
+import inspect
 import json
+import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -11,9 +15,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import nanochat_hf  # noqa: F401  (registers the classes)
 from nanochat_hf.model import NanochatConfig, NanochatForCausalLM, NanochatModel
+from nanochat_hf.model.modeling_nanochat_hf import NanochatAttention
 from tests.support.models import build, tokens
 
-CODE = {"configuration_nanochat_hf.py", "modeling_nanochat_hf.py", "loss_nanochat_hf.py"}
+PARTS = ("configuration", "modeling", "ops", "loss", "masks", "resizing")
+CODE = {f"{part}_nanochat_hf.py" for part in PARTS}
 AUTO = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
 
@@ -30,6 +36,26 @@ def test_saving_writes_code_and_auto_map(saved):
     assert set(config["auto_map"]) == AUTO and config["model_type"] == "nanochat_hf"
 
 
+def test_nothing_of_the_kernels_ships(saved):
+    words = re.compile(r"cudnn|triton|fused|main_grad|joint_|nanochat_hf\.kernels", re.IGNORECASE)
+    for name in CODE:
+        assert not words.findall((saved / name).read_text()), name
+
+
+def test_attention_is_called_in_the_forward_of_its_class_once_by_the_interface():
+    """vLLM's transformers backend reads that source: one name from ALL_ATTENTION_FUNCTIONS, one call of it, scaling from self."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(NanochatAttention.forward)))
+    names = {
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and "ALL_ATTENTION_FUNCTIONS.get_interface(" in ast.unparse(node.value)
+        for target in node.targets
+    }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in names]
+    assert len(names) == len(calls) == 1
+    assert {keyword.arg: ast.unparse(keyword.value) for keyword in calls[0].keywords}["scaling"] == "self.scaling"
+
+
 def test_the_base_model_alone_is_saved_with_the_same_border(tmp_path):
     build().model.save_pretrained(tmp_path / "base")
     assert {p.name for p in (tmp_path / "base").iterdir()} >= CODE
@@ -37,7 +63,14 @@ def test_the_base_model_alone_is_saved_with_the_same_border(tmp_path):
 
 
 def test_settings_survive_saving(tmp_path):
-    settings = dict(window_pattern="SL", sliding_window=5, rope_theta=500.0, final_logit_softcapping=30.0, head_dim=32, intermediate_size=96)
+    settings = dict(
+        window_pattern="SL",
+        sliding_window=5,
+        rope_theta=500.0,
+        final_logit_softcapping=30.0,
+        head_dim=32,
+        intermediate_size=96,
+    )
     before = build(**settings)
     before.save_pretrained(tmp_path)
     after = NanochatForCausalLM.from_pretrained(tmp_path)
@@ -62,8 +95,6 @@ def test_remote_code_loads_generates_and_saves_again_where_the_package_is_blocke
     ids = tokens(1, 20)
     code = f"""
 import sys; sys.modules["nanochat_hf"] = None
-from transformers.cli.transformers import main  # first, as the command line does: afterwards two modules of transformers are about
-from transformers.cli.serving.model_manager import ModelManager
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 load = lambda auto, folder: auto.from_pretrained(folder, trust_remote_code=True)
@@ -75,8 +106,8 @@ assert model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
 model.save_pretrained("again")
 again = load(AutoModelForCausalLM, "again")
 assert torch.equal(again(ids).logits, model(ids).logits)
-served = ModelManager(device="cpu", trust_remote_code=True)._load_model({str(saved)!r} + "@main")  # transformers serve
-assert torch.equal(served(ids).logits, model(ids).logits)
+import transformers
+assert not hasattr(transformers, "NanochatForCausalLM")  # vLLM takes a class of that name for the model's own
 torch.save(model(ids).logits, "logits.pt")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -95,11 +126,18 @@ def test_a_model_built_on_meta_is_whole_once_filled():
 def test_missing_weights_get_their_own_initialisation(saved, tmp_path):
     NanochatForCausalLM.from_pretrained(saved).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    lost = [n for n in weights if any(part in n for part in ("x0_lambdas", "layers.1.self_attn.o_proj", "embed_tokens", "lm_head"))]
+    lost = [
+        n
+        for n in weights
+        if any(part in n for part in ("x0_lambdas", "layers.1.self_attn.o_proj", "embed_tokens", "lm_head"))
+    ]
     save_file({n: w for n, w in weights.items() if n not in lost}, tmp_path / "model.safetensors", {"format": "pt"})
     model, info = NanochatForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == set(lost) and len(lost) == 4
-    assert torch.equal(model.model.x0_lambdas, torch.full((4,), 0.1)) and not model.model.layers[1].self_attn.o_proj.weight.any()
+    assert (
+        torch.equal(model.model.x0_lambdas, torch.full((4,), 0.1))
+        and not model.model.layers[1].self_attn.o_proj.weight.any()
+    )
     assert abs(model.model.embed_tokens.weight.std() - 1) < 0.05 and abs(model.lm_head.weight.std() / 0.001 - 1) < 0.05
     assert torch.equal(model.model.resid_lambdas, weights["model.resid_lambdas"])
 

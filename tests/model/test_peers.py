@@ -13,7 +13,10 @@ from nanochat_hf.tokenizer import train_tokenizer
 from tests.support.models import build
 
 TEXT = "The cat sat on the mat, and it counted 12 letters; then the other cat sat there."
-CHATS = [[{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": " ".join(map(str, range(n)))}] for n in range(2, 18)]
+CHATS = [
+    [{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": " ".join(map(str, range(n)))}]
+    for n in range(2, 18)
+]
 QUIET = dict(report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True, per_device_train_batch_size=4)
 
 
@@ -22,8 +25,13 @@ def folder(tmp_path_factory):
     """A saved model of 300 tokens with its tokenizer."""
     folder = tmp_path_factory.mktemp("peer")
     tokenizer = train_tokenizer([TEXT] * 4, 300)
-    ids = {name: tokenizer.convert_tokens_to_ids(t) for name, t in zip(("bos", "eos", "pad"), SPECIAL_TOKENS[::4], strict=True)}
-    build(vocab_size=300, max_position_embeddings=64, **{f"{n}_token_id": i for n, i in ids.items()}).save_pretrained(folder)
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(t)
+        for name, t in zip(("bos", "eos", "pad"), SPECIAL_TOKENS[::4], strict=True)
+    }
+    build(vocab_size=300, max_position_embeddings=64, **{f"{n}_token_id": i for n, i in ids.items()}).save_pretrained(
+        folder
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -36,9 +44,15 @@ def test_trainer_learns_in_ten_steps_evaluates_and_saves(folder, tmp_path):
     tokenizer, model = AutoTokenizer.from_pretrained(folder), NanochatForCausalLM.from_pretrained(folder)
     rows = Dataset.from_list([{"input_ids": render(tokenizer, {"messages": chat})[0]} for chat in CHATS])
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=10, learning_rate=2e-3, logging_steps=1, eval_strategy="steps", eval_steps=10, gradient_accumulation_steps=2,
+        str(tmp_path),
+        max_steps=10,
+        learning_rate=2e-3,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=10,
+        gradient_accumulation_steps=2,
         **QUIET,
-    )  # fmt: skip
+    )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator)
     before = trainer.evaluate()["eval_loss"]  # there only if Trainer takes our arguments for what they are
@@ -55,17 +69,31 @@ def test_trl_trains_on_the_assistants_tokens_alone(folder, tmp_path, packing):
     trl = pytest.importorskip("trl", reason="trl is not installed")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), NanochatForCausalLM.from_pretrained(folder)
     arguments = trl.SFTConfig(
-        str(tmp_path), max_steps=10, learning_rate=2e-3, logging_steps=1, assistant_only_loss=True, max_length=64, packing=packing,
-        packing_strategy="wrapped", bf16=False, **QUIET,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=10,
+        learning_rate=2e-3,
+        logging_steps=1,
+        assistant_only_loss=True,
+        max_length=64,
+        packing=packing,
+        packing_strategy="wrapped",
+        bf16=False,
+        **QUIET,
+    )
     rows = Dataset.from_list([{"messages": chat} for chat in CHATS])
-    model.resize_token_embeddings(len(tokenizer))  # TRL computes with every row of the head, so none may be there for padding
+    model.resize_token_embeddings(
+        len(tokenizer)
+    )  # TRL computes with every row of the head, so none may be there for padding
     trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
     if not packing:
         batch = next(iter(trainer.get_train_dataloader()))
-        told = {tuple(i for i, mask in zip(*render(tokenizer, {"messages": chat}), strict=True) if mask) for chat in CHATS}
+        told = {
+            tuple(i for i, mask in zip(*render(tokenizer, {"messages": chat}), strict=True) if mask) for chat in CHATS
+        }
         assert {tuple(row[row != -100].tolist()) for row in batch["labels"]} <= told
-        own = NanochatForCausalLM.forward(model, **{n: batch[n] for n in ("input_ids", "attention_mask", "labels")}).loss
+        own = NanochatForCausalLM.forward(
+            model, **{n: batch[n] for n in ("input_ids", "attention_mask", "labels")}
+        ).loss
         torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), own, rtol=1e-5, atol=1e-5)
     trainer.train()
     assert len(losses(trainer)) == 10 and losses(trainer)[-1] < losses(trainer)[0] - 0.5
@@ -76,7 +104,11 @@ def test_peft_attaches_to_the_linear_layers_trains_and_merges(folder, tmp_path):
     base = NanochatForCausalLM.from_pretrained(folder)
     frozen = {n: p.clone() for n, p in base.named_parameters()}
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    adapted = {n.split(".lora_A")[0].rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.requires_grad and "lora_A" in n}
+    adapted = {
+        n.split(".lora_A")[0].rsplit(".", 1)[-1]
+        for n, p in model.named_parameters()
+        if p.requires_grad and "lora_A" in n
+    }
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "ve_gate", "up_proj", "down_proj"}
     ids = torch.arange(10, 42).view(2, 16)
     optimizer, seen = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), []
@@ -101,7 +133,9 @@ def test_lm_eval_scores_a_local_task(folder, tmp_path):
     lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     from lm_eval.tasks import TaskManager
 
-    questions = [{"q": "The cat sat on", "choices": [" the mat", " 12 letters", " xyz"], "gold": g} for g in (0, 1, 2, 0)]
+    questions = [
+        {"q": "The cat sat on", "choices": [" the mat", " 12 letters", " xyz"], "gold": g} for g in (0, 1, 2, 0)
+    ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "cats.yaml").write_text(
         f"task: cats\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path / 'q.jsonl'}}}\ntest_split: train\n"
@@ -109,9 +143,14 @@ def test_lm_eval_scores_a_local_task(folder, tmp_path):
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = lm_eval.simple_evaluate(
-        "hf", model_args=f"pretrained={folder},dtype=float32", tasks=["cats"], task_manager=manager, device="cpu", batch_size=2,
+        "hf",
+        model_args=f"pretrained={folder},dtype=float32",
+        tasks=["cats"],
+        task_manager=manager,
+        device="cpu",
+        batch_size=2,
         log_samples=True,
-    )  # fmt: skip
+    )
     model, tokenizer = NanochatForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     context = tokenizer("The cat sat on", add_special_tokens=False)["input_ids"]
     scores = []  # what the formula says

@@ -1,13 +1,15 @@
-"""transformers' own server with a saved folder, whose code finds itself (see configuration_nanochat_hf.py)."""
+"""transformers' own server with a saved folder, started by our command, which puts the class where it looks."""
 
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from nanochat_hf import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.interop.folder import export
 from nanochat_hf.tokenizer import train_tokenizer
 
-CLI = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]  # what `transformers` starts
+ROOT = Path(__file__).parents[2]
+CLI = [sys.executable, "-m", "nanochat_hf.cli.serve_transformers"]
 
 
 def test_chat_completions_are_answered(tmp_path):
@@ -30,11 +33,17 @@ def test_chat_completions_are_answered(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([*CLI, "serve", str(tmp_path / "model"), "--trust-remote-code", "--port", str(port), "--host", "127.0.0.1"], cwd=tmp_path)
+    server = subprocess.Popen(
+        [*CLI, str(tmp_path / "model"), "--trust-remote-code", "--port", str(port), "--host", "127.0.0.1"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     try:
         body = {"model": str(tmp_path / "model"), "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
         request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
         )
         end = time.monotonic() + 120
         while True:

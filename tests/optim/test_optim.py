@@ -229,9 +229,9 @@ def test_frozen_parameters_are_left_out():
 
 
 def test_unowned_parameters_and_idle_rules_are_named():
-    with pytest.raises(ValueError, match="model.adapter.weight"):
+    with pytest.raises(ValueError, match=r"model.adapter.weight"):
         assign_rules(["lm_head.weight", "model.adapter.weight"])
-    with pytest.raises(ValueError, match="rule b .* takes no parameter"):
+    with pytest.raises(ValueError, match=r"rule b .* takes no parameter"):
         assign_rules(["a.weight"], ((r"^a", "a"), (r"^b", "b")))
     assert assign_rules(["a.x", "a.y"], ((r"x$", "first"), (r"^a", "second"))) == {"first": ["a.x"], "second": ["a.y"]}
 
@@ -251,7 +251,7 @@ def test_rules_follow_a_model_without_value_embeddings():
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.5
     model.config.use_value_embeddings = False  # says no, has them: nobody would train them
-    with pytest.raises(ValueError, match="value_embeds.1.weight is taken by no optimizer rule"):
+    with pytest.raises(ValueError, match=r"value_embeds.1.weight is taken by no optimizer rule"):
         build_param_groups(model)
 
 
@@ -328,7 +328,8 @@ def test_ten_steps_on_a_whole_model_follow_the_formulas():
             reference.step()
         optimizer.step()
     for param, (expected, *_) in matrices.items():
-        # a norm: where update and weight nearly cancel, float32 may see the other sign and decay one weight more or less
+        # a norm: where update and weight nearly cancel, float32 may see the other sign and decay one weight more or
+        # less
         assert (param.double() - expected).norm() < 1e-4 * expected.norm()
     for _, param, twin, _ in plain:
         torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)

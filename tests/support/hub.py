@@ -77,7 +77,7 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A run's output folder: final/, config.json, metrics.jsonl."""
     run = tmp_path_factory.mktemp("runs") / "sft"

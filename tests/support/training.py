@@ -13,24 +13,29 @@ from tests.support.processes import Run
 STEPS = 8
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A folder with a tiny model and its conversations."""
-    folder = tmp_path_factory.mktemp("start")
+def save_model(folder, layers=2):
+    """Write a tiny model and its tokenizer, the same every time, into `folder`."""
     tokenizer = train_tokenizer(["The cat counted 12 letters, then 7 more."] * 3, 280)
     torch.manual_seed(0)
     config = NanochatConfig(
         vocab_size=280,
         hidden_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=64,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    NanochatForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    NanochatForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """A folder with a tiny model and its conversations, which no test writes to."""
+    folder = tmp_path_factory.mktemp("start")
+    save_model(folder / "model")
     rows = [
         [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 7 + 1)}]
         for i in range(300)
@@ -39,7 +44,7 @@ def start(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(start, tmp_path_factory):
     """Uninterrupted runs on 1 and 2 processes."""
     root = tmp_path_factory.mktemp("whole")

@@ -1,6 +1,7 @@
 """Tasks: where their rows come from, prompts, and the grades of right, wrong and odd answers."""
 
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -201,6 +202,14 @@ def test_right_wrong_and_odd_answers(name, conversations):
 )
 def test_the_number_behind_the_mark(answer, number):
     assert final_number(answer) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize("filling", [" ", "\n", "$", "-", ".", "1,", "#", "#### ", "#### -$ "])
+def test_numbers_are_found_in_linear_time_in_whatever_a_model_writes(filling):
+    """A hundred thousand of anything takes milliseconds; cubic time would take years."""
+    began = time.process_time()
+    assert final_number("#### " + filling * 100_000 + "x") is None or filling == "1,"
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def test_counts_letters(word, letter):
 
 
 pieces = st.sampled_from(
-    "0 1 9 99999 1e9 1e999 9999999999999999999 .5 5. 0x1F 1_0 e . , + - * ** / // % ( ) ' \" count .count( 'aa'.count('a') "
+    "0 1 9 99999 1e9 1e999 9999999999999999999 .5 5. 0x1F 1_0 e . , + - * ** / // % ( ) ' \" count .count( "
+    "'aa'.count('a') "
     "and if else lambda [ ] { } : x _ \\ "
     "~ not < = ; # \n \t \0 \ud800 \u202e é 𝟗 ² ∞ import __import__('os') eval( open( f' b' 1j True None @ ->".split(
         " "

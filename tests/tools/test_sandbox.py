@@ -90,9 +90,11 @@ def test_only_a_program_that_reaches_its_end_passes(namespaces, source, error):
     [
         "while True: pass",
         "import time; time.sleep(60)",
-        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, 1)\n    except (OSError, ValueError): pass\nwhile True: pass",
+        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, 1)\n"
+        "    except (OSError, ValueError): pass\nwhile True: pass",
         "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-        "import os, time\nos.setsid()\nwhile True:\n    try:\n        if os.fork() == 0: os.setsid()\n    except OSError: time.sleep(0.01)",
+        "import os, time\nos.setsid()\nwhile True:\n    try:\n"
+        "        if os.fork() == 0: os.setsid()\n    except OSError: time.sleep(0.01)",
     ],
 )
 def test_endless_programs_and_fork_bombs_end_with_the_time_and_leave_nothing(namespaces, source):
@@ -203,7 +205,8 @@ def test_no_network(namespaces):
         for source in (
             f"import socket; socket.create_connection(('127.0.0.1', {port}), 1)",
             "import socket; socket.create_connection(('1.1.1.1', 53), 1)",
-            "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', 999)); s.sendto(b'x', ('8.8.8.8', 53))",
+            "import socket; s = socket.socket(type=socket.SOCK_DGRAM); "
+            "s.sendto(b'x', ('127.0.0.1', 999)); s.sendto(b'x', ('8.8.8.8', 53))",
         ):
             assert not run(source, limits(namespaces)).passed, source
         server.settimeout(0.1)

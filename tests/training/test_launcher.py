@@ -1,5 +1,6 @@
 """Under `accelerate launch`: a stop signal to the launcher and the launcher's death both save; its own launch types are refused."""
 
+import contextlib
 import json
 import os
 import signal
@@ -27,10 +28,7 @@ def launched(start, output, log, **changed):
         "-m",
         "scripts.chat_sft",
     ]
-    options = [
-        str(part)
-        for part in flags(start, output, **({"dtype": "bfloat16", "num_steps": 100000, "save_every": 0} | changed))
-    ]
+    options = [str(part) for part in flags(start, output, **({"num_steps": 100000, "save_every": 0} | changed))]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_COMPILE_DISABLE": "1"}
     with log.open("w") as file:
         process = subprocess.Popen([*command, *options], cwd=ROOT, stdout=file, stderr=file, env=environment)
@@ -62,14 +60,18 @@ def test_the_end_of_the_launcher_saves(start, tmp_path, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
 def test_a_signal_to_the_whole_group_saves_though_workers_make_the_batches(start, tmp_path, number):
     log = tmp_path / "log"
-    options = flags(start, tmp_path / "run", dtype="bfloat16", num_steps=100000, save_every=0, num_workers=1)
+    options = flags(start, tmp_path / "run", num_steps=100000, save_every=0, num_workers=1)
     with log.open("w") as file:
         command = [sys.executable, "-m", "scripts.chat_sft", *map(str, options)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment, start_new_session=True)
-    assert until(lambda: "step 3/" in log.read_text(), 90), log.read_text()[-2000:]
-    os.killpg(process.pid, number)
-    assert process.wait(60) == 143, log.read_text()[-2000:]
+    try:
+        assert until(lambda: "step 3/" in log.read_text(), 90), log.read_text()[-2000:]
+        os.killpg(process.pid, number)
+        assert process.wait(60) == 143, log.read_text()[-2000:]
+    finally:  # nothing trains on after a test that failed
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 

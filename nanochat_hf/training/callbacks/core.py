@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from nanochat_hf.evals.core import BUNDLE_HELP, load_bundle
-from nanochat_hf.evals.core_scoring import evaluate_core
-from nanochat_hf.machine.accelerator import sum_over_ranks
+from nanochat_hf.evals.core_scoring import CoreOptions, evaluate_core
+from nanochat_hf.machine.accelerator import Ranks
 from nanochat_hf.training.tracking import MetricsFile
 
 from .base import due, evaluating
@@ -55,11 +55,8 @@ class EvaluateCore:
                 self.tokenizer,
                 self.tasks,
                 self.missing,
-                limit=self.limit,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-                reduce=sum_over_ranks(accelerator),
-                progress=False,
+                options=CoreOptions(limit=self.limit, progress=False),
+                ranks=Ranks.of(accelerator),
             )
         values = {"core/core": self.last.core} | {f"core/{row['task']}": row["centred"] for row in self.last.rows}
         accelerator.log(values, step=info.step)

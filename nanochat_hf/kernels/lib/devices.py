@@ -1,0 +1,44 @@
+"""What a device can do, asked by `fits` before a run: each answer is None, or the reason why not in a few words."""
+
+from importlib.util import find_spec
+
+import torch
+
+ALIGNED = 8  # elements: TMA wants rows of whole multiples of 16 bytes
+HALF = (torch.bfloat16, torch.float16)
+FLOAT8 = torch.float8_e4m3fn  # as a kernel's `dtype`: products in float8 where there are such, the rest in bfloat16
+
+
+def lacks_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on `device`."""
+    if device.type != "cuda":
+        return f"no Triton on {device.type}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    return "the GPU is older than Ampere" if torch.cuda.get_device_capability(device)[0] < 8 else None
+
+
+def lacks_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why products made for Hopper cannot run. Later GPUs have TMA too, but nobody has measured them."""
+    if lacks_triton(device):
+        return lacks_triton(device)
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "made for Hopper"
+    return None if dtype in (*HALF, FLOAT8) else "for half precision"
+
+
+def hopper_takes(x: torch.Tensor, *widths: int) -> bool:
+    """Whether Hopper's products take tensors like `x` with rows of `widths` elements."""
+    on_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    return on_hopper and x.dtype in HALF and all(width % ALIGNED == 0 for width in widths)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side; a small number for Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def available(device: torch.device) -> tuple[bool, str]:
+    """Whether Triton's kernels can run on `device`, and the reason."""
+    reason = lacks_triton(device)
+    return reason is None, reason or "CUDA with Triton"

@@ -1,0 +1,25 @@
+"""A product added to a float32 sum within the product, so that it is never rounded to half precision."""
+
+import torch
+from torch import Tensor
+
+from ..lib.devices import HALF
+from ..lib.weights import add_product_
+
+OP = "add_product"
+INTERPRETED = False  # torch has this product on CUDA alone
+
+
+def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None on a GPU."""
+    return None if device.type == "cuda" else f"no such product on {device.type}"
+
+
+def serves(total: Tensor, a: Tensor, b: Tensor) -> bool:
+    """For half precision."""
+    return a.is_cuda and a.dtype in HALF
+
+
+def run(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (n, m) float32 += a (n, k) · b (k, m)."""
+    add_product_(total, a, b)

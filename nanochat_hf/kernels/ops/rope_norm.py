@@ -1,0 +1,29 @@
+"""Queries and keys by one product, then RoPE and QK norm in one pass over memory."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_hf.model.ops_nanochat_hf import Heads, are_plain
+
+from ..lib.devices import lacks_triton
+from ..lib.rotation import RopeNorm, lacks_formula
+
+OP = "queries_keys_values"
+
+
+def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None on a GPU with Triton, for the formulas that the kernel knows."""
+    return lacks_formula(config) or lacks_triton(device)
+
+
+def serves(x: Tensor, heads: Heads, rope: Tensor) -> bool:
+    """For layers as they were made."""
+    return are_plain(heads.q_proj, heads.k_proj)
+
+
+def run(x: Tensor, heads: Heads, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, T, H, D), k and v (B, T, K, D)."""
+    both = F.linear(x, torch.cat((heads.q_proj.weight, heads.k_proj.weight)))
+    sizes = (layer.weight.shape[0] // heads.head_dim for layer in (heads.q_proj, heads.k_proj))
+    return *RopeNorm.apply(both, rope, *sizes), heads.v_proj(x).unflatten(-1, (-1, heads.head_dim))

@@ -1,0 +1,128 @@
+"""Soft-capped cross-entropy and its gradient in one kernel that reads and writes the logits once, long rows twice.
+
+Letters: n tokens of a chunk, V vocabulary. The cap bounds the logits, so the sum of exponentials needs no maximum first.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..lib.devices import lacks_triton
+
+OP = "nll_and_slope"
+HIGHEST_CAP = 40.0  # the sum is of exp(capped logit − cap): float32 holds exp(−80)
+
+COLUMNS = 32768  # logits that a program holds at a time
+
+
+def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None on a GPU with Triton, for caps that float32 has room for."""
+    cap = config.final_logit_softcapping
+    return f"final_logit_softcapping={cap} is above {HIGHEST_CAP}" if cap > HIGHEST_CAP else lacks_triton(device)
+
+
+def run(logits: Tensor, target: Tensor, weight: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """weight·nll (n), and the slope in the logits' own memory."""
+    return softcapped_nll_(logits, target, weight, cap), logits
+
+
+@triton.jit
+def _r(z, inner):
+    # tanh(z/cap) = 1 − 2r, so that soft-cap and exponential take two functions, not three; a root squared is cheaper than a quotient
+    root = tl.rsqrt(tl.exp2(z.to(tl.float32) * inner) + 1.0)
+    return root * root
+
+
+@triton.jit
+def _row(
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, outer, vocab: tl.constexpr, BLOCK: tl.constexpr
+):
+    # As _kernel, for rows that a program holds whole. Each function of a logit is taken once. The slopes wait for the sum in
+    # half precision, which takes half the registers: two programs share a multiprocessor, one computes while the other reads.
+    column, EVEN = tl.arange(0, BLOCK), vocab == BLOCK
+    row = tl.program_id(0).to(tl.int64)
+    target, weight = tl.load(target_ptr + row), tl.load(weight_ptr + row)
+    weight = tl.where(target >= 0, weight, 0.0)
+    line = logits_ptr + row * stride
+    at_target = _r(tl.load(line + tl.maximum(target, 0)), inner)
+    r = _r(tl.load(line + column) if EVEN else tl.load(line + column, column < vocab, 0.0), inner)
+    power = tl.exp2(r * -outer)  # exp(cap·tanh(z/cap) − cap)
+    if not EVEN:
+        power = tl.where(column < vocab, power, 0.0)
+    slope = (power * (r - r * r)).to(logits_ptr.dtype.element_ty)  # 1 − tanh² = 4·(r − r²)
+    total = tl.sum(power, 0)
+    tl.store(loss_ptr + row, (tl.log(total) + 2.0 * cap * at_target) * weight)
+    weight *= 4.0
+    slope = (slope.to(tl.float32) * (weight / total)).to(logits_ptr.dtype.element_ty)
+    if EVEN:
+        tl.store(line + column, slope)
+    else:
+        tl.store(line + column, slope, column < vocab)
+    tl.debug_barrier()  # all of the row is written; now the target's own place
+    wrong = (tl.exp2(at_target * -outer) / total - 1.0) * (weight * (at_target - at_target * at_target))
+    tl.store(line + tl.maximum(target, 0), wrong.to(logits_ptr.dtype.element_ty), target >= 0)
+
+
+@triton.jit
+def _kernel(
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, outer, vocab: tl.constexpr, COLUMNS: tl.constexpr
+):
+    # inner = 2·log2(e)/cap and outer = 2·log2(e)·cap: the hardware has powers of 2
+    row = tl.program_id(0).to(tl.int64)
+    target, weight = tl.load(target_ptr + row), tl.load(weight_ptr + row)
+    weight = tl.where(target >= 0, weight, 0.0)
+    line, EVEN = logits_ptr + row * stride, vocab % COLUMNS == 0
+    at_target = _r(tl.load(line + tl.maximum(target, 0)), inner)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, vocab, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        if EVEN:
+            total += tl.exp2(_r(tl.load(line + column), inner) * -outer)  # exp(cap·tanh(z/cap) − cap)
+        else:
+            r = _r(tl.load(line + column, column < vocab, 0.0), inner)
+            total += tl.where(column < vocab, tl.exp2(r * -outer), 0.0)
+    total = tl.sum(total, 0)
+    tl.store(loss_ptr + row, (tl.log(total) + 2.0 * cap * at_target) * weight)
+    shift, weight = tl.log2(total), 4.0 * weight  # 1 − tanh² = 4·(r − r²)
+    for start in range(0, vocab, COLUMNS):  # the row still lies in the cache
+        column = start + tl.arange(0, COLUMNS)
+        if EVEN:
+            r = _r(tl.load(line + column), inner)
+            tl.store(
+                line + column, (tl.exp2(r * -outer - shift) * (weight * (r - r * r))).to(logits_ptr.dtype.element_ty)
+            )
+        else:
+            r = _r(tl.load(line + column, column < vocab, 0.0), inner)
+            slope = tl.exp2(r * -outer - shift) * (weight * (r - r * r))
+            tl.store(line + column, slope.to(logits_ptr.dtype.element_ty), column < vocab)
+    tl.debug_barrier()  # all of the row is written; now the target's own place
+    slope = (tl.exp2(at_target * -outer - shift) - 1.0) * (weight * (at_target - at_target * at_target))
+    tl.store(line + tl.maximum(target, 0), slope.to(logits_ptr.dtype.element_ty), target >= 0)
+
+
+@torch.library.custom_op("nanochat_hf::softcapped_nll_", mutates_args=("logits",))
+def softcapped_nll_(logits: Tensor, target: Tensor, weight: Tensor, cap: float) -> Tensor:
+    """Uncapped logits (n, V), targets (n) with −100 ignored, weights (n) float32 → weight·nll (n) float32.
+
+    The logits become the gradient of Σ weight·nll with respect to them.
+    """
+    loss = torch.empty_like(weight)
+    inner, outer = 2 / math.log(2) / cap, 2 / math.log(2) * cap
+    (n, vocab), scalars = logits.shape, (logits.stride(0), cap, inner, outer)
+    if (
+        vocab <= COLUMNS and logits.dtype != torch.float16
+    ):  # in which slopes not yet divided by their sum would be zeros
+        _row[(n,)](
+            logits, target, weight, loss, *scalars, vocab=vocab, BLOCK=triton.next_power_of_2(vocab), num_warps=16
+        )
+    else:
+        _kernel[(n,)](logits, target, weight, loss, *scalars, vocab=vocab, COLUMNS=COLUMNS, num_warps=16)
+    return loss
+
+
+@softcapped_nll_.register_fake
+def _(logits, target, weight, cap):
+    return torch.empty_like(weight)

@@ -1,0 +1,121 @@
+"""What the pages name is there: files, links, commands and their flags."""
+
+import contextlib
+import doctest
+import importlib
+import io
+import re
+import shlex
+from functools import cache
+
+import pytest
+
+from .pages import PAGES, ROOT, blocks, commands, exists, links, own_command, paths, text_of
+
+ARCHITECTURE = ROOT / "docs/architecture.md"
+ANYWHERE = "any machine"  # the title of blocks that are run here
+
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@by_page
+def test_paths_that_are_named_exist(page):
+    assert [path for path in paths(page) if not exists(path)] == []
+
+
+@by_page
+def test_links_lead_to_files(page):
+    assert [link for link in links(page) if not (page.parent / link).exists()] == []
+
+
+def test_architecture_names_every_folder_and_stop():
+    said = text_of(ARCHITECTURE)
+    folders = [path for path in (ROOT / "nanochat_hf").iterdir() if (path / "__init__.py").is_file()]
+    assert [folder.name for folder in folders if f"| `{folder.name}/` |" not in said] == []
+    for place in re.findall(r"`([a-z_]+(?:/[a-z_0-9]+)*/)`", said):
+        assert exists(place), place
+
+
+def test_the_five_questions_are_answered_by_the_files_that_say_so():
+    said = dict(re.findall(r"^\| (Where .*?) \| `([^`]+)`.*\|$", text_of(ARCHITECTURE), re.MULTILINE))
+    answers = {
+        "Where does a row become ids?": "def render",
+        "Where are rows planned?": "def plan_rows",
+        "Where does a step happen?": "    def step",
+        "Where is a kernel chosen?": "def choose",
+        "Where is a checkpoint written?": "def save",
+    }
+    assert said.keys() == answers.keys()
+    for question, definition in answers.items():
+        assert f"{definition}(" in (ROOT / "nanochat_hf" / said[question]).read_text(), question
+
+
+def test_examples_of_the_architecture_run():
+    failed, tried = doctest.testfile(str(ARCHITECTURE), module_relative=False)
+    assert tried >= 9 and failed == 0
+
+
+@cache
+def help_of(name):
+    """What a command prints for --help; its module must exist, below the package or below scripts."""
+    package = "nanochat_hf.cli" if (ROOT / f"nanochat_hf/cli/{name}.py").is_file() else "scripts"
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+        importlib.import_module(f"{package}.{name}").main(["--help"])
+    assert end.value.code in (0, None)
+    return said.getvalue()
+
+
+def flags_of(name):
+    return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", help_of(name)))
+
+
+@by_page
+def test_commands_and_flags_exist(page):
+    wrong = []
+    for words in commands(page):
+        wrong += [f"{word} is no file" for word in words if _missing_config(word)]
+        if words[0] == "make":
+            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            wrong += [f"make {word}" for word in words[1:] if word not in targets]
+        found = own_command(words)
+        if found is None or found[0] in ("bench", "experiments"):
+            continue
+        name, arguments = found
+        given = {word.partition("=")[0] for word in arguments if re.match(r"--?[a-z]", word) and "*" not in word}
+        wrong += [f"{name} {flag}" for flag in sorted(given - flags_of(name)) if not flag.endswith("-")]
+    assert wrong == []
+
+
+def _missing_config(word):
+    if "X" in word or not word.startswith(("accelerate_configs/", "scripts/recipes/")):
+        return False
+    return not (ROOT / word).is_file()
+
+
+@by_page
+def test_shell_blocks_say_what_they_need(page):
+    """`title="any machine"`: it runs below. Any other title says what the reader must have for it."""
+    if page == ROOT / "README.md":  # GitHub shows no titles; the text says it
+        return
+    assert [block.text for block in blocks(page) if block.language == "bash" and not block.title] == []
+
+
+def _runnable():
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "bash" and block.title == ANYWHERE:
+                for line in re.sub(r"\\\n", " ", block.text).splitlines():
+                    if line.strip():
+                        yield pytest.param(line, id=f"{page.name}: {line.strip()[:60]}")
+
+
+@pytest.mark.parametrize("line", _runnable())
+def test_what_needs_nothing_runs(line, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, arguments = own_command(shlex.split(line, comments=True))
+    package = "nanochat_hf.cli" if (ROOT / f"nanochat_hf/cli/{name}.py").is_file() else "scripts"
+    try:
+        importlib.import_module(f"{package}.{name}").main(arguments)
+    except SystemExit as end:
+        assert end.code in (0, None), capsys.readouterr().err
+    assert capsys.readouterr().out
