@@ -1,4 +1,7 @@
-"""Pretrain a base model: accelerate launch -m scripts.base_train --depth 12 --tokenizer DIR --data 'text/*.parquet' --output-dir runs/base"""
+"""Pretrain a base model.
+
+Accelerate launch -m scripts.base_train --depth 12 --tokenizer DIR --data 'text/*.parquet' --output-dir runs/base
+"""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +13,8 @@ from nanochat_hf.hub.push import HubConfig, HubPusher, fetch_checkpoint
 from nanochat_hf.tokenizer import load_tokenizer
 from nanochat_hf.training.callbacks.core import CoreConfig
 from nanochat_hf.training.config import TrainConfig
-from nanochat_hf.training.equipment import accelerate, step_tokens
+from nanochat_hf.training.equipment import step_tokens
+from nanochat_hf.training.opening import opened
 from nanochat_hf.training.pretraining import BASE_PARTS, BaseConfig, horizon, model_config, resolved, text_data
 from nanochat_hf.training.run import Hooks, Run, Stage
 
@@ -36,22 +40,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     more = [] if config.run.smoke_test else core.callbacks(tokenizer, output)
 
     sizes = model_config(base, tokenizer, config.run.max_seq_len)
-    accelerator = accelerate(config, sizes.hidden_size)
-    tokens = step_tokens(config, accelerator)
-    num_steps = horizon(base, config, sizes, tokens)
-    data = text_data(base, config, accelerator, tokenizer)
-    stage = Stage(
-        f"base d{base.depth}",
-        num_steps,
-        settings=asdict(base) | asdict(core),
-        lr_scale=scaling.batch_lr_scale(tokens) if base.scale_lr_to_batch else 1.0,
-        decay_falls=True,
-        prompts=[
-            (text, [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS
-        ],
-    )
-    hooks = Hooks(more, pusher, fetch_checkpoint)
-    result = Run(config, accelerator, NanochatForCausalLM(sizes), data, stage, hooks).fit()
+    with opened(config, sizes.hidden_size, fetch_checkpoint) as run:
+        tokens = step_tokens(config, run.accelerator)
+        num_steps = horizon(base, config, sizes, tokens)
+        data = text_data(base, config, run.accelerator, tokenizer)
+        stage = Stage(
+            f"base d{base.depth}",
+            num_steps,
+            settings=asdict(base) | asdict(core),
+            lr_scale=scaling.batch_lr_scale(tokens) if base.scale_lr_to_batch else 1.0,
+            decay_falls=True,
+            prompts=[
+                (text, [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS
+            ],
+        )
+        hooks = Hooks(more, pusher)
+        result = Run(config, run, NanochatForCausalLM(sizes), data, stage, hooks).fit()
     sys.exit(result.exit_code)
 
 

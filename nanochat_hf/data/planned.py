@@ -157,4 +157,7 @@ class SFTBatches(Reported):
             raise ValueError(
                 f"the checkpoint's rows are shuffled by seed {state['seed']}, this run's by {self.planned.seed}; give that seed"
             )
-        self.next_row = state["next_row"]
+        place = state["next_row"]
+        if not isinstance(place, int) or isinstance(place, bool) or place < 0:
+            raise ValueError(f"the checkpoint's next_row is {place!r}, no row of the data; give an older checkpoint")
+        self.next_row = place

@@ -138,6 +138,8 @@ def worker_loader(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=max(1, prefetch),
         worker_init_fn=quiet_worker,
+        # one of its own: iterating draws a seed, which would move torch's generator on a resume, and only then
+        generator=torch.Generator(),
     )
 
 

@@ -129,17 +129,20 @@ class TrainConfig:
     """How to train, whatever the data: `TrainConfig(*parse([MyConfig, *PARTS])[1:-1])`."""
 
     run: RunConfig
-    compute: ComputeConfig = ComputeConfig()
-    optim: OptimConfig = OptimConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    evaluate: EvalConfig = EvalConfig()
-    save: SaveConfig = SaveConfig()
-    track: TrackConfig = TrackConfig()
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     @classmethod
     def of(cls, **flags: Any) -> "TrainConfig":
-        """From flags by name, the rest by default: `TrainConfig.of(output_dir="runs/a", matrix_lr=0.01)`; TypeError for an unknown one."""
-        parts = []
+        """From flags by name, the rest by default: `TrainConfig.of(output_dir="runs/a", matrix_lr=0.01)`.
+
+        TypeError for an unknown one.
+        """
+        parts: list[Any] = []
         for kind in PARTS:
             names = {part.name for part in dataclasses.fields(kind)}
             parts.append(kind(**{name: flags.pop(name) for name in list(flags) if name in names}))

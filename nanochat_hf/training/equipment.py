@@ -7,49 +7,53 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from nanochat_hf import kernels
-from nanochat_hf.kernels import cudnn_attention, float8
+from nanochat_hf.kernels import float8
+from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine import cpu
-from nanochat_hf.machine.accelerator import build_accelerator, chose_float8, on_cuda, process_count
+from nanochat_hf.machine.accelerator import Host, Tracking, build_accelerator, chose_float8, on_cuda, process_count
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.machine.compiling import choose_compile, compile_prepared
 from nanochat_hf.machine.xla import enable_checkpointing
+from nanochat_hf.model import NanochatForCausalLM
 from nanochat_hf.scaling import accumulation_steps, flops_per_token
 
 from .config import TrainConfig
 from .resuming import measured_before
+from .trackers import refuse_missing
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by Accelerate's names
 GPU_WORKERS = 4  # data workers that keep a GPU fed; a thread makes 0.35 M tokens/s
 
 
 def data_workers(wanted: int | None) -> int:
-    """Processes that tokenise while training runs: as asked, else `GPU_WORKERS` where there is a GPU and a thread elsewhere."""
+    """Processes that tokenise while training runs.
+
+    As asked, else `GPU_WORKERS` where there is a GPU and a thread elsewhere.
+    """
     return wanted if wanted is not None else GPU_WORKERS if on_cuda() else 0
 
 
 def accelerate(config: TrainConfig, width: int = cpu.WIDTH) -> Accelerator:
-    """The Accelerator for `config` and a model `width` channels wide. ValueError where the flags ask for what cannot be.
+    """The Accelerator for `config` and a model `width` channels wide.
 
-    On a CPU a resumed run keeps the precision and the threads of its checkpoint: a new measurement may say otherwise, and then the sums
-    would differ. The bars of transformers are silenced, since the run has its own.
+    ValueError where the flags ask for what cannot be.
+
+    On a CPU a resumed run keeps the precision and the threads of its checkpoint: a new measurement may say otherwise,
+    and then the sums would differ. The bars of transformers are silenced, since the run has its own.
     """
     disable_progress_bar()
-    run, tracker = config.run, config.track.report_to
+    run = config.run
+    refuse_missing(config.track.trackers)
     accumulation = accumulation_steps(run.total_batch_size, run.device_batch_size, run.max_seq_len, process_count())
     dtype, threads = measured_before(run.output_dir, run.resume)
     accelerator = build_accelerator(
         accumulation,
         dtype=config.compute.dtype or dtype,
-        width=width,
-        threads=threads,
-        trackers=None if tracker == "none" else tracker,
-        output_dir=run.output_dir,
+        host=Host(width, threads),
+        tracking=Tracking(config.track.trackers, run.output_dir),
         seed=run.seed,
         compile=bool(config.compute.compile),
     )
-    if tracker != "none" and not accelerator.log_with:  # Accelerate only warns
-        raise ValueError(
-            f"--report-to {tracker}: the package is not installed; pip install {tracker}, or leave the flag out"
-        )
     if chose_float8(config.compute.dtype):
         able, reason = float8.capable(accelerator.device)
         if not able:
@@ -66,14 +70,17 @@ def step_tokens(config: TrainConfig, accelerator: Accelerator) -> int:
 
 @dataclass(frozen=True)
 class Equipment:
-    """What a model was given: why this attention, whether it is compiled, and the lines that the plan shows of the rest."""
+    """What a model was given.
+
+    Why this attention, whether it is compiled, and the lines that the plan shows of the rest.
+    """
 
     attention: str
     compiled: bool
     lines: dict[str, str]
 
 
-def equip(config: TrainConfig, accelerator: Accelerator, model: torch.nn.Module, num_steps: int) -> Equipment:
+def equip(config: TrainConfig, accelerator: Accelerator, model: NanochatForCausalLM, num_steps: int) -> Equipment:
     """Give `model` its attention and kernels, and settle whether it is compiled when the accelerator prepares it."""
     compute = config.compute
     attention, reason = choose_attention(
@@ -97,8 +104,8 @@ def equip(config: TrainConfig, accelerator: Accelerator, model: torch.nn.Module,
     return Equipment(reason, compiled, lines)
 
 
-def install_kernels(config: TrainConfig, accelerator: Accelerator, model: torch.nn.Module) -> str:
-    """Fused kernels as the flag and the device have it; returns what the plan says of them."""
+def install_kernels(config: TrainConfig, accelerator: Accelerator, model: NanochatForCausalLM) -> str:
+    """Give `model` the operations that fit flag and device; returns the lines of the plan that say which, and why."""
     wanted, float8_products = config.compute.kernels, chose_float8(config.compute.dtype)
     able, reason = kernels.available(accelerator.device)
     if wanted and not able:
@@ -106,6 +113,8 @@ def install_kernels(config: TrainConfig, accelerator: Accelerator, model: torch.
     if float8_products and (wanted is False or not able):
         off = "--kernels false" if able else reason
         raise ValueError(f"float8 is made of kernels, which are off ({off}); turn them on, or use --dtype bfloat16")
-    if not able or wanted is False:
-        return f"plain formulas ({'asked for' if able else reason})"
-    return f"{', '.join(kernels.install(model, float8_products))} ({reason})"
+    if wanted is False:
+        return "plain formulas (asked for)"
+    dtype = kernels.FLOAT8 if float8_products else HALF.get(accelerator.mixed_precision, torch.float32)
+    model.model.training_ops, report = kernels.choose(model, accelerator.device, dtype)
+    return f"\n{'':<14}".join(kernels.table(report)) if able else f"plain formulas ({reason})"

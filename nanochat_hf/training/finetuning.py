@@ -1,4 +1,4 @@
-"""What fine-tuning adds to a run: its flags, the model it starts from, and packed conversations with validation that always means the same."""
+"""What fine-tuning adds to a run: its flags, the model it starts from, and packed conversations."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +24,10 @@ from .run import Data
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Which model, on which conversations. A recipe (--config) may list several data sets as train_data and validation_data."""
+    """Which model, on which conversations.
+
+    A recipe (--config) may list several data sets as train_data and validation_data.
+    """
 
     _argument_group_name = "model and conversations"
 
@@ -83,7 +86,10 @@ class Sources:
 
 
 def sources_of(sft: SFTConfig, lists: dict[str, list], num_steps: int | None) -> Sources:
-    """From --data and --validation, else from the recipe's lists. ValueError where nothing is named, or a stream has no end to train to."""
+    """From --data and --validation, else from the recipe's lists.
+
+    ValueError where nothing is named, or a stream has no end to train to.
+    """
     train, validation = (
         SourceConfig.from_recipe_list(lists.get(key), key) for key in ("train_data", "validation_data")
     )
@@ -130,7 +136,7 @@ def conversation_data(
             f"padding {batches.padding_share:.2%}, {batches.truncated} truncated, "
             f"{batches.untrained} without a target left out"
         )
-    # whatever is trained on, validation counts the assistant's tokens of conversations that stand alone, so that runs compare
+    # so that runs compare, validation always counts the assistant's tokens of conversations that stand alone
     alone = shape | {"train_on_all_tokens": False, "isolate": True, "rank": 0, "world_size": 1}
     count = config.evaluate.eval_batches
     if sft.streaming and not sources.validation:  # the training data must not be read whole for it
@@ -180,7 +186,9 @@ def load_model(start: str, name: str) -> NanochatForCausalLM:
     """The model in the folder `start`, which --model `name` led to; ValueError where it cannot be loaded."""
     disable_progress_bar()  # the run has its own
     try:
-        return NanochatForCausalLM.from_pretrained(start)
+        model = NanochatForCausalLM.from_pretrained(start)
+        model.pad_tables(64)  # matrix kernels like it; what is exported has no padding
+        return model
     except OSError as error:
         raise ValueError(f"--model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
 

@@ -1,4 +1,4 @@
-"""What pretraining adds to a run: its flags, the sizes that follow from the depth, and text in full rows with some of it held out."""
+"""What pretraining adds to a run: its flags, the sizes that follow from the depth, and text in full rows."""
 
 from dataclasses import dataclass, field, replace
 
@@ -62,7 +62,8 @@ class BaseConfig:
     scale_lr_to_batch: bool = field(
         default=True,
         metadata={
-            "help": "lrs × √(tokens of a step / 2^19), near which the rule was found; false: as they are, for toy batches"
+            "help": "lrs × √(tokens of a step / 2^19), near which the rule was found; "
+            "false: as they are, for toy batches"
         },
     )
     target_flops: float | None = field(
@@ -139,7 +140,7 @@ def horizon(base: BaseConfig, config: TrainConfig, model: NanochatConfig, tokens
 
 
 def resolved(base: BaseConfig, config: TrainConfig) -> tuple[BaseConfig, TrainConfig]:
-    """Both with what they leave open decided: whether the text is streamed, by how many workers, and the depth's weight decay."""
+    """Both with what they leave open decided: streaming, data workers, and the weight decay of this depth."""
     source = SourceConfig(path=base.data, split=base.split)
     streaming = is_remote(source) if base.streaming is None else base.streaming
     base = replace(base, streaming=streaming, num_workers=data_workers(base.num_workers))
@@ -150,7 +151,10 @@ def resolved(base: BaseConfig, config: TrainConfig) -> tuple[BaseConfig, TrainCo
 
 
 def hold_out(base: BaseConfig) -> tuple[SourceConfig, SourceConfig]:
-    """(training source, validation source): without --validation the first documents are held out, a twentieth or `HELD_OUT`."""
+    """The sources of training and of validation.
+
+    Without --validation the first documents are held out, a twentieth or `HELD_OUT`.
+    """
     source = SourceConfig(path=base.data, split=base.split)
     if base.validation:
         return source, replace(source, path=base.validation)

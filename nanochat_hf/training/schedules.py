@@ -29,7 +29,9 @@ class ScheduleConfig:
 
 
 def lr_multiplier(step: int, num_steps: int, warmup_steps: int = 0, warmdown_ratio: float = 0.2) -> float:
-    """Multiplier of every learning rate in the step that follows `step` finished ones: linear rise, flat, linear fall to 0.
+    """Multiplier of every learning rate in the step that follows `step` finished ones.
+
+    Linear rise, flat, linear fall to 0.
 
     It is taken at the middle of the step, so neither the first nor the last step is lost to a rate of 0.
 
@@ -92,7 +94,10 @@ class Schedule:
         return falling(step, self.num_steps) if self.decay_falls else 1.0
 
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set rates, momentum and weight decay for the step that follows `step` finished ones; returns the rates' multiplier."""
+        """Set rates, momentum and weight decay for the step that follows `step` finished ones.
+
+        Returns the rates' multiplier.
+        """
         multiplier = self.lr(step)
         plain = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
         apply_schedule(plain, multiplier, muon_momentum(step), self.weight_decay(step))

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,11 +17,16 @@ from nanochat_hf.optim.gradient_sums import gradient_sums
 
 from .stopping import StopSignal
 
+Batch = Mapping[str, torch.Tensor]
+
 
 @dataclass
 class TrainState:
-    """What a checkpoint must hold of the loop. `tokens` counts positions of all ranks, `seconds` training time only; `skipped` steps had no
-    target, `overflowed` ones a gradient beyond float16 (the scaler leaves them out and halves its scale)."""
+    """What a checkpoint must hold of the loop. `tokens` counts positions of all ranks, `seconds` training time only.
+
+    `skipped` steps had no target, `overflowed` ones a gradient beyond float16 (the scaler leaves them out and halves
+    its scale).
+    """
 
     step: int = 0
     tokens: int = 0
@@ -39,39 +46,43 @@ class StepInfo:
     loss: torch.Tensor
     targets: int | torch.Tensor
     lr_multiplier: float
-    grad_norms: dict | None = None  # of each parameter group, before clipping; only on the steps that are asked for
+    grad_norms: dict[str, torch.Tensor] | None = (
+        None  # of each parameter group, before clipping; only on the steps that are asked for
+    )
 
 
 @dataclass(eq=False)
 class Trainer:
     """Takes `accumulation` micro-batches a step from `batches`, until `num_steps`.
 
-    The gradient is that of Σ nll·weight ÷ (valid targets of the step over all micro-batches and ranks), however the rows are split.
-    schedule(optimizer, step) sets lr, momentum and weight decay before the step. Each callback is called with (trainer, info).
+    The gradient is that of Σ nll·weight ÷ (valid targets of the step over all micro-batches and ranks), however the
+    rows are split. schedule(optimizer, step) sets lr, momentum and weight decay before the step. Each callback is
+    called with (trainer, info).
     """
 
     accelerator: Accelerator
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    batches: Iterable[Mapping[str, torch.Tensor]]
+    optimizer: Any  # a MuonAdamW, and once it is prepared Accelerate's wrapper of it
+    batches: Iterable[Batch]
     _: KW_ONLY
     num_steps: int
     schedule: Callable[[torch.optim.Optimizer, int], float]
-    callbacks: Sequence[Callable] = ()
+    callbacks: list[Callable[..., Any]] = field(default_factory=list)
     max_grad_norm: float | None = None
     stop: StopSignal | None = None
     norms_every: int = 0
 
     def __post_init__(self) -> None:
-        self.raw_model = self.model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
+        self.raw_model: Any = self.model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.accumulation = self.accelerator.gradient_accumulation_steps
         self.callbacks = list(self.callbacks)
         self.state, self.stopped = TrainState(), False
         self.overflows = 0  # overflowed steps in a row until now
         self.sums = None  # of gradients over the micro-batches of a step, see gradient_sums
+        self.restored: dict[str, dict] = {}  # the callbacks' states in the checkpoint that was loaded
 
-    def fit(self):
+    def fit(self) -> TrainState:
         """Train to `num_steps` or until a stop is agreed on; returns the TrainState."""
         batches = iter(self.batches)
         self.model.train()
@@ -83,18 +94,18 @@ class Trainer:
                     callback(self, info)
         return self.state
 
-    def gradient_sums(self):
+    def gradient_sums(self) -> AbstractContextManager:
         """A context in which kernels add gradients up over micro-batches and find weights in half precision.
 
-        It yields the GradientSums, or None: several processes reduce what autograd hands them, and of one micro-batch a step
-        there is nothing to sum.
+        It yields the GradientSums, or None: several processes reduce what autograd hands them, and of one micro-batch a
+        step there is nothing to sum.
         """
         alone = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cuda"
         layers = kernels.summed(self.raw_model) if alone and self.accumulation > 1 else []
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         return gradient_sums(layers, half)
 
-    def step(self, micro_batches):
+    def step(self, micro_batches: Sequence[Batch]) -> StepInfo:
         """One optimizer step over `micro_batches` (dicts of CPU tensors, see collate.py) → StepInfo."""
         start = time.perf_counter()
         if len(micro_batches) < self.accumulation:
@@ -121,7 +132,8 @@ class Trainer:
             return local
         count = torch.tensor([local], dtype=torch.float64 if self.accelerator.device.type == "cpu" else torch.float32)
         count = self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum")
-        # the host of an XLA device runs ahead of it: the number stays there, and a step without a target becomes one of zero gradients
+        # the host of an XLA device runs ahead of it: the number stays there, and a step without a target becomes one of
+        # zero gradients
         return count[0].clamp(min=1) if self.accelerator.device.type == "xla" else int(count.item())
 
     def _accumulate(self, micro_batches, targets):
@@ -160,10 +172,10 @@ class Trainer:
                     mark_step(device)
         return total, norms
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, int | float]:
         """The loop's own state, JSON-able."""
         return asdict(self.state)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state_dict."""
         self.state = TrainState(**state)

@@ -30,7 +30,10 @@ class Late:
 
 
 def entries(tmp_path, losses, *, late=False, every=1):
-    """metrics.jsonl of a run of `losses`, one a step (None: a step without a target), each step of 0.01 host seconds."""
+    """metrics.jsonl of a run of `losses`, one a step (None.
+
+    A step without a target), each step of 0.01 host seconds.
+    """
     optimizer = SimpleNamespace(param_groups=[], optimizer=SimpleNamespace(non_finite=lambda: (0, None)))
     trainer = SimpleNamespace(
         accelerator=Accelerator(cpu=True),
