@@ -10,7 +10,8 @@ from .model import NanochatConfig, NanochatForCausalLM
 
 # Bytes of activations that training keeps per token and channel of each layer, with the fused kernels: two
 # normalised inputs, q, k, v, the attention's output, the residual stream, and the squared ReLU, 4 times as wide.
-# Fitted to two measured peaks on an H100: d12 with 64 rows of 2048 takes 36.3 GiB, d20 with 32 rows 57.2 GiB.
+# Fitted to two measured peaks on an H100: d12 with 64 rows of 2048 takes 36.3 GiB, d20 with 32 rows 57.2 GiB
+# (docs/records/2026-11-26-gradients-in-products).
 LAYER_BYTES = 27.7
 LOGIT_BYTES = 2 * 8192  # per token of the vocabulary: the logits of a chunk, whose memory their gradient reuses
 # Dense bfloat16 peaks in FLOP/s by a part of the device's name (vendors' data sheets). The first match wins.

@@ -72,7 +72,7 @@ def choose(model: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[
     chosen, report = {}, {}
     for op in (field.name for field in fields(Ops)):
         reasons = []
-        for module in (module for module in registered() if module.OP == op):
+        for module in (module for module in registered() if op == module.OP):
             reason = module.fits(model.config, device, dtype)
             if reason is None:
                 chosen[op], report[op] = kernel_of(module), (name_of(module), module.__doc__.partition("\n")[0])

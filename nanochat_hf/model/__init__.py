@@ -1,11 +1,11 @@
-"""The GPT. Flat and importing only itself, for it ships to the Hub as remote code."""
+"""The GPT. These files ship to the Hub as remote code, so they lie in one folder and import only each other."""
 
 from .configuration_nanochat_hf import NanochatConfig
 from .modeling_nanochat_hf import NanochatForCausalLM, NanochatModel
 
 __all__ = ["NanochatConfig", "NanochatForCausalLM", "NanochatModel"]
 
-# saving copies the code files beside the weights only for classes that are marked so
+# save_pretrained copies the code files only for classes that are registered
 NanochatConfig.register_for_auto_class()
 NanochatModel.register_for_auto_class("AutoModel")
 NanochatForCausalLM.register_for_auto_class("AutoModelForCausalLM")

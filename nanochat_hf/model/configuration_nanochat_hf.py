@@ -1,8 +1,11 @@
 """Configuration of the nanochat_hf architecture."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 GATE_CHANNELS = 32  # channels of a layer's input that the gate of its value embeddings reads
+ROPE_THETA = 10000.0
 LAYER_KINDS = {"S": "sliding_attention", "L": "full_attention"}
 AUTO_MAP = {
     "AutoConfig": "configuration_nanochat_hf.NanochatConfig",
@@ -12,9 +15,9 @@ AUTO_MAP = {
 
 
 def _plain_rope(kwargs: dict, theta: float | None) -> float:
-    """Take rope_parameters (and its older name rope_scaling) out of `kwargs`; returns the base of RoPE.
+    """Take rope_parameters (and its older name rope_scaling) out of `kwargs` and return the base of RoPE.
 
-    Raises ValueError for stretched positions, which are not computed here.
+    Raises ValueError for a rope_type that scales positions: the model does not compute those.
     """
     for name in ("rope_parameters", "rope_scaling"):
         given = kwargs.pop(name, None) or {}
@@ -23,29 +26,40 @@ def _plain_rope(kwargs: dict, theta: float | None) -> float:
             raise ValueError(
                 f"{name} has rope_type={kind}, but only default is computed here: leave it out, or set rope_theta"
             )
-        theta = given.get("rope_theta", 10000.0) if theta is None else theta
-    return theta
+        theta = given.get("rope_theta", ROPE_THETA) if theta is None else theta
+    return ROPE_THETA if theta is None else theta
+
+
+def _check_positive(sizes: dict[str, Any], cap: float) -> None:
+    # sizes that are None are derived later, from the others
+    for name, value in sizes.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value} must be positive: give a size above 0")
+    if not cap or cap <= 0:
+        raise ValueError(f"final_logit_softcapping={cap} must be positive: logits are always capped; try 15.0")
 
 
 class NanochatConfig(PreTrainedConfig):
     """Sizes and windows of the model.
 
-    `window_pattern` is tiled over the layers: "S" sees half the sequence, "L" all of it, and the last layer always all of it.
-    `sliding_window` counts keys, the query's own among them.
+    `window_pattern` repeats over the layers: "S" sees half the sequence, "L" all of it. The last layer always sees all
+    of it. `sliding_window` is a number of keys and includes the query's own.
 
-    `pad_vocab_to_multiple_of`: the tables have their rows rounded up to it, because matrix kernels are faster then. Rows beyond
-    `vocab_size` are no tokens and change no result. Training pads to 64; a folder to publish has 1, exactly `vocab_size` rows,
-    and so has a model after resize_token_embeddings.
+    `pad_vocab_to_multiple_of`: the rows of the tables are rounded up to a multiple of it, because matrix kernels are
+    faster then. Rows beyond `vocab_size` belong to no token and change no result. Training pads to 64. A published
+    folder has 1, so exactly `vocab_size` rows, and so has a model after resize_token_embeddings.
 
-    The earlier architecture of 2025 is this one without value embeddings and windows ("L"). transformers' own NanoChat also
-    computes it with `rms_norm_eps` 1e-6 (None: the dtype's own) and with cosines that are not rounded to bfloat16.
+    nanochat's architecture of 2025 is this one without value embeddings and without windows ("L"). transformers' own
+    NanoChat computes that one too, but with `rms_norm_eps` 1e-6 (None here: the dtype's own epsilon) and without
+    rounding the cosines to bfloat16.
 
-    Raises ValueError for sizes that cannot be; the message names the value and the remedy.
+    Raises ValueError for impossible sizes; the message names the value and the remedy.
     """
 
     model_type = "nanochat_hf"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # The value embeddings are whole on each device, where heads are split: so attention is not, and the MLP alone is.
+    # Tensor parallelism splits the MLP alone. Splitting attention by heads would need the value embeddings split as
+    # well.
     base_model_tp_plan = {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
 
     def __init__(
@@ -68,64 +82,63 @@ class NanochatConfig(PreTrainedConfig):
         pad_vocab_to_multiple_of: int = 64,
         final_logit_softcapping: float = 15.0,
         use_cache: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         if kwargs.get("model_type", self.model_type) != self.model_type:
             raise ValueError(
-                f"model_type={kwargs['model_type']} is another model than {self.model_type}; scripts.import_nanochat takes nanochat"
+                f"model_type={kwargs['model_type']} is another model than {self.model_type}; "
+                "scripts.import_nanochat takes nanochat"
+            )
+        rope_theta = _plain_rope(kwargs, rope_theta)
+        sizes = dict(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            intermediate_size=intermediate_size,
+            head_dim=head_dim,
+            max_position_embeddings=max_position_embeddings,
+            rope_theta=rope_theta,
+            rms_norm_eps=rms_norm_eps,
+            pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
+        )
+        _check_positive(sizes, final_logit_softcapping)
+        if head_dim is None and hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads}; "
+                "change one or give head_dim"
             )
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
-        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
-        self.intermediate_size, self.head_dim = intermediate_size, head_dim
-        self.max_position_embeddings, self.sliding_window = max_position_embeddings, sliding_window
-        self.window_pattern, self.layer_types = str(window_pattern).upper(), layer_types
-        self.rope_theta, self.rope_in_bfloat16 = _plain_rope(kwargs, rope_theta), rope_in_bfloat16
+        self.num_attention_heads, self.max_position_embeddings = num_attention_heads, max_position_embeddings
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.sliding_window = max_position_embeddings // 2 + 1 if sliding_window is None else sliding_window
+        self.window_pattern = str(window_pattern).upper()
+        self.layer_types = self._tiled_pattern(layer_types)
+        self.rope_theta, self.rope_in_bfloat16 = rope_theta, rope_in_bfloat16
         self.rms_norm_eps, self.use_value_embeddings = rms_norm_eps, use_value_embeddings
         self.pad_vocab_to_multiple_of, self.final_logit_softcapping = pad_vocab_to_multiple_of, final_logit_softcapping
         self.use_cache = use_cache
-        self._check_positive()
-        self._fill_in()
         self._check()
         if kwargs.pop("tie_word_embeddings", False):
             raise ValueError(
                 "tie_word_embeddings=True must be False: the head and the embedding are initialised and trained apart"
             )
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
-        super().__init__(**kwargs, tie_word_embeddings=False)
+        # transformers accepts any keyword here by a decorator that ty does not see through
+        super().__init__(**kwargs, tie_word_embeddings=False)  # ty: ignore[unknown-argument]
 
-    def _check_positive(self):
-        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        names += ("intermediate_size", "head_dim", "max_position_embeddings", "rope_theta", "rms_norm_eps")
-        for name in (*names, "pad_vocab_to_multiple_of"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be positive: give a size above 0")
-        cap = self.final_logit_softcapping
-        if not cap or cap <= 0:
-            raise ValueError(f"final_logit_softcapping={cap} must be positive: logits are always capped; try 15.0")
-
-    def _fill_in(self):
-        # what was not given, from what was
-        if self.hidden_size % self.num_attention_heads and self.head_dim is None:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}; "
-                "change one or give head_dim"
-            )
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.sliding_window is None:
-            self.sliding_window = self.max_position_embeddings // 2 + 1
+    def _tiled_pattern(self, given: list[str] | None) -> list[str]:
+        # the kind of each layer: as given, else the pattern tiled over the layers
         pattern, layers = self.window_pattern, self.num_hidden_layers
         if not pattern or set(pattern) - set(LAYER_KINDS):
             raise ValueError(f"window_pattern={pattern!r} must be made of the letters S and L")
-        if self.layer_types is None:
-            tiled = [LAYER_KINDS[pattern[i % len(pattern)]] for i in range(layers)]
-            self.layer_types = [*tiled[:-1], "full_attention"]
-        self.layer_types = list(self.layer_types)
+        if given is not None:
+            return list(given)
+        tiled = [LAYER_KINDS[pattern[i % len(pattern)]] for i in range(layers)]
+        return [*tiled[:-1], "full_attention"]
 
     def _check(self):
         heads, layers = self.num_attention_heads, self.num_hidden_layers
@@ -145,5 +158,6 @@ class NanochatConfig(PreTrainedConfig):
             )
         if self.use_value_embeddings and self.hidden_size < GATE_CHANNELS:
             raise ValueError(
-                f"hidden_size={self.hidden_size} must be at least {GATE_CHANNELS}: value gates read {GATE_CHANNELS} channels"
+                f"hidden_size={self.hidden_size} must be at least {GATE_CHANNELS}: "
+                f"value gates read {GATE_CHANNELS} channels"
             )

@@ -1,4 +1,4 @@
-"""Cross-entropy of soft-capped logits that takes its gradient chunk by chunk, while the logits of a chunk exist.
+"""Cross-entropy of soft-capped logits, computed with its gradient chunk by chunk, so that few logits exist at once.
 
 Letters: N tokens, C hidden_size, V vocabulary.
 """
@@ -15,7 +15,7 @@ from .ops_nanochat_hf import Ops
 
 
 class LossSizes(NamedTuple):
-    """Sizes of the loss: rows of the head that are tokens, the soft-cap, and how many tokens have logits at one time."""
+    """Rows of the head that are tokens, the soft-cap, and how many tokens have logits at one time."""
 
     vocab_size: int
     cap: float
@@ -27,14 +27,15 @@ class SoftcappedLoss(torch.autograd.Function):
 
     hidden (N, C), head (V or more rows, C), targets (N) where −100 is ignored, weights (N) float32.
 
-    The gradient is taken in the forward pass, while the logits of a chunk exist. So no (N, V) tensor is kept, and the
-    product with the head is not computed twice.
+    The forward pass computes the gradient too, while the logits of a chunk exist. So no (N, V) tensor is kept, and the
+    product with the head is computed once.
     """
 
     @staticmethod
     def forward(
         ctx, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, sizes: LossSizes, ops: Ops
     ) -> Tensor:
+        """The sum, 0-d float32; keeps both gradients for backward."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
@@ -53,7 +54,8 @@ class SoftcappedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The kept gradients of hidden (N, C) and head, times that of the sum."""
         grad_hidden, grad_head = ctx.saved_tensors
         grad_head = F.pad((grad_head * grad_output).to(ctx.head_dtype), (0, 0, 0, ctx.padding))
         return (grad_hidden * grad_output).to(grad_hidden.dtype), grad_head, None, None, None, None
@@ -62,9 +64,9 @@ class SoftcappedLoss(torch.autograd.Function):
 def chunked_loss(
     logits: Callable, hidden: Tensor, targets: Tensor, weights: Tensor, chunk: int, recompute: bool
 ) -> Tensor:
-    """The same sum by `logits`, hidden (n, C) → soft-capped logits (n, V), for heads whose weight does not say everything.
+    """The same sum for heads that are more than a weight, such as adapters. `logits`: hidden (n, C) → capped (n, V).
 
-    `recompute`: in backward each chunk of logits is made again, so that only one exists at a time.
+    `recompute`: backward computes each chunk of logits again, so that only one exists at a time.
     """
 
     def part_of(hidden, targets, weights):

@@ -1,55 +1,68 @@
-"""What keeps packed documents apart: masks for attention that takes masks, borders for attention that takes those.
+"""Keep packed documents apart: by masks, or by the documents' offsets ("borders") where the attention takes those.
 
 Letters: B rows, T positions.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_nanochat_hf import NanochatConfig
 
 
 def takes_borders(implementation: str) -> bool:
     """Whether an attention implementation keeps documents apart by their borders (`cu_seq_lens`), not by a mask."""
+    if "flash" in implementation:
+        return True
     known = implementation in ALL_ATTENTION_FUNCTIONS
-    return (
-        "flash" in implementation or known and getattr(ALL_ATTENTION_FUNCTIONS[implementation], "takes_borders", False)
-    )
+    return known and getattr(ALL_ATTENTION_FUNCTIONS[implementation], "takes_borders", False)
 
 
-@torch.compiler.disable  # one break of the graph here, in place of one that the search itself would make
+@torch.compiler.disable  # `nonzero` would break the graph anyway; so it breaks here, at a place of our choice
 def varlen_arguments(position_ids: Tensor, batch_size: int, device: torch.device | None = None) -> dict:
-    """The arguments by which attention keeps packed documents apart: cu_seq_lens and max_length of queries and keys.
+    """The arguments that keep packed documents apart in attention: cu_seq_lens and max_length of queries and keys.
 
-    A document begins with each row, and wherever positions (B or 1, T) do not go on by one:
-    [[0, 1, 2, 0, 1]] → cu_seq_lens [0, 3, 5]. transformers looks for documents only at B = 1, and again in every layer.
+    A document begins with each row, and wherever a position (B or 1, T) is not the one before plus 1:
+    [[0, 1, 2, 0, 1]] → cu_seq_lens [0, 3, 5]. transformers would look only at B = 1, and in each layer.
     """
     begins = torch.diff(position_ids, prepend=position_ids[:, :1], dim=-1) != 1  # a row's first difference is 0
     begins = begins.expand(batch_size, -1).flatten().nonzero().flatten()
     borders = F.pad(begins, (0, 1), value=batch_size * position_ids.shape[1]).int()  # (documents + 1)
     borders = borders.to(device, non_blocking=True)
-    # otherwise the layers would be compiled again for every other number of documents, dynamic=False or not
+    # otherwise the layers would be compiled again for each new number of documents, even with dynamic=False
     torch._dynamo.maybe_mark_dynamic(borders, 0)
-    longest = position_ids.shape[1]  # an upper bound is enough, and does not wait for the device
+    longest = position_ids.shape[1]  # an upper bound is enough; the exact value would wait for the device
     return dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
 
 
-def masks_and_documents(config, x, attention_mask, position_ids, past_key_values, borders_given: bool):
-    """{layer type: mask or None}, and the keyword arguments by which attention without a mask keeps documents apart.
+def masks_and_documents(
+    config: NanochatConfig,
+    x: Tensor,
+    attention_mask: Tensor | dict[str, Any] | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    borders_given: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """{layer type: mask or None}, and the keyword arguments that keep documents apart where there is no mask.
 
-    x (B, T, C) tells shape, dtype and device. `borders_given`: the caller has passed cu_seq_lens already.
+    x (B, T, C) gives shape, dtype and device. `borders_given`: the caller has passed cu_seq_lens already.
     """
     by_borders = takes_borders(config._attn_implementation)
-    # borders replace the positions, in which transformers would look for documents in every layer, even under a mask or a cache
-    documents = {} if by_borders else dict(position_ids=position_ids)
+    # With borders the layers get no positions: transformers would look for documents in them in every layer, even
+    # under a mask or a cache.
+    documents: dict[str, Any] = {} if by_borders else dict(position_ids=position_ids)
     if isinstance(attention_mask, dict):
-        return attention_mask, documents  # generation with a static cache brings both masks ready made
+        return attention_mask, documents  # generation with a static cache has made both masks
     if by_borders and attention_mask is None and past_key_values is None:
         if position_ids is not None and not borders_given:
             documents = varlen_arguments(position_ids, x.shape[0])
         return dict.fromkeys(("full_attention", "sliding_attention")), documents
-    masking = dict(
+    masking: dict[str, Any] = dict(
         config=config,
         inputs_embeds=x,
         attention_mask=attention_mask,

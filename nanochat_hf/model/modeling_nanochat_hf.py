@@ -3,12 +3,14 @@
 Letters: B rows, T positions, C hidden_size, H query heads, K key/value heads, D head_dim, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,17 +29,25 @@ LOSS_CHUNK = 8192  # tokens whose logits exist at one time: 512 MiB in bfloat16 
 def linear(inputs: int, outputs: int, init_scheme: str = "uniform") -> nn.Linear:
     """A linear layer without bias that knows how it is initialised."""
     layer = nn.Linear(inputs, outputs, bias=False)
-    layer.init_scheme = init_scheme
+    layer.init_scheme = init_scheme  # ty: ignore[invalid-assignment]  torch declares only tensors and modules
     return layer
 
 
 def has_value_embedding(config: NanochatConfig, layer_idx: int) -> bool:
-    """Every second layer has a table of value embeddings, the last one always; none has one where the config says so."""
+    """Every second layer has a table of value embeddings, counted from the last, unless the config turns them off."""
     return config.use_value_embeddings and layer_idx % 2 == (config.num_hidden_layers - 1) % 2
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Plain attention, shapes as in transformers: query (B, H, T, D), key and value (B, K, S, D) → (B, T, H, D), weights."""
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention: query (B, H, T, D), key and value (B, K, S, D), as in transformers → (B, T, H, D), weights."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
@@ -62,12 +72,25 @@ class NanochatAttention(nn.Module):
         self.o_proj = linear(H * D, C, "zero")
         self.ve_gate = linear(GATE_CHANNELS, K, "zero") if has_value_embedding(config, layer_idx) else None
 
-    def forward(self, stream, x, first, table, input_ids, rope, attention_mask, past_key_values, ops, **kwargs):
-        """The stream (B, T, C) with what attention adds to it, and attention weights or None.
+    def forward(
+        self,
+        stream: Tensor,
+        x: Tensor,
+        first: Tensor,
+        table: nn.Module | None,
+        input_ids: Tensor | None,
+        rope: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        ops: Ops,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream (B, T, C) plus the output of attention, and attention weights or None.
 
-        x (B, T, C) is the stream's norm, and `first` that norm's first channels, which the gate of the value embeddings reads.
+        x (B, T, C) is the stream's norm. `first` are that norm's first channels, which the gate of the value embeddings
+        reads.
         """
-        # one call of the interface stands here, in forward's own source: vLLM looks for it there
+        # vLLM looks for the call of the interface in the source of this method, so it stands here
         implementation = self.config._attn_implementation
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
@@ -90,7 +113,7 @@ class NanochatAttention(nn.Module):
         value = None
         if self.ve_gate is not None:
             gate = (2 * torch.sigmoid(self.ve_gate(first))).to(first.dtype)  # (B, T, K)
-            value = ValueEmbedding(gate, table, input_ids)
+            value = ValueEmbedding(gate, table, input_ids)  # ty: ignore[invalid-argument-type]  given where a gate is
         heads = Heads(self.q_proj, self.k_proj, self.v_proj, self.head_dim, self.config.rms_norm_eps)
         y, weights = ops.attention(ops, x, heads, value, rope, attend)
         return ops.project_and_add(y.reshape(*x.shape[:-1], -1), self.o_proj, stream), weights
@@ -105,6 +128,7 @@ class NanochatMLP(nn.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size, "zero")
 
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        """Normed x (B, T, C) → the update (B, T, C)."""
         return ops.squared_relu_mlp(x, self.up_proj, self.down_proj)
 
 
@@ -118,10 +142,20 @@ class NanochatDecoderLayer(GradientCheckpointingLayer):
         self.mlp = NanochatMLP(config)
 
     def forward(
-        self, hidden_states, update, x0, lambdas, rope, input_ids=None, table=None, *, ops: Ops = PLAIN, **kwargs
-    ):
-        """Stream, update of the layer before and x0 (B, T, C), lambdas (r, s) → stream, update and x0 for the next layer."""
-        # the scalars stay float32: rounded to bfloat16 they would lose what training writes into them
+        self,
+        hidden_states: Tensor,
+        update: Tensor,
+        x0: Tensor,
+        lambdas: Tensor,
+        rope: Tensor,
+        input_ids: Tensor | None = None,
+        table: nn.Module | None = None,
+        *,
+        ops: Ops = PLAIN,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stream, the previous layer's update and x0 (B, T, C), lambdas (r, s) → the same three for the next layer."""
+        # the scalars stay float32: a step changes them by less than bfloat16 can tell apart
         x, normed, first, x0 = ops.mix_and_norm(hidden_states, update, x0, lambdas, self.eps, self.channels)
         x, _ = self.self_attn(x, normed, first, table, input_ids, rope, ops=ops, **kwargs)
         x, normed = ops.stream_and_norm(x, self.eps)
@@ -143,12 +177,13 @@ class NanochatPreTrainedModel(ResizableTables, PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights; the float32 scalars, which come first among the parameters, do not decide it."""
-        return self.get_input_embeddings().weight.dtype
+        """The dtype of the weights. transformers would take that of the first parameters, the float32 scalars."""
+        embeddings: Any = self.get_input_embeddings()
+        return embeddings.weight.dtype
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # transformers asks only modules that own parameters, so each of them carries the name of its distribution
+        # transformers calls this for each module that owns parameters; `init_scheme` names its distribution
         bound = (3 / self.config.hidden_size) ** 0.5  # uniform(−bound, bound) has the standard deviation 1/√C
         if isinstance(module, NanochatModel):
             init.constant_(module.resid_lambdas, 1.0)
@@ -171,7 +206,7 @@ class NanochatModel(NanochatPreTrainedModel):
         rows, width = table_rows(config), config.num_key_value_heads * config.head_dim
         layers = range(config.num_hidden_layers)
         self.embed_tokens = nn.Embedding(rows, config.hidden_size)
-        self.embed_tokens.init_scheme = "unit"
+        self.embed_tokens.init_scheme = "unit"  # ty: ignore[invalid-assignment]  as in `linear`
         tables = {str(i): nn.Embedding(rows, width) for i in layers if has_value_embedding(config, i)}
         self.value_embeds = nn.ModuleDict(tables)
         self.layers = nn.ModuleList(NanochatDecoderLayer(config, i) for i in layers)
@@ -183,24 +218,26 @@ class NanochatModel(NanochatPreTrainedModel):
 
     @property
     def ops(self) -> Ops:
-        """The table that computes: in training the one a trainer has set, else the plain formulas."""
+        """The table in use: in training the one that a trainer has set, else the plain formulas."""
         return self.training_ops if self.training else PLAIN
 
     @capture_outputs
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_hidden_states=None,
-        **kwargs,
-    ):
-        """`position_ids` (B, T) that start again within a row keep the documents there apart, given neither mask nor cache.
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Ids (B, T) → normed hidden states (B, T, C).
 
-        hidden_states: the stream before each layer, then what the head reads.
+        `position_ids` (B, T) that start again within a row keep the documents of that row apart, as long as neither
+        mask nor cache is given. `hidden_states` of the result: the stream before each layer, then the input of the
+        head.
         """
         if input_ids is None and (inputs_embeds is None or self.config.use_value_embeddings):
             raise ValueError(
@@ -213,7 +250,7 @@ class NanochatModel(NanochatPreTrainedModel):
         ops, eps = self.ops, self.config.rms_norm_eps
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
-            # the residual stream in the low precision too, as the reference's bfloat16 table has it: half the bytes
+            # the residual stream too is in low precision, as in nanochat, whose embedding is bfloat16: half the bytes
             x = x.to(torch.get_autocast_dtype(x.device.type))
         given = "cu_seq_lens_q" in kwargs
         masks, documents = masks_and_documents(self.config, x, attention_mask, position_ids, past_key_values, given)
@@ -221,7 +258,7 @@ class NanochatModel(NanochatPreTrainedModel):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
         if use_cache and past_key_values is None:
-            # made after the masks, which isolate documents only where no cache is given
+            # after the masks, because those keep documents apart only where no cache is given
             past_key_values = DynamicCache(config=self.config)
         rope = ops.rope_tables(
             position_ids, self.config.head_dim, float(self.config.rope_theta), self.config.rope_in_bfloat16
@@ -233,9 +270,10 @@ class NanochatModel(NanochatPreTrainedModel):
         # transformers shortens num_hidden_layers for a draft by the first layers (assistant_early_exit)
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             if self.gradient_checkpointing or output_hidden_states:
-                x, update = x + update, nothing  # one tensor to keep for each layer, and the one that is shown
+                x, update = x + update, nothing  # checkpointing then keeps one tensor a layer, the one in hidden_states
                 hidden.append(x)
-            # the cache goes by keyword: gradient checkpointing drops it by name, or recomputation would write it twice
+            # The cache is a keyword because gradient checkpointing removes it by name. Otherwise recomputing a layer
+            # would write to the cache twice.
             x, update, x0 = layer(
                 x,
                 update,
@@ -243,7 +281,7 @@ class NanochatModel(NanochatPreTrainedModel):
                 lambdas[i],
                 rope,
                 input_ids,
-                self.value_embeds[str(i)] if str(i) in self.value_embeds else None,
+                self.value_embeds[str(i)] if str(i) in self.value_embeds else None,  # noqa: SIM401  no .get there
                 attention_mask=masks[self.config.layer_types[i]],
                 past_key_values=past_key_values,
                 ops=ops,
@@ -261,13 +299,14 @@ class NanochatModel(NanochatPreTrainedModel):
         """Whether the attention keeps documents apart by their borders, not by a mask."""
         return takes_borders(self.config._attn_implementation)
 
-    def document_borders(self, position_ids, device) -> dict:
-        """What `forward` would otherwise make of position_ids (B, T); {} where the attention takes no borders.
+    def document_borders(self, position_ids: Tensor | None, device: torch.device | None) -> dict:
+        """What `forward` derives from position_ids (B, T), as keywords; {} where the attention takes no borders.
 
-        Made of positions that still lie on the host they cost no wait for the device, and the graph stays whole.
+        Computed from positions on the host they need no wait for the device and break no compiled graph.
         """
-        takes = position_ids is not None and self.takes_borders
-        return varlen_arguments(position_ids, position_ids.shape[0], device) if takes else {}
+        if position_ids is None or not self.takes_borders:
+            return {}
+        return varlen_arguments(position_ids, position_ids.shape[0], device)
 
 
 class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
@@ -287,25 +326,26 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        loss_weights=None,
-        num_items_in_batch=None,
-        use_cache=None,
-        logits_to_keep=0,
-        skip_logits=None,
-        **kwargs,
-    ):
-        """loss = Σ nll·weight ÷ num_items_in_batch (default: the valid targets of this call).
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Ids (B, T) → logits (B, T, V) and loss = Σ nll·weight ÷ num_items_in_batch (default: the valid targets).
 
-        `labels` (B, T) are unshifted; `shift_labels` (B, T) hold the target of each position; −100 is ignored. `skip_logits`
-        leaves the logits out (None); training with targets does so by default, since float32 logits would be its largest tensor.
+        `labels` (B, T) are unshifted; `shift_labels` (B, T) hold the target of each position; −100 is ignored.
+        `skip_logits` returns None for the logits. Training with targets does so by default, since float32 logits would
+        be its largest tensor.
         """
-        # not a named argument: Trainer takes each of those with "label" in its name for a column that evaluation needs
+        # no named argument: Trainer takes each one with "label" in its name for a column that evaluation needs
         shift_labels = kwargs.pop("shift_labels", None)
         output = self.model(
             input_ids,
@@ -329,9 +369,8 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and shift_labels is not None
         if not skip_logits:
-            keep = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-            )
+            last = isinstance(logits_to_keep, int) and logits_to_keep
+            keep = slice(-logits_to_keep, None) if last else logits_to_keep
             logits = self.logits(hidden if isinstance(keep, int) else hidden[:, keep])
         return CausalLMOutputWithPast(
             loss=loss,

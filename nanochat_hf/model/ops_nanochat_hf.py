@@ -1,13 +1,16 @@
 """The operations of the model, one table of them, with their plain formulas as the defaults.
 
-The model computes through `ops.NAME(...)` and never asks who answers. A trainer may give the model a table whose entries
-compute the same things faster (`NanochatModel.training_ops`); evaluation and generation always use the plain formulas.
+The model calls `ops.NAME(...)` and does not know which code computes it. A trainer may give the model a table whose
+entries compute the same things faster (`NanochatModel.training_ops`). Evaluation and generation always use the
+formulas.
 
-An entry takes tensors and sizes, and layers where it multiplies or looks up. It takes the layer and not its weight because
-anything may stand in the layer's place: an adapter, a quantised or a float8 layer. A plain formula calls the layer, so it is
-right for all of them. A faster entry that reads `layer.weight` must first ask `are_plain`, and call the formula if they are not.
+An entry takes tensors and sizes, and a layer where it multiplies or looks up. It takes the layer and not its weight,
+because a library may have replaced the layer by an adapter, a quantised or a float8 layer. A formula calls the layer,
+so it is right for all of them. A faster entry that reads `layer.weight` must first check `are_plain`, and call the
+formula where that is false.
 
-Letters: B rows, T positions, C hidden_size, H query heads, K key/value heads, D head_dim, V vocabulary, n tokens of a chunk.
+Letters: B rows, T positions, C hidden_size, H query heads, K key/value heads, D head_dim, V vocabulary,
+n tokens of a chunk.
 """
 
 from collections.abc import Callable
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 
 
 class Heads(NamedTuple):
-    """The layers that make queries, keys and values, and what is done to queries and keys afterwards."""
+    """The layers that make queries, keys and values, and the settings of the norm of queries and keys."""
 
     q_proj: nn.Module  # C → H·D
     k_proj: nn.Module  # C → K·D
@@ -30,7 +33,7 @@ class Heads(NamedTuple):
 
 
 class ValueEmbedding(NamedTuple):
-    """A second source of values: a row of `table` for each token, let through by a gate for each key/value head."""
+    """A second source of values: a row of `table` for each token, times a gate for each key/value head."""
 
     gate: Tensor  # (B, T, K)
     table: nn.Module  # ids → (…, K·D)
@@ -38,34 +41,34 @@ class ValueEmbedding(NamedTuple):
 
 
 class Attend(NamedTuple):
-    """Attention itself, as transformers' interface calls it, and all that a faster entry must know to take its place."""
+    """Attention as transformers' interface calls it, and all that a faster entry must know to replace it."""
 
-    call: Callable  # q (B, T, H, D), k and v (B, T, K, D) → result with T·H·D numbers a row, weights or None
+    call: Callable  # q (B, T, H, D), k and v (B, T, K, D) → result with T·H·D elements a row, weights or None
     implementation: str  # its name in the config
-    whole_rows: bool  # no mask and no cache: a query sees keys of its own row, by `window` and `borders` alone
+    whole_rows: bool  # no mask and no cache: `window` and `borders` alone say which keys a query sees
     scaling: float
-    window: int | None  # keys that a query sees, its own among them; None: all before it
+    window: int | None  # number of keys that a query sees, its own included; None: its own and all before
     borders: Tensor | None  # int32 offsets of the documents among the B·T tokens; None: each row is one document
 
 
 def are_plain(*layers: nn.Module) -> bool:
-    """Whether these are linear layers or tables as they were made, so that `layer.weight` says all about them."""
+    """Whether no library has replaced or wrapped these layers, so that `layer.weight` is all there is to them."""
     return all(type(layer) in (nn.Linear, nn.Embedding) and type(layer.weight) is nn.Parameter for layer in layers)
 
 
 def norm(x: Tensor, eps: float | None = None) -> Tensor:
-    """RMS norm over the last axis without a weight. eps None is the dtype's own. Autocast may not widen the result."""
+    """RMS norm over the last axis, without a weight, in x's dtype also under autocast. eps None: the dtype's own."""
     return F.rms_norm(x, (x.shape[-1],), eps=eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of x (B, T, heads, D) by −θ. This is the reference's direction, the mirror of transformers' own."""
+    """Rotate the halves of x (B, T, heads, D) by −θ, as nanochat does; transformers rotates by +θ."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float, rounded: bool) -> Tensor:
-    """Cosines and sines (2, B, T, 1, D/2) of positions (B, T). Computed for each call, so no length is too long."""
+    """Cosines and sines (2, B, T, 1, D/2) of positions (B, T). Computed for each call, so any length works."""
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angle = position_ids[:, :, None, None].float() * theta**-exponent
     table = torch.stack((angle.cos(), angle.sin()))
@@ -73,10 +76,13 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float, rounded: bool
     return table.bfloat16() if rounded else table
 
 
-def mix_and_norm(x: Tensor, update: Tensor, x0: Tensor, lambdas: Tensor, eps: float | None, channels: int):
-    """The stream before a layer, r·(x + update) + s·x0 with lambdas (r, s), its norm, the norm's first channels, and x0.
+def mix_and_norm(
+    x: Tensor, update: Tensor, x0: Tensor, lambdas: Tensor, eps: float | None, channels: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The stream before a layer, its norm, the norm's first `channels`, and x0.
 
-    x, update and x0: (B, T, C). x0 is handed back so that a faster entry can add its gradients up from layer to layer.
+    The stream is r·(x + update) + s·x0 with lambdas (r, s). x, update and x0: (B, T, C). x0 is returned so that a
+    faster entry can sum its gradients from layer to layer.
     """
     resid, skip = lambdas
     x = resid * (x + update) + skip * x0
@@ -85,7 +91,7 @@ def mix_and_norm(x: Tensor, update: Tensor, x0: Tensor, lambdas: Tensor, eps: fl
 
 
 def stream_and_norm(x: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
-    """x (B, T, C) and its norm. x is handed back so that a faster entry can join both gradients."""
+    """x (B, T, C) and its norm. x is returned so that a faster entry can sum both gradients."""
     return x, norm(x, eps)
 
 
@@ -102,10 +108,13 @@ def gated_rows(gate: Tensor, table: nn.Module, ids: Tensor) -> Tensor:
     return gate.unsqueeze(-1) * table(ids).to(gate).unflatten(-1, (gate.shape[-1], -1))
 
 
-def attention(ops: "Ops", x: Tensor, heads: Heads, value: ValueEmbedding | None, rope: Tensor, attend: Attend):
-    """Normed x (B, T, C) → what `attend` gives for its queries, keys and values.
+def attention(
+    ops: "Ops", x: Tensor, heads: Heads, value: ValueEmbedding | None, rope: Tensor, attend: Attend
+) -> tuple[Tensor, Tensor | None]:
+    """Normed x (B, T, C) → the result of `attend` for its queries, keys and values.
 
-    This entry is made of others and gets the table itself: where no faster one is fit for the whole, theirs still are.
+    This entry calls others of the table, and gets the table for that. So where no kernel computes all of it, kernels
+    may still compute the parts.
     """
     q, k, v = ops.queries_keys_values(x, heads, rope)
     if value is not None:
@@ -127,7 +136,7 @@ def nll_and_slope(logits: Tensor, target: Tensor, weight: Tensor, cap: float) ->
     """Weighted cross-entropy of soft-capped logits, and its gradient.
 
     logits (n, V) before the cap, which a faster entry may overwrite; target (n), −100 is ignored; weight (n) float32
-    → weight·nll (n) float32, the gradient of its sum by the logits (n, V).
+    → weight·nll (n) float32, and the gradient of its sum with respect to the logits (n, V).
     """
     weight = torch.where(target == -100, 0.0, weight).unsqueeze(1)
     target = target.clamp(min=0).unsqueeze(1)  # (n, 1)

@@ -130,7 +130,7 @@ def runs(q, k, v):
         q.device.type == "cuda"
         and q.dtype == k.dtype == v.dtype
         and q.dtype in half
-        and D == v.shape[-1]
+        and v.shape[-1] == D
         and D % 8 == 0
         and D <= WIDEST
         and k.shape[1] == T > 1
