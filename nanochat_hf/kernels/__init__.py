@@ -1,4 +1,4 @@
-"""Kernels for training on CUDA, in place of the plain formulas that each of them is tested against. See README.md."""
+"""Kernels for training on CUDA. Each replaces a plain formula and is tested against it. See README.md."""
 
 from .dispatch import choose, registered, summed, table
 from .lib.cudnn_attention import register
@@ -6,4 +6,4 @@ from .lib.devices import FLOAT8, available
 
 __all__ = ["FLOAT8", "available", "choose", "registered", "summed", "table"]
 
-register()  # makes the attention implementation "cudnn" known to transformers
+register()  # so that transformers knows the attention implementation "cudnn"

@@ -1,4 +1,4 @@
-"""Which kernel computes which operation of the model. The kernels are found by listing ops/, see README.md."""
+"""Choose a kernel for each operation of the model, out of the files in ops/. See README.md."""
 
 import importlib
 import pkgutil
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,29 +19,30 @@ Report = dict[str, tuple[str, str]]  # {operation: (what computes it, why)}
 FORMULA = "formula"
 
 
-def _always(*args) -> bool:
+def _always(*args: Any) -> bool:
     return True
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel in the place of its operation. Calls that it does not serve go to the plain formula."""
+    """The table's entry for a kernel. Calls that the kernel does not serve go to the plain formula."""
 
     name: str
     run: Callable
     serves: Callable
     formula: Callable
-    summed: tuple[
-        tuple[str, ...], ...
-    ]  # layers whose weights' gradients it adds to their sums, see kernels/lib/weights.py
+    # names of layers whose weights' gradients the kernel adds to their sums; one tuple for each product, see
+    # lib/weights.py
+    summed: tuple[tuple[str, ...], ...]
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
+        """What the operation returns, see its formula."""
         return self.run(*args) if self.serves(*args) else self.formula(*args)
 
 
 @cache
 def registered() -> tuple[ModuleType, ...]:
-    """The modules of ops/ that can be imported here, the highest RANK first; without Triton some are absent."""
+    """The modules of ops/, the highest RANK first. Those that need Triton are absent where it is not installed."""
     found = []
     for entry in pkgutil.iter_modules(folder.__path__):
         try:
@@ -63,19 +65,20 @@ def kernel_of(module: ModuleType) -> Kernel:
 
 
 def choose(model: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[Ops, Report]:
-    """The table of operations for training `model` on `device`, and what computes each of them and why.
+    """The table of operations for training `model` on `device`, and for each operation what computes it and why.
 
-    `model`: a NanochatForCausalLM with its attention implementation set. `dtype`: in which products are taken, so autocast's
-    where it is on; float8_e4m3fn asks for float8 products where there are such, and bfloat16 for the rest.
-    Give the table to the model as `model.model.training_ops`.
+    `model`: a NanochatForCausalLM with its attention implementation set. `dtype`: the dtype of products, so autocast's
+    where it is on; float8_e4m3fn asks for float8 where a kernel has it, and bfloat16 for the rest. Set the table as
+    `model.model.training_ops`.
     """
-    chosen, report = {}, {}
+    chosen: dict[str, Callable] = {}
+    report: Report = {}
     for op in (field.name for field in fields(Ops)):
         reasons = []
         for module in (module for module in registered() if op == module.OP):
             reason = module.fits(model.config, device, dtype)
             if reason is None:
-                chosen[op], report[op] = kernel_of(module), (name_of(module), module.__doc__.partition("\n")[0])
+                chosen[op], report[op] = kernel_of(module), (name_of(module), (module.__doc__ or "").partition("\n")[0])
                 break
             reasons.append(f"{name_of(module)}: {reason}")
         else:
@@ -90,9 +93,10 @@ def table(report: Report) -> list[str]:
 
 
 def summed(model: nn.Module) -> list[list[nn.Module]]:
-    """The layers of `model` whose weights' gradients its kernels can add up; those of one list are multiplied together.
+    """Groups of layers of `model` whose weights' gradients its kernels can sum; one product multiplies a whole group.
 
-    Empty for a model with frozen parts: below the first weight that is trained no gradient comes, and kernels see none.
+    Empty for a model with frozen parts: frozen layers at the bottom get no backward call, so their kernels would never
+    run.
     """
     ops = getattr(getattr(model, "model", None), "training_ops", PLAIN)
     if not all(parameter.requires_grad for parameter in model.parameters()):

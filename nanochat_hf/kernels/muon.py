@@ -1,14 +1,17 @@
-"""Muon's passes over memory as Triton kernels. Matrices and gradients are read and written in place, none is stacked.
+"""Muon's passes over memory as Triton kernels. They read and write n tensors where they are, without stacking them.
 
-Letters: n matrices of r rows and c columns. Each kernel takes the addresses of the n tensors as a table on the device.
+Letters: n matrices of r rows and c columns. Each kernel gets the addresses of the n tensors as a table on the device.
 """
+
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 4096  # elements of a program
-ALIGNMENT = 16  # bytes: what a thread loads at once
+ALIGNMENT = 16  # bytes that a thread loads at once
 
 
 @triton.jit
@@ -24,7 +27,7 @@ def _momentum(grads_ptr, buffer_ptr, out_ptr, squares_ptr, ok_ptr, momentum, siz
     element = block * BLOCK + tl.arange(0, BLOCK)
     inside, ok = element < size, tl.load(ok_ptr) != 0
     grad = tl.load(_at(grads_ptr, i, element), inside, 0.0)
-    grad = tl.where(ok, grad, 0.0)  # chosen, not multiplied: it may not be finite
+    grad = tl.where(ok, grad, 0.0)  # `where` and not a product with 0: the gradient may be infinite or NaN
     buffer = tl.load(buffer_ptr + i * size + element, inside, 0.0)
     buffer += tl.where(ok, 1.0 - momentum, 0.0) * (grad - buffer)
     tl.store(buffer_ptr + i * size + element, buffer, inside)
@@ -60,12 +63,12 @@ def _apply(
 
 
 class Tables:
-    """Tables of addresses on the device, made again only when a tensor has moved: a copy costs the host more than a kernel."""
+    """Tables of addresses on the device, copied again only when a tensor has moved: a copy costs more than a launch."""
 
     def __init__(self):
-        self.kept = {}
+        self.kept: dict[str, tuple[list[int], Tensor]] = {}
 
-    def get(self, name, tensors) -> torch.Tensor:
+    def get(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
         """The int64 addresses (n) of a list of tensors of one device."""
         addresses = [tensor.data_ptr() for tensor in tensors]
         if name not in self.kept or self.kept[name][0] != addresses:
@@ -73,14 +76,14 @@ class Tables:
         return self.kept[name][1]
 
 
-def fit(tensors, width: int) -> bool:
-    """Whether the kernels can read these tensors in place: contiguous float32, aligned, as rows of `width` elements must be."""
+def fit(tensors: Iterable[Tensor], width: int) -> bool:
+    """Whether the kernels can read these tensors in place: contiguous, aligned float32, `width` a multiple of 16."""
     return width % ALIGNMENT == 0 and all(
         t.dtype == torch.float32 and t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in tensors
     )
 
 
-def momentum_(grads: torch.Tensor, buffer: torch.Tensor, momentum: float, ok: torch.Tensor, dtype: torch.dtype):
+def momentum_(grads: Tensor, buffer: Tensor, momentum: float, ok: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Move the buffers (n, r, c) towards the gradients → Nesterov's direction (n, r, c) of `dtype`, its norms (n, 1, 1).
 
     `grads` is a table (n). Where the 0-d bool `ok` is false the buffers stay and the direction is zero.
@@ -94,9 +97,9 @@ def momentum_(grads: torch.Tensor, buffer: torch.Tensor, momentum: float, ok: to
 
 
 def apply(
-    params, out, update: torch.Tensor, factor: torch.Tensor, rate: float, weight_decay: float, ok: torch.Tensor
+    params: Tensor, out: Tensor, update: Tensor, factor: Tensor, rate: float, weight_decay: float, ok: Tensor
 ) -> None:
-    """Write param − rate·(update·factor + cautious decay), from the matrices of table `params` (n) to those of table `out` (n).
+    """Write param − rate·(update·factor + cautious decay), from table `params` (n) to table `out` (n).
 
     update (n, r, c); factor (n, r, 1) or (n, 1, c), float32 and contiguous. Where `ok` is false the values are copied.
     """

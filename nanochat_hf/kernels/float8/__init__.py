@@ -1,10 +1,10 @@
-"""Float8 products in training: what a device must have for them. See products.py for how they compute."""
+"""Float8 products in training: which devices and sizes can use them. See products.py for how they compute."""
 
 import torch
 
 from ..lib.devices import FLOAT8
 
-MULTIPLE = 16  # the tensor cores want rows of 16 bytes
+MULTIPLE = 16  # float8 products need rows whose length 16 divides
 
 
 def capable(device: torch.device) -> tuple[bool, str]:
@@ -17,7 +17,7 @@ def capable(device: torch.device) -> tuple[bool, str]:
 
 
 def lacks(device: torch.device, dtype: torch.dtype, *sides: int) -> str | None:
-    """Why products of matrices with these sides are not taken in float8; None where they are."""
+    """Why matrices with these sides are not multiplied in float8; None where they are."""
     if dtype != FLOAT8:
         return "float8 is not asked for"
     able, reason = capable(device)
@@ -26,5 +26,5 @@ def lacks(device: torch.device, dtype: torch.dtype, *sides: int) -> str | None:
 
 
 def takes(x: torch.Tensor) -> bool:
-    """Whether 16 divides the number of tokens of x (…, C): tokens are the inner axis of the weights' gradients."""
-    return x.shape[:-1].numel() % MULTIPLE == 0
+    """Whether 16 divides the number of tokens of x (…, C), the inner axis of the product for the weights' gradients."""
+    return x.shape[:-1].numel() % MULTIPLE == 0  # ty: ignore[missing-attribute]  part of a torch.Size is one too

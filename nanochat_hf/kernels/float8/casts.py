@@ -1,13 +1,14 @@
 """Casts to float8 that write a matrix and its transpose in one pass over memory.
 
-For GPUs that have float8: Ada, Hopper and later. Letters: n rows, c columns.
+For GPUs with float8: Ada, Hopper and later. Letters: n rows, c columns.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-ROWS, COLUMNS = 128, 64  # a tile: rows of 64 to 128 bytes both ways
+ROWS, COLUMNS = 128, 64  # a tile, which is written in rows of 64 bytes and in transposed rows of 128
 CAST, SQUARE, SLOPE, TRANSPOSE = range(4)
 
 
@@ -40,7 +41,7 @@ def _cast(
         if MODE == 1:
             x = tl.where(x > 0.0, x * x, x * 0.0)  # NaN stays NaN
         if MODE == 2:
-            # kept lies transposed: n columns
+            # kept is transposed: rows of n elements
             kept = tl.load(kept_ptr + far_column[:, None] * n + row[None, :], turned, 0.0).T.to(tl.float32)
             x *= 2.0 * tl.sqrt(kept * tl.load(kept_unit_ptr))
         x *= 1.0 / tl.load(unit_ptr)
@@ -51,16 +52,25 @@ def _cast(
     tl.store(transposed_ptr + far_column[:, None] * transposed_row + row[None, :], x.T, turned)
 
 
-def launch(mode, x, out, transposed, unit=None, kept=None, kept_unit=None):
-    """Write x (n, c), in units of the 0-d `unit`, to out (n, c) and transposed (c, n), which may be parts of wider tensors.
+def launch(
+    mode: int,
+    x: Tensor,
+    out: Tensor | None,
+    transposed: Tensor,
+    unit: Tensor | None = None,
+    kept: Tensor | None = None,
+    kept_unit: Tensor | None = None,
+) -> None:
+    """Write x / unit (n, c) to `out` and its transpose (c, n) to `transposed`; both may be parts of wider tensors.
 
-    SQUARE writes relu(x)². SLOPE writes x·2·√(kept·kept_unit), kept (c, n). TRANSPOSE moves a float8 x as it is; out is unused.
+    SQUARE writes relu(x)². SLOPE writes x·2·√(kept·kept_unit), kept (c, n). TRANSPOSE only transposes a float8 x; out
+    is None.
     """
     n, c = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
     highest = torch.finfo(transposed.dtype).max
-    if mode == TRANSPOSE:  # bytes move as bytes
+    if mode == TRANSPOSE:  # no arithmetic, so any type of one byte will do
         x, transposed = x.view(torch.uint8), transposed.view(torch.uint8)
     grid = (triton.cdiv(n, ROWS), triton.cdiv(c, COLUMNS))
     _cast[grid](
@@ -81,6 +91,7 @@ def launch(mode, x, out, transposed, unit=None, kept=None, kept_unit=None):
         COLUMNS=COLUMNS,
         num_warps=8,
     )
-    if mode != TRANSPOSE and x.element_size() == 4:
-        # Triton 3.6 on an H100 wrote three in eight rows of the transpose of a float32 x wrongly; it turns bytes correctly
+    if out is not None and mode != TRANSPOSE and x.element_size() == 4:
+        # Triton 3.6 on an H100 writes three of eight rows of the transpose wrongly where x is float32. Bytes it
+        # transposes correctly, so the float8 result is transposed in a second launch.
         launch(TRANSPOSE, out, None, transposed)

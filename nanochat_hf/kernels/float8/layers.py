@@ -1,18 +1,20 @@
-"""The parts of a layer by float8 products. Each keeps only transposed float8 copies for backward.
+"""The parts of a layer with float8 products. Each keeps only transposed float8 copies for backward.
 
-The input of a layer is normed. So no element of x exceeds √C and no row is longer than √C, and by Cauchy and Schwarz the
-products of x have bounds as well. A bound costs no pass over memory, a maximum costs one. Bounds serve as well as maxima where
-float8 has range to spare: e5m2 always, e4m3 for the squared ReLU. Letters: N tokens, C hidden_size, W = 4C intermediate_size.
+The input of a layer is normed. So no element of x exceeds √C, no row of x is longer than √C, and by the inequality of
+Cauchy and Schwarz the products of x are bounded too. To find a maximum takes a pass over memory; a bound takes none. A
+bound is good enough where float8 has range to spare: always for e5m2, and for e4m3 with the squared ReLU
+(docs/records/2026-11-25-float8-prediction). Letters: N tokens, C hidden_size, W = 4C intermediate_size.
 """
 
 import torch
+from torch import Tensor
 
 from ..lib.weights import computing
 from .products import E4M3, E5M2, cast, largest, longest, product, scaled, slope, squared_relu, transposed, unit_of
 
 
 def _normed(x):
-    # (…, C) → (N, C) e4m3, its transpose, its unit; by torch's operations, which the compiler joins to the norm's kernel
+    # (…, C) → (N, C) e4m3, its transpose, its unit. torch's operations, so that the compiler fuses them with the norm.
     flat = x.reshape(-1, x.shape[-1])
     unit = unit_of(torch.full((), flat.shape[1] ** 0.5, device=x.device), E4M3)
     flat = scaled(flat, unit, E4M3)
@@ -20,22 +22,24 @@ def _normed(x):
 
 
 def _weights(*weights):
-    # float8 of the weights joined along their outputs, transposed, unit
+    # the weights in float8, concatenated along their outputs; the transpose; the unit
     unit = unit_of(torch.stack([largest(weight) for weight in weights]).amax(), E4M3)
     return *cast(weights, unit, E4M3, 0), unit
 
 
 def _gradients(*gradients):
+    # the gradients in float8, concatenated along the channels; the transpose; the unit
     flat = [g.reshape(-1, g.shape[-1]) for g in gradients]
     unit = unit_of(torch.stack([largest(g) for g in flat]).amax(), E5M2)
     return *cast(flat, unit, E5M2, 1), unit
 
 
 class Projections(torch.autograd.Function):
-    """Normed x (…, C), weights q, k, v → queries beside keys (…, q + k outputs), values (…, v outputs)."""
+    """Normed x (…, C), weights of q, k and v → queries and keys (…, (H + K)·D) and values (…, K·D)."""
 
     @staticmethod
-    def forward(ctx, x, q, k, v):
+    def forward(ctx, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys in one tensor, and values; keeps transposes in float8."""
         ctx.dtype, ctx.shape, ctx.sizes = x.dtype, x.shape, [weight.shape[0] for weight in (q, k, v)]
         ctx.weight_dtype = q.dtype
         dtype, border = computing(x), q.shape[0] + k.shape[0]
@@ -47,7 +51,8 @@ class Projections(torch.autograd.Function):
         return both.view(*x.shape[:-1], -1), values.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, d_both, d_values):
+    def backward(ctx, d_both: Tensor, d_values: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of x and of the three weights."""
         x_t, x_unit, w_t, w_unit = ctx.saved_tensors
         with torch.autocast(d_both.device.type, enabled=False):
             g, g_t, unit = _gradients(d_both, d_values)
@@ -59,7 +64,8 @@ class Linear(torch.autograd.Function):
     """x (…, inputs), weight (outputs, inputs) → x·weightᵀ (…, outputs), for any x."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        """The product; keeps transposes of both factors in float8."""
         ctx.dtype, ctx.shape, ctx.weight_dtype = x.dtype, x.shape, weight.dtype
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
@@ -71,7 +77,8 @@ class Linear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of the weight."""
         x_t, x_unit, w_t, w_unit = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
             g, g_t, unit = _gradients(dy)
@@ -82,11 +89,12 @@ class Linear(torch.autograd.Function):
 class SquaredReluMLP(torch.autograd.Function):
     """Normed x (…, C), up (W, C), down (C, W) → relu(x·upᵀ)²·downᵀ (…, C).
 
-    Of the wide activations aᵀ = relu(u)² alone is kept, one byte an element; the slope 2·relu(u) is 2·√a.
+    The only wide activation kept is aᵀ = relu(u)², one byte an element; backward needs the slope 2·relu(u) = 2·√a.
     """
 
     @staticmethod
-    def forward(ctx, x, up, down):
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """The MLP's output; keeps transposes in float8."""
         ctx.dtype, ctx.shape, ctx.weight_dtypes, dtype = x.dtype, x.shape, (up.dtype, down.dtype), computing(x)
         with torch.autocast(x.device.type, enabled=False):
             x8, x_t, x_unit = _normed(x)
@@ -96,12 +104,13 @@ class SquaredReluMLP(torch.autograd.Function):
             a_unit = unit_of(u_bound.square(), E4M3)
             a, a_t = squared_relu(x8, up8, x_unit, up_unit, a_unit)
             y = product(a, down8, (a_unit, down_unit), dtype)
-            slope_bound = 2 * u_bound * longest(down.mT)  # times the gradient's longest row
+            slope_bound = 2 * u_bound * longest(down.mT)  # times the norm of the gradient's longest row
         ctx.save_for_backward(x_t, x_unit, a_t, a_unit, up_t, up_unit, down_t, down_unit, slope_bound)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x and of both weights."""
         x_t, x_unit, a_t, a_unit, up_t, up_unit, down_t, down_unit, slope_bound = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
             flat = dy.reshape(-1, dy.shape[-1])

@@ -1,17 +1,18 @@
-"""Float8 products of the MLP, with the squared ReLU or its slope and the cast of the result inside. For Hopper.
+"""Float8 products of the MLP that also apply the squared ReLU or its slope and cast the result. For Hopper.
 
-The cast needs the unit of the result before the product is taken. That is why bounds are used and not maxima.
-Letters: N tokens, C hidden_size, W = 4C intermediate_size.
+The cast needs the unit of the result before the product is computed. So the unit comes from a bound, not from the
+maximum. Letters: N tokens, C hidden_size, W = 4C intermediate_size.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..lib.hopper import halves
 
-ROWS, COLUMNS, DEPTH = 128, 256, 128  # a tile of the result, and how much of the inner axis a step multiplies
+ROWS, COLUMNS, DEPTH = 128, 256, 128  # a tile of the result, and the elements of the inner axis in a step
 
 
 @triton.jit
@@ -90,19 +91,27 @@ def _wide(
         )
 
 
-def suits(x) -> bool:
-    """Whether these kernels run where `x` lies."""
+def suits(x: Tensor) -> bool:
+    """Whether these kernels run on the device of `x`."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
-def launch(a, b, units, unit, dtype, kept=None, kept_unit=None):
-    """a (N, C) · bᵀ of b (W, C), float8 in `units`, as `dtype` in units of `unit` → (N, W) and its transpose (W, N).
+def launch(
+    a: Tensor,
+    b: Tensor,
+    units: tuple[Tensor, Tensor],
+    unit: Tensor,
+    dtype: torch.dtype,
+    kept: Tensor | None = None,
+    kept_unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """a (N, C) · bᵀ of b (W, C), float8 in `units` → (N, W) and its transpose (W, N), float8 in `unit`.
 
-    Without `kept` the squared ReLU of the product; with kept (W, N) the product times 2·√(keptᵀ·kept_unit).
+    Without `kept` it is the squared ReLU of the product; with kept (W, N) the product times 2·√(keptᵀ·kept_unit).
     """
     (N, C), W = a.shape, b.shape[0]
     out, turned = a.new_empty(N, W, dtype=dtype), a.new_empty(W, N, dtype=dtype)
-    half = [COLUMNS // 2, ROWS]  # what a program holds of the result beside the accumulators
+    half = [COLUMNS // 2, ROWS]  # the part of the result that fits into shared memory at one time
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
     _wide[(programs,)](
         TensorDescriptor.from_tensor(a, [ROWS, DEPTH]),

@@ -1,62 +1,60 @@
-"""Training with float8 products. A tensor is cast in units of one number, which the product multiplies back in.
+"""Float8 products for training. A tensor is divided by its unit before the cast; a product is multiplied by both units.
 
-Activations and weights are e4m3 (3 bits of mantissa), gradients e5m2 (2 bits, 32 of range). The tensor cores want the inner axis
-of both operands contiguous. So the products of backward read transposes, which are written where a tensor is cast.
-Letters: N tokens, C hidden_size, W = 4C intermediate_size.
+Activations and weights are e4m3 (3 bits of mantissa). Gradients are e5m2 (2 bits, and a wider range). The tensor cores
+need the inner axis of both operands contiguous. So the products of backward read transposes, which the cast writes as
+well. Letters: N tokens, C hidden_size, W = 4C intermediate_size.
 """
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 try:
-    from . import matmul  # wants Triton's tensor descriptors
+    from . import matmul  # needs Triton's tensor descriptors
 except ImportError:
     matmul = None
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-MULTIPLE = 16  # the tensor cores want rows of 16 bytes
-TINY = 2.0**-100  # in place of the maximum of a tensor of zeros
-INSIDE = (
-    True  # the MLP's casts inside its products where the GPU can; False: a product of cuBLAS, then a cast, to compare
-)
+TINY = 2.0**-100  # the least maximum, so that a tensor of zeros has a unit above 0
+INSIDE = True  # cast the MLP's results inside its products where the GPU can; False, to compare: cuBLAS, then a cast
 
 
-def inside(x) -> bool:
-    """Whether products and casts of the MLP are one kernel for tensors like `x`."""
+def inside(x: Tensor) -> bool:
+    """Whether one kernel multiplies and casts in the MLP, for tensors like `x`."""
     return INSIDE and matmul is not None and matmul.suits(x)
 
 
-def unit_of(largest, dtype):
-    """The number that a float8 1.0 stands for, 0-d float32, so that `largest` (or a bound) becomes the dtype's own largest."""
+def unit_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit, 0-d float32, that makes `largest` (a maximum or a bound) the largest number of the float8 dtype."""
     return largest.float().clamp(min=TINY) / torch.finfo(dtype).max
 
 
-def largest(x):
-    """Largest absolute value of x (N, C); along rows first, which the compiler joins to the kernel of a norm."""
+def largest(x: Tensor) -> Tensor:
+    """Largest absolute value of x (N, C), along rows first, which the compiler can fuse with the norm."""
     return x.abs().amax(-1).amax()
 
 
-def longest(x):
+def longest(x: Tensor) -> Tensor:
     """Largest norm of the rows of x (N, C), 0-d float32."""
     return x.float().square().sum(-1).amax().sqrt()
 
 
-def scaled(x, unit, dtype):
-    """x in units of `unit`, as float8."""
+def scaled(x: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / unit as float8."""
     highest = torch.finfo(dtype).max
     return (x.float() * (1.0 / unit)).clamp(-highest, highest).to(dtype)
 
 
-def product(a, b, units, dtype, fast=True):
-    """a (n, k) · bᵀ of b (m, k), both float8 with rows in memory → (n, m) of `dtype`, times both `units`.
+def product(a: Tensor, b: Tensor, units: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = True) -> Tensor:
+    """a (n, k) · bᵀ of b (m, k), both float8 with contiguous rows → (n, m) of `dtype`, times both `units`.
 
-    `fast` leaves the sums in the tensor cores, which keep 14 bits of them.
+    `fast` sums in the tensor cores alone, which keep 14 bits.
     """
     return _product(a, b, *units, dtype, fast)
 
 
-# An operator of our own around torch's, so that the compiler neither changes layouts nor tries templates of its own.
+# An operator of our own around torch's, so that the compiler neither changes layouts nor tunes its own templates.
 @torch.library.custom_op("nanochat_hf::float8_product", mutates_args=())
 def _product(
     a: torch.Tensor, b: torch.Tensor, a_unit: torch.Tensor, b_unit: torch.Tensor, dtype: torch.dtype, fast: bool
@@ -73,9 +71,9 @@ def _(a, b, a_unit, b_unit, dtype, fast):
 def cast(
     parts: Sequence[torch.Tensor], unit: torch.Tensor, dtype: torch.dtype, axis: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrices, joined along `axis` → (n, c) float8 in units of `unit`, and its transpose (c, n)."""
+    """Matrices, concatenated along `axis` → (n, c) float8 in units of `unit`, and its transpose (c, n)."""
     if not parts[0].is_cuda:
-        joined = scaled(torch.cat(parts, axis), unit, dtype)
+        joined = scaled(torch.cat(list(parts), axis), unit, dtype)
         return joined, joined.t().contiguous()
     from . import casts
 
@@ -124,7 +122,7 @@ def squared_relu(
     x: torch.Tensor, up: torch.Tensor, x_unit: torch.Tensor, up_unit: torch.Tensor, unit: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """a = relu(x·upᵀ)² of x (N, C) and up (W, C), float8, as e4m3 in units of `unit` → a (N, W), aᵀ (W, N)."""
-    if inside(x):
+    if matmul is not None and inside(x):
         return matmul.launch(x, up, (x_unit, up_unit), unit, E4M3)
     if not x.is_cuda:
         a = scaled(torch.relu(product(x, up, (x_unit, up_unit), torch.float32)).square(), unit, E4M3)
@@ -155,12 +153,11 @@ def slope(
 
     g (N, C), downᵀ (W, C) and aᵀ (W, N) are float8.
     """
-    if inside(g):
+    if matmul is not None and inside(g):
         return matmul.launch(g, down_t, (g_unit, down_unit), unit, E5M2, a_t, a_unit)
     if not g.is_cuda:
-        s = scaled(
-            product(g, down_t, (g_unit, down_unit), torch.float32) * (2 * (a_t.t().float() * a_unit).sqrt()), unit, E5M2
-        )
+        d = product(g, down_t, (g_unit, down_unit), torch.float32)
+        s = scaled(d * (2 * (a_t.t().float() * a_unit).sqrt()), unit, E5M2)
         return s, s.t().contiguous()
     from . import casts
 

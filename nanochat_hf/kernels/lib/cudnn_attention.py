@@ -4,21 +4,24 @@ Letters: B rows, T positions, H query heads, K key/value heads, D head_dim.
 """
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cudnn_graph import run
 
-# not "cudnn_flash": transformers looks for each name with "flash" in it among FlashAttention's packages and on the Hub
+# no name with "flash" in it: transformers looks for those among FlashAttention's packages and on the Hub
 NAME = "cudnn"
-# cuDNN 9.6 has ragged statistics, packed documents with shared key heads, and a workspace that grows with the tokens
+# cuDNN 9.6 is the first with ragged statistics, with grouped key heads in packed rows, and with a workspace that grows
+# only with the number of tokens
 OLDEST = 90600
-WIDEST = 128  # head_dim; beyond, support differs by GPU and version
+WIDEST = 128  # largest head_dim; support for larger ones depends on GPU and version
 
 
-def missing(device):
+def missing(device: torch.device) -> tuple[str, str] | None:
     """Why cuDNN's attention cannot run on `device`, and the remedy; None where it can."""
     other = "use sdpa or auto"
     if device.type != "cuda":
@@ -42,7 +45,7 @@ def missing(device):
 
 
 def _ready(tensor, packed):
-    """The tensor itself where a kernel can read it: vectors of 16 bytes, packed tokens at one distance; else a copy."""
+    """The tensor where a kernel can read it, else a copy. Needed: vectors of 16 bytes, and packed tokens at equal distances."""
     whole, (B, T, *_), (row, token, *_) = 16 // tensor.element_size(), tensor.shape, tensor.stride()
     aligned = (
         tensor.stride(-1) == 1
@@ -59,9 +62,9 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q (B, T, H, D), k and v (B, T, K, D), any strides → out (B, T, H, D), log-sum-exp float32.
 
-    The log-sum-exp is (B, T, H) with `borders`, else (B, H, T). A query sees the keys at distances 0 to window − 1, and all before
-    it where window is 0. `borders` are int32 offsets of the documents among the B·T tokens, [0, …, B·T]; no document is empty or
-    longer than T. None: each row is one document. RuntimeError where cuDNN refuses.
+    The log-sum-exp is (B, T, H) with `borders`, else (B, H, T). A query sees the keys at distances 0 to window − 1;
+    with window 0 its own and all before it. `borders`: int32 offsets of the documents among the B·T tokens, [0, …,
+    B·T]; no document is empty or longer than T. None: each row is one document. RuntimeError where cuDNN refuses.
     """
     q, k, v = (_ready(t, borders is not None) for t in (q, k, v))
     B, T, H, _ = q.shape
@@ -83,14 +86,25 @@ def attention_backward(
     scale: float,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `attention`'s out with respect to q, k and v, contiguous, from what it was given and gave."""
-    gradients = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    write_gradients(gradients, do, q, k, v, out, stats, borders, scale, window)
-    return gradients
+    """Gradients of `attention`'s out with respect to q, k and v, contiguous, from its inputs and outputs."""
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    write_gradients((dq, dk, dv), do, q, k, v, out, stats, borders, scale, window)
+    return dq, dk, dv
 
 
-def write_gradients(into, do, q, k, v, out, stats, borders, scale, window):
-    """`attention_backward` into given tensors (dq, dk, dv), which may be parts of one."""
+def write_gradients(
+    into: tuple[Tensor, Tensor, Tensor],
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    borders: Tensor | None,
+    scale: float,
+    window: int,
+) -> None:
+    """As `attention_backward`, but write to the given tensors (dq, dk, dv), which may be parts of one."""
     q, k, v, out, do = (_ready(t, borders is not None) for t in (q, k, v, out, do))
     read = {"q": q, "k": k, "v": v, "o": out, "do": do, "stats": stats.contiguous()}
     run(True, read | dict(zip(("dq", "dk", "dv"), into, strict=True)), scale, window, borders)
@@ -120,10 +134,11 @@ def _gradients(ctx, do, _):
 attention.register_autograd(_gradients, setup_context=_keep)
 
 
-def runs(q, k, v):
-    """Whether the operator can take q (B, T, H, D), k and v (B, S, K, D): whole rows of half precision on CUDA.
+def runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the operator takes q (B, T, H, D), k and v (B, S, K, D): whole rows of half precision on CUDA.
 
-    Without gradients only lengths that 128 divides: evaluation and generation bring each length once, and a graph costs more.
+    Without gradients only lengths that are multiples of 128. Evaluation and generation come with new lengths all the
+    time, and to build a graph for each would cost more than it saves.
     """
     (_, T, _, D), half = q.shape, (torch.bfloat16, torch.float16)
     return (
@@ -138,8 +153,8 @@ def runs(q, k, v):
     )
 
 
-def packed_mask(shape, borders, window, device):
-    """Mask (B or 1, 1, T, T) of documents and window, True where a query sees a key. `shape`: (B, T); window 0: none."""
+def packed_mask(shape: tuple[int, int], borders: Tensor | None, window: int, device: torch.device) -> Tensor:
+    """Mask (B or 1, 1, T, T) of documents and window, True where a query sees a key. `shape`: (B, T); window 0: no window."""
     B, T = shape
     distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
     mask = (distance >= 0) & (distance < (window or T))
@@ -150,27 +165,27 @@ def packed_mask(shape, borders, window, device):
 
 
 def attend(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    sliding_window=None,
-    cu_seq_lens_q=None,
-    dropout=0.0,
-    **kwargs,
-):
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Attention for transformers: query (B, H, T, D), key and value (B, K, S, D) → (B, T, H, D), None.
 
-    Under a mask, for queries that continue a cache, and for what the kernels do not know, SDPA with the same meaning.
+    SDPA computes the same thing where there is a mask, where queries continue a cache, and for what cuDNN does not
+    support.
     """
     (B, _, T, D), window = query.shape, sliding_window or 0
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     if attention_mask is None and not dropout and runs(q, k, v):
-        return torch.ops.nanochat_hf.cudnn_attention(
-            q, k, v, cu_seq_lens_q, D**-0.5 if scaling is None else scaling, window
-        )[0], None
+        scale = D**-0.5 if scaling is None else scaling
+        return torch.ops.nanochat_hf.cudnn_attention(q, k, v, cu_seq_lens_q, scale, window)[0], None
     if attention_mask is None and key.shape[2] == T and (cu_seq_lens_q is not None or 0 < window < T):
         attention_mask = packed_mask((B, T), cu_seq_lens_q, window, query.device)
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -187,11 +202,12 @@ def attend(
     )
 
 
-attend.takes_borders = True  # so the model hands it the borders of documents, and no mask of them
+# so that the model passes the borders of documents and no mask, see masks_nanochat_hf.py
+attend.takes_borders = True  # ty: ignore[unresolved-attribute]  functions take any attribute
 
 
-def register():
-    """Make `attend` known to transformers; returns its name there. Masks, where there are any, are SDPA's."""
+def register() -> str:
+    """Make `attend` known to transformers and return its name there. Its masks have SDPA's form."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
     return NAME

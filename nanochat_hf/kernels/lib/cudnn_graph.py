@@ -1,28 +1,34 @@
 """cuDNN's graphs of causal attention with windows and packed documents (package nvidia-cudnn-frontend).
 
-The facts come from NVIDIA/cudnn-frontend 1.18, docs/operations/Attention.md and the header of its attention node.
-Letters: B rows, T positions, H query heads, K key/value heads, D head_dim, n documents, empty ones at the end included.
+What cuDNN supports is described in NVIDIA/cudnn-frontend 1.18: docs/operations/Attention.md and the header of its
+attention node. Letters: B rows, T positions, H query heads, K key/value heads, D head_dim, n documents, with the empty
+ones at the end.
 """
 
 import contextlib
 import functools
 import threading
-from typing import NamedTuple
+from collections.abc import Generator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-FEWEST = 64  # documents a graph is built for; above, powers of two: few graphs serve all batches
-HEADS = {"q": "H", "o": "H", "do": "H", "dq": "H", "stats": "H"}  # others have K heads
+FEWEST = 64  # least number of documents of a graph; it is rounded up to a power of 2, so that few graphs are built
+HEADS = {"q": "H", "o": "H", "do": "H", "dq": "H", "stats": "H"}  # the other tensors have K heads
 UID = {
     name: i for i, name in enumerate(("q", "k", "v", "o", "stats", "do", "dq", "dk", "dv", "length_q", "length_kv"), 1)
 }
-OFFSETS = 32  # the first number of a tensor of offsets
-_lock = threading.Lock()  # a handle has one stream at a time, and backward runs in a thread of its own
+OFFSETS = 32  # the lowest uid of a tensor of offsets
+_lock = threading.Lock()  # a handle has one stream at a time, but backward runs in another thread
 
 
 class Call(NamedTuple):
-    """All that a graph is built for. strides: (name, (row, token, head)) of tensors but stats; documents: 0 for plain rows."""
+    """What determines a graph.
+
+    strides: (name, (row, token, head)) of each tensor but stats. documents: 0 where each row is one document.
+    """
 
     backward: bool
     device: torch.device
@@ -34,31 +40,32 @@ class Call(NamedTuple):
     documents: int
     deterministic: bool
 
-    def heads(self, name):
+    def heads(self, name: str) -> int:
+        """Heads of a tensor, H or K."""
         return self.sizes[2] if HEADS.get(name) else self.sizes[3]
 
-    def layout(self, name):
-        """(dims, strides) of a tensor as cuDNN has them: (rows or documents, heads, T, D)."""
+    def layout(self, name: str) -> tuple[list[int], list[int]]:
+        """(dims, strides) of a tensor in cuDNN's order: rows or documents, heads, T, D."""
         B, T, _, _, D = self.sizes
         heads, width = self.heads(name), 1 if name == "stats" else D
         dims = [self.documents or B, heads, T, width]
-        if name == "stats":  # token after token in packed rows, head after head in plain ones
+        if name == "stats":  # (T, H) in memory for packed rows, (H, T) for plain ones
             return dims, [heads * T, 1, heads, 1] if self.documents else [heads * T, T, 1, 1]
         row, token, head = dict(self.strides)[name]
         return dims, [T * token if self.documents else row, head, token, 1]
 
-    def unit(self, name):
-        """Elements from a token of packed rows to the next."""
+    def unit(self, name: str) -> int:
+        """Elements from one token of packed rows to the next."""
         return self.heads(name) if name == "stats" else dict(self.strides)[name][1]
 
-    def offset_ids(self):
-        """{unit: number of the offsets of documents in such tensors}; {} for plain rows."""
+    def offset_ids(self) -> dict[int, int]:
+        """{unit: uid of the documents' offsets for tensors with that unit}; {} for plain rows."""
         units = {self.unit(name) for name in (*dict(self.strides), "stats")} if self.documents else ()
         return {unit: OFFSETS + i for i, unit in enumerate(sorted(units))}
 
 
 @functools.cache
-def handle_of(device):
+def handle_of(device: torch.device) -> Any:
     """cuDNN's handle for `device`."""
     import cudnn
 
@@ -67,7 +74,7 @@ def handle_of(device):
 
 
 @contextlib.contextmanager
-def held(device):
+def held(device: torch.device) -> Generator[Any, None, None]:
     """The device's handle, set to the current stream, for one thread at a time."""
     import cudnn
 
@@ -78,8 +85,8 @@ def held(device):
         yield handle
 
 
-def describe(call, handle, **options):
-    """cuDNN's graph of `call`, not yet built; `options` go to its constructor."""
+def describe(call: Call, handle: Any, **options: Any) -> Any:
+    """cuDNN's graph of `call`, not built yet; `options` go to its constructor."""
     import cudnn
 
     types = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", torch.float32: "FLOAT"}
@@ -109,8 +116,8 @@ def describe(call, handle, **options):
         if n:
             tensor.set_ragged_offset(offsets[call.unit(name)])
 
-    # query i sees keys j with i − left < j ≤ i + right, so left is the window itself
-    options = dict(
+    # query i sees the keys j with i − left < j ≤ i + right, so `left` is the window
+    options: dict[str, Any] = dict(
         attn_scale=call.scale, diagonal_alignment=cudnn.diagonal_alignment.TOP_LEFT, diagonal_band_right_bound=0
     )
     if call.window:
@@ -123,7 +130,9 @@ def describe(call, handle, **options):
         wanted("o", o), wanted("stats", stats)
         return graph
     if n:
-        options |= dict(max_total_seq_len_q=B * T, max_total_seq_len_kv=B * T)  # or the workspace would hold n·T tokens
+        options |= dict(
+            max_total_seq_len_q=B * T, max_total_seq_len_kv=B * T
+        )  # otherwise the workspace would be for n·T tokens
     inputs = [given(name) for name in ("q", "k", "v", "o", "do", "stats")]
     gradients = graph.sdpa_backward(
         *inputs, use_deterministic_algorithm=call.deterministic, name="attention_backward", **options
@@ -134,7 +143,7 @@ def describe(call, handle, **options):
 
 
 @functools.cache
-def graph_of(call):
+def graph_of(call: Call) -> tuple[Any, int]:
     """(graph ready to run, bytes of its workspace). RuntimeError with cuDNN's reason where it has no kernel."""
     import cudnn
 
@@ -148,12 +157,12 @@ def graph_of(call):
         ) from error
 
 
-def call_of(backward, tensors, scale, window, borders):
-    """The Call of `tensors` {name: (B, T, heads, D)}, read and written, and stats."""
+def call_of(backward: bool, tensors: dict[str, Tensor], scale: float, window: int, borders: Tensor | None) -> Call:
+    """The Call for `tensors`, inputs and outputs: {name: (B, T, heads, D)}, and stats."""
     q, k = tensors["q"], tensors["k"]
     (B, T, H, D), K = q.shape, k.shape[2]
     n = 0 if borders is None else max(FEWEST, 1 << (len(borders) - 2).bit_length())
-    # rows of packed tokens follow one another, so that their distance says nothing
+    # packed rows follow one another without gaps, so the stride of a row is redundant
     strides = tuple(
         (name, (0 if n else t.stride(0), *t.stride()[1:3])) for name, t in tensors.items() if name != "stats"
     )
@@ -163,13 +172,13 @@ def call_of(backward, tensors, scale, window, borders):
     )
 
 
-def run(backward, tensors, scale, window, borders):
-    """Launch attention or its gradient on the current stream. tensors: {name: tensor}; borders: (documents + 1) or None."""
+def run(backward: bool, tensors: dict[str, Tensor], scale: float, window: int, borders: Tensor | None) -> None:
+    """Launch attention or its gradient on the current stream. borders: (documents + 1), or None for plain rows."""
     call = call_of(backward, tensors, scale, window, borders)
     numbered = {UID[name]: tensor for name, tensor in tensors.items()}
-    if (
-        call.documents
-    ):  # what fills the list up begins at the end and has no tokens; so do none that the last border leaves out
+    if borders is not None:
+        # The graph is for more documents than there are: the others are empty and begin at the end. A document that
+        # ends before the last token is followed by one more, which holds the rest.
         B, T, *_ = call.sizes
         borders = F.pad(borders[:-1].long(), (0, call.documents + 2 - len(borders)), value=B * T)
         numbered |= dict.fromkeys((UID["length_q"], UID["length_kv"]), borders.diff().int())

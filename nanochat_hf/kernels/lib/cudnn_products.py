@@ -1,29 +1,32 @@
-"""Products with one more operation inside, by cuDNN's graphs (package nvidia-cudnn-frontend). For Hopper.
+"""Products fused with one more operation by cuDNN's graphs (package nvidia-cudnn-frontend). For Hopper.
 
-cuDNN's kernels multiply the next tile while the last one is finished and stored; Triton's do not.
+cuDNN's kernels multiply the next tile while they finish and store the last one; Triton's do not
+(docs/records/2026-11-26-one-product-for-qkv).
 Letters: N tokens, K inner width, W width of the result.
 """
 
 import functools
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .cudnn_attention import missing
 from .cudnn_graph import handle_of, held
 
-TILE = 192  # columns of a tile of the kernel that serves widths best which it divides
+TILE = 192  # columns of a tile of the kernel that is fastest for widths that 192 divides
 UID = {"a": 1, "w": 2, "kept": 3, "result": 4}
 
 
 def _preferred(width):
-    # cuDNN 9's names of kernels, the fastest on an H100 first; always the same one, so that results are the same too
+    # names of cuDNN 9's kernels, the fastest on an H100 first. The choice is fixed, so that results do not change.
     kernels = ("k24=2", "k24=40", "k24=3") if width % TILE == 0 else ("k24=3", "k24=40", "k24=2")
     return [f"eng4_{kernel}" for kernel in kernels]
 
 
 @functools.cache
-def plan_of(kind, device, dtype, N, K, W):
-    """(graph, its plan's number, bytes of workspace) of a product a (N, K) with kept and result (N, W); None where cuDNN has none.
+def plan_of(kind: str, device: torch.device, dtype: torch.dtype, N: int, K: int, W: int) -> tuple[Any, int, int] | None:
+    """(graph, number of its plan, bytes of workspace); None where cuDNN has no kernel. a is (N, K), kept and result (N, W).
 
     kind "slope": (a·w)·2·√kept, w (K, W). kind "sum": a·wᵀ + kept, w (W, K).
     """
@@ -56,7 +59,7 @@ def plan_of(kind, device, dtype, N, K, W):
         names = [graph.get_plan_name_at_index(i) for i in range(graph.get_execution_plan_count())]
         number = next((names.index(name) for name in _preferred(W) if name in names), 0)
         graph.build_plan_at_index(number)
-    except Exception:  # an older cuDNN, other limits: others stand ready
+    except Exception:  # an older cuDNN, or a limit of it: the caller has another way
         return None
     return graph, number, graph.get_workspace_size_plan_at_index(number)
 
@@ -75,8 +78,8 @@ def _run(kind, a, w, kept):
     return out
 
 
-def slope(dy, down, squared):
-    """(dy·down)·2·√squared of contiguous dy (N, C), down (C, W), squared (N, W) → (N, W); None without a kernel for it."""
+def slope(dy: Tensor, down: Tensor, squared: Tensor) -> Tensor | None:
+    """(dy·down)·2·√squared of contiguous dy (N, C), down (C, W), squared (N, W) → (N, W); None if cuDNN has no kernel."""
     return _run("slope", dy, down, squared)
 
 
@@ -93,6 +96,6 @@ def _(a, w, kept):
     return kept.new_empty(kept.shape)
 
 
-def serves(device):
-    """Whether product_plus is worth its while on `device`: on Hopper, with cuDNN's frontend."""
+def serves(device: torch.device) -> bool:
+    """Whether product_plus is faster than a product and a sum on `device`: on Hopper with cuDNN's frontend."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and missing(device) is None

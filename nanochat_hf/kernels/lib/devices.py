@@ -1,12 +1,12 @@
-"""What a device can do, asked by `fits` before a run: each answer is None, or the reason why not in a few words."""
+"""What a device can do. `fits` asks before a run; the answer is None, or in a few words the reason why not."""
 
 from importlib.util import find_spec
 
 import torch
 
-ALIGNED = 8  # elements: TMA wants rows of whole multiples of 16 bytes
+ALIGNED = 8  # elements: TMA needs rows whose bytes 16 divides
 HALF = (torch.bfloat16, torch.float16)
-FLOAT8 = torch.float8_e4m3fn  # as a kernel's `dtype`: products in float8 where there are such, the rest in bfloat16
+FLOAT8 = torch.float8_e4m3fn  # as a kernel's `dtype`: float8 where a kernel has it, bfloat16 for the rest
 
 
 def lacks_triton(device: torch.device) -> str | None:
@@ -19,7 +19,7 @@ def lacks_triton(device: torch.device) -> str | None:
 
 
 def lacks_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why products made for Hopper cannot run. Later GPUs have TMA too, but nobody has measured them."""
+    """Why Hopper's products cannot run. Later GPUs have TMA too, but the products were never measured there."""
     if lacks_triton(device):
         return lacks_triton(device)
     if torch.cuda.get_device_capability(device)[0] != 9:
@@ -34,7 +34,7 @@ def hopper_takes(x: torch.Tensor, *widths: int) -> bool:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side; a small number for Triton's interpreter."""
+    """The number of multiprocessors; 2 on the CPU, for Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

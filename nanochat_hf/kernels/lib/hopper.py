@@ -1,4 +1,4 @@
-"""Tiles of Hopper's products, whose operands come by TMA: sizes, descriptors, and the halves that are stored.
+"""Tiles of products on Hopper, whose operands TMA loads: sizes, descriptors, and the halves in which they are stored.
 
 Letters: N tokens, C inner width, W width of the result.
 """
@@ -10,19 +10,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .devices import multiprocessors
 
-ROWS, COLUMNS, DEPTH = 128, 256, 64  # a tile of the result, and how much of the inner axis a step multiplies
+ROWS, COLUMNS, DEPTH = 128, 256, 64  # a tile of the result, and the elements of the inner axis in a step
 
 
 @triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a tile (ROWS, COLUMNS): what a program can hold beside the accumulators."""
+    """The left and the right half of a tile (ROWS, COLUMNS). Shared memory has room for a half while the loop goes on."""
     return tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
 
 
 def descriptors_and_tiles(narrow: Tensor, weight: Tensor, *wide: Tensor, turned: bool = True) -> tuple[list, dict]:
     """Descriptors of narrow (N, C), weight and `wide` tensors (N, W), and the sizes of the tiles as keywords.
 
-    The weight is (W, C) where `turned`, else (C, W). There is one program a multiprocessor, which walks over tiles.
+    The weight is (W, C) where `turned`, else (C, W). One program runs on each multiprocessor and computes tile after
+    tile.
     """
     half = [ROWS, COLUMNS // 2]
     descriptors = [TensorDescriptor.from_tensor(narrow, [ROWS, DEPTH])]

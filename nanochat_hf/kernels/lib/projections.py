@@ -174,8 +174,8 @@ def rotated_projections(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, T, C), w (W, C), angles (2, B or 1, T, 1, D/2) → x·wᵀ (B, T, W), 1/rms (B, T, rotated) float32.
 
-    The first `rotated` heads are rotated and normed. With gate (B, T, K), table (V, K·D) and ids (B, T), gate·table[ids] is added to
-    the last K heads; `adds` says whether it can be.
+    The first `rotated` heads are rotated and normed. With gate (B, T, K), table (V, K·D) and ids (B, T),
+    gate·table[ids] is added to the last K heads; `adds` says whether it can be.
     """
     B, T, C = x.shape
     out, scale = x.new_empty(B, T, w.shape[0]), x.new_empty(B, T, rotated, dtype=torch.float32)

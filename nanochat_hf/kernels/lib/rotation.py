@@ -171,8 +171,8 @@ def rope_norm_backward(
 def write_gradient(dx, dq, dk, dv, q, k, scale, rope):
     """Write the gradients before rotation and norm, of q (B, T, H, D) and k (B, T, K, D), into dx (B, T, ≥ (H + K)·D).
 
-    Where dv (B, T, K, D) is given it is copied beside them. dq and dk may lie where their results go. Rows of q, k and dx follow one
-    another.
+    Where dv (B, T, K, D) is given it is copied beside them. dq and dk may lie where their results go. Rows of q, k and
+    dx follow one another.
     """
     B, T, q_heads, D = q.shape
     k_heads, values = k.shape[2], 0 if dv is None else dv.shape[2]

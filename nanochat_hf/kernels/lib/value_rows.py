@@ -1,7 +1,7 @@
 """Gradients of gated rows of a table, summed id after id.
 
-Each row of the table is read and written once, where atomic sums would touch it for each token; and the result is the same
-every time. Letters: N tokens, V rows of the table, K heads, D elements of each, C = K·D.
+Each row of the table is read and written once, where atomic sums would touch it for each token; and the result is the
+same every time. Letters: N tokens, V rows of the table, K heads, D elements of each, C = K·D.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Gradients of weights by pieces: tiles are cut along the tokens, so that all multiprocessors work to the end.
 
-Uncut tiles would leave many idle in the last round. For Hopper. Letters: N tokens (the inner axis), G rows and K columns of the
-result.
+Uncut tiles would leave many idle in the last round. For Hopper. Letters: N tokens (the inner axis), G rows and K
+columns of the result.
 """
 
 import functools
@@ -76,8 +76,8 @@ def _sum(
 def cut(tiles, steps, programs, cuts):
     """((tile, first step, end), …): `tiles` of `steps` each, for `programs` that take one piece after another.
 
-    Each tile is in `cuts` pieces. Pieces of the same steps are side by side, since they read the same rows. The pieces of a last
-    round that would leave programs idle are cut once more.
+    Each tile is in `cuts` pieces. Pieces of the same steps are side by side, since they read the same rows. The pieces
+    of a last round that would leave programs idle are cut once more.
     """
     bounds = [steps * i // cuts for i in range(cuts + 1)]
     pieces = [(tile, *pair) for pair in zip(bounds, bounds[1:], strict=False) for tile in range(tiles)]
@@ -134,8 +134,8 @@ def _tables(pieces, G, K, device):
 def by_pieces(g, x, total, pieces, programs):
     """Add gᵀ·x of g (N, G) and x (N, K) to total (G, K) float32, all contiguous, by `programs` that take `pieces`.
 
-    A piece goes straight into the sum when it is done. Where torch.use_deterministic_algorithms asks for one order, or there is no
-    TMA to add pieces, each is written by itself first.
+    A piece goes straight into the sum when it is done. Where torch.use_deterministic_algorithms asks for one order, or
+    there is no TMA to add pieces, each is written by itself first.
     """
     (_, G), K, apart = g.shape, x.shape[1], not g.is_cuda or torch.are_deterministic_algorithms_enabled()
     table, *tiles = _tables(pieces, G, K, g.device)

@@ -1,7 +1,7 @@
 """How a kernel reads the weights of layers, and where it puts their gradients.
 
-optim/gradient_sums.py may have given weights a float32 sum over micro-batches. A kernel then adds to the sum and returns no
-gradient, which saves a pass over memory. The copy in half precision, rounded once a step, saves another.
+optim/gradient_sums.py may have given weights a float32 sum over micro-batches. A kernel then adds to the sum and
+returns no gradient, which saves a pass over memory. The copy in half precision, rounded once a step, saves another.
 """
 
 import torch

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
 from nanochat_hf.model.ops_nanochat_hf import are_plain
 
 from .. import float8
@@ -13,13 +14,13 @@ RANK = 2
 TOLERANCE = (0.07, 0.105)  # what rounding to float8 costs, forward and backward: see tests/kernels/test_float8.py
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None where float8 is asked for and 16 divides the sides of the matrices."""
     return float8.lacks(device, dtype, config.hidden_size, config.intermediate_size)
 
 
 def serves(x: Tensor, up_proj: nn.Module, down_proj: nn.Module) -> bool:
-    """For layers as they were made, and a number of tokens that 16 divides."""
+    """Only for layers that no library has replaced, and a number of tokens that 16 divides."""
     return are_plain(up_proj, down_proj) and float8.takes(x)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
 from nanochat_hf.model.ops_nanochat_hf import Heads, are_plain, norm, rotate
 
 from .. import float8
@@ -13,14 +14,14 @@ RANK = 2
 TOLERANCE = (0.042, 0.08)  # what rounding to float8 costs, forward and backward: see tests/kernels/test_float8.py
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None where float8 is asked for and 16 divides the sides of the matrices."""
     heads = config.num_attention_heads, config.num_key_value_heads
     return float8.lacks(device, dtype, config.hidden_size, *(count * config.head_dim for count in heads))
 
 
 def serves(x: Tensor, heads: Heads, rope: Tensor) -> bool:
-    """For layers as they were made, and a number of tokens that 16 divides."""
+    """Only for layers that no library has replaced, and a number of tokens that 16 divides."""
     return are_plain(*heads[:3]) and float8.takes(x)
 
 

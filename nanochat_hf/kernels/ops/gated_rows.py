@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
 from nanochat_hf.model.ops_nanochat_hf import are_plain
 
 from ..lib.devices import lacks_triton
@@ -14,13 +15,13 @@ OP = "gated_rows"
 SUMMED = (("value_embeds",),)
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on a GPU with Triton, for models with value embeddings."""
     return lacks_triton(device) if config.use_value_embeddings else "no value embeddings"
 
 
 def serves(gate: Tensor, table: nn.Module, ids: Tensor) -> bool:
-    """For tables as they were made."""
+    """Only for tables that no library has replaced."""
     return are_plain(table)
 
 

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
+
 from ..lib.devices import lacks_triton
 from ..lib.rows import epsilon, programs, warps
 
@@ -17,7 +19,7 @@ SMALL = tl.constexpr(
 )  # below this |r| the sum x + update is kept for backward; above, r·(x + update) + s·x0 says it
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on a GPU with Triton."""
     return lacks_triton(device)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
 from nanochat_hf.model.ops_nanochat_hf import Heads, are_plain
 
 from ..lib.devices import hopper_takes, lacks_hopper
@@ -16,14 +17,14 @@ RANK = 1
 SUMMED = (("q_proj", "k_proj", "v_proj"),)
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on Hopper in half precision, for the formulas that the kernel knows and heads that half a tile holds."""
     wide = f"head_dim={config.head_dim} is above {COLUMNS // 2}" if config.head_dim > COLUMNS // 2 else None
     return lacks_formula(config) or wide or lacks_hopper(device, dtype)
 
 
 def serves(x: Tensor, heads: Heads, rope: Tensor) -> bool:
-    """For layers as they were made, with rows that TMA can read."""
+    """Only for layers that no library has replaced, with rows that TMA can read."""
     layers = heads[:3]
     return are_plain(*layers) and hopper_takes(x, *(size for layer in layers for size in layer.weight.shape))
 

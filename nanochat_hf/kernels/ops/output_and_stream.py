@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
 from nanochat_hf.model.ops_nanochat_hf import are_plain
 
 from ..lib import cudnn_attention
@@ -14,7 +15,7 @@ OP = "project_and_add"
 SUMMED = (("o_proj",),)
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on Hopper with cuDNN's frontend, in half precision, for widths that TMA can read."""
     if dtype == FLOAT8:
         return "float8 has no such product"
@@ -25,7 +26,7 @@ def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def serves(y: Tensor, o_proj: nn.Module, stream: Tensor) -> bool:
-    """For layers as they were made, and half precision throughout."""
+    """Only for layers that no library has replaced, and half precision throughout."""
     return are_plain(o_proj) and y.is_cuda and y.dtype == stream.dtype in HALF
 
 

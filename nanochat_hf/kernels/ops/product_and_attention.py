@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
 from nanochat_hf.model.ops_nanochat_hf import Attend, Heads, Ops, ValueEmbedding, are_plain
 
 from ..lib import cudnn_attention
@@ -17,7 +18,7 @@ OP = "attention"
 SUMMED = (("q_proj", "k_proj", "v_proj"), ("value_embeds",))
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on Hopper in half precision where attention is cuDNN's, for the formulas that the product knows."""
     if dtype == FLOAT8:
         return "projections are float8"

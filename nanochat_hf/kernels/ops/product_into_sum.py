@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
+
 from ..lib.devices import HALF
 from ..lib.weights import add_product_
 
@@ -10,7 +12,7 @@ OP = "add_product"
 INTERPRETED = False  # torch has this product on CUDA alone
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on a GPU."""
     return None if device.type == "cuda" else f"no such product on {device.type}"
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
 from nanochat_hf.model.ops_nanochat_hf import Heads, are_plain
 
 from ..lib.devices import lacks_triton
@@ -12,13 +13,13 @@ from ..lib.rotation import RopeNorm, lacks_formula
 OP = "queries_keys_values"
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on a GPU with Triton, for the formulas that the kernel knows."""
     return lacks_formula(config) or lacks_triton(device)
 
 
 def serves(x: Tensor, heads: Heads, rope: Tensor) -> bool:
-    """For layers as they were made."""
+    """Only for layers that no library has replaced."""
     return are_plain(heads.q_proj, heads.k_proj)
 
 

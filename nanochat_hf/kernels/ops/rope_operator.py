@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
 from nanochat_hf.model.ops_nanochat_hf import rope_tables
 
 OP = "rope_tables"
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None: it runs anywhere. For training only, since exporters such as torch.onnx know no operators of ours."""
     return None
 

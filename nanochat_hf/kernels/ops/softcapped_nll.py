@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
+
 from ..lib.devices import lacks_triton
 
 OP = "nll_and_slope"
@@ -18,7 +20,7 @@ HIGHEST_CAP = 40.0  # the sum is of exp(capped logit − cap): float32 holds exp
 COLUMNS = 32768  # logits that a program holds at a time
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on a GPU with Triton, for caps that float32 has room for."""
     cap = config.final_logit_softcapping
     return f"final_logit_softcapping={cap} is above {HIGHEST_CAP}" if cap > HIGHEST_CAP else lacks_triton(device)

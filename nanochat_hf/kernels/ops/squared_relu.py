@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
 from nanochat_hf.model.ops_nanochat_hf import are_plain
 
 from ..lib.devices import hopper_takes, lacks_triton
@@ -12,13 +13,13 @@ OP = "squared_relu_mlp"
 SUMMED = (("up_proj",), ("down_proj",))
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on a GPU with Triton."""
     return lacks_triton(device)
 
 
 def serves(x: Tensor, up_proj: nn.Module, down_proj: nn.Module) -> bool:
-    """For layers as they were made."""
+    """Only for layers that no library has replaced."""
     return are_plain(up_proj, down_proj)
 
 

@@ -8,13 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
+
 from ..lib.devices import FLOAT8, lacks_triton
 from ..lib.rows import epsilon, programs, warps
 
 OP = "stream_and_norm"
 
 
-def fits(config, device: torch.device, dtype: torch.dtype) -> str | None:
+def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on a GPU with Triton, but for float8."""
     # torch.compile puts the cast to float8 into its own kernel of the norm
     return lacks_triton(device) or ("float8 is cast in the kernel of the norm" if dtype == FLOAT8 else None)
