@@ -84,7 +84,7 @@ def fit(tensors: Iterable[Tensor], width: int) -> bool:
 
 
 def momentum_(grads: Tensor, buffer: Tensor, momentum: float, ok: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Move the buffers (n, r, c) towards the gradients → Nesterov's direction (n, r, c) of `dtype`, its norms (n, 1, 1).
+    """Move buffers (n, r, c) towards the gradients → Nesterov's direction (n, r, c) of `dtype`, its norms (n, 1, 1).
 
     `grads` is a table (n). Where the 0-d bool `ok` is false the buffers stay and the direction is zero.
     """

@@ -1,4 +1,4 @@
-"""Arguments for each operation of the model, to run kernels and formulas on: CASES[op] is a list of functions that make a Case.
+"""Arguments on which kernels and formulas are compared: CASES[operation] is a list of functions that make a Case.
 
 Letters as in the model: B rows, T positions, C hidden_size, H query heads, K key/value heads, D head_dim, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""cuDNN's attention against eager: with its graphs in plain torch on the CPU (cudnn_stand_in.py); test_cudnn_gpu.py runs the kernels."""
+"""cuDNN's attention against eager, on the CPU, with its graphs in plain torch. test_cudnn_gpu.py runs the kernels."""
 
 import sys
 from importlib.util import find_spec

@@ -1,8 +1,10 @@
-"""The parts of a layer by float8 products against float64 and float32: on a GPU that has them, else on the CPU, whose torch._scaled_mm multiplies them too.
+"""The parts of a layer with float8 products against float64 and float32.
 
-Tolerances: rounding to e4m3 (3 bits of mantissa) has a relative error of 2^-4 at most and about 2.6 % in the mean, to e5m2 (2 bits) 2^-3 and 5.2 %; errors of
-factors add up in squares. So a product of two e4m3 is 3.7 % off and one with an e5m2 gradient 5.8 %; the MLP squares one result and its gradient passes
-through two roundings to e5m2.
+They run on a GPU with float8, else on the CPU, where torch._scaled_mm multiplies float8 too.
+
+Tolerances: rounding to e4m3 (3 bits of mantissa) has a relative error of at most 2^-4, about 2.6 % in the mean; rounding to
+e5m2 (2 bits) at most 2^-3, about 5.2 % in the mean. The squares of the factors' errors add up. So a product of two e4m3 is
+3.7 % off, and one with an e5m2 gradient 5.8 %. The MLP squares a result, and its gradient is rounded to e5m2 twice.
 """
 
 from importlib.metadata import version
@@ -118,7 +120,7 @@ def test_rows_longer_than_any_row_before_still_fit_their_bound():
 @triton
 @pytest.mark.parametrize("shape", [(48, 16), (128, 64), (272, 80)])
 def test_the_casting_kernel_writes_both_layouts(shape):
-    """Of numbers that float8 holds exactly, since Triton's interpreter rounds others wrongly where a carry reaches the exponent."""
+    """The numbers are exact in float8: Triton's interpreter rounds wrongly where a carry reaches the exponent."""
     from nanochat_hf.kernels.float8 import casts as float8_casts
 
     device = "cuda" if CAPABLE else "cpu"

@@ -1,4 +1,4 @@
-"""Models trained by float8 products: gradients, what evaluation and files see of it, which layers take part, how it is chosen. See test_float8.py."""
+"""Training with float8 products: gradients, evaluation, saved files, which layers take part, how it is chosen."""
 
 from copy import deepcopy
 
@@ -31,7 +31,7 @@ def fresh_state():
 
 
 def with_float8(model, monkeypatch):
-    """Give `model` its operations in float8, on the CPU too, whose torch._scaled_mm multiplies float8 as well; → the report."""
+    """Give `model` its float8 operations, on the CPU too, where torch._scaled_mm has float8; → the report."""
     if model.device.type == "cpu":
         monkeypatch.setattr(float8, "capable", lambda device: (True, ""))
     model.model.training_ops, report = kernels.choose(model, model.device, kernels.FLOAT8)

@@ -9,11 +9,10 @@ from tests.support.kernels import DEVICE, relative, triton
 
 @triton
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (80, 80)])  # 96·64 and 80·80 elements do not fill the last block
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)]
-)  # the directions are rounded before or after their division
+# bfloat16: one rounds the directions before their division, the other after it
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 def test_muons_kernels_are_its_formulas(shape, dtype, tolerance):
-    """Five steps with a schedule, cautious decay and a gradient that is not finite; the way without kernels is held to float64 elsewhere."""
+    """Five steps with a schedule, cautious decay and one gradient that is not finite."""
     runs = []
     for fused in (False, True):
         generator = torch.Generator().manual_seed(0)

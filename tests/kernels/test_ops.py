@@ -1,7 +1,8 @@
 """Every kernel of nanochat_hf/kernels/ops against the plain formula of its operation in float64, forward and backward.
 
-On a GPU the kernels themselves; without one Triton's interpreter, where triton is installed (make test-kernels), and cuDNN's
-graphs in plain torch. A new file in ops/ is found by itself; a new operation needs cases, see cases.py.
+A GPU runs the kernels themselves. Without one Triton's interpreter runs them, where triton is installed
+(make test-kernels), and cuDNN's graphs run in plain torch. A new file in ops/ is found by itself; a new operation needs
+cases, see cases.py.
 """
 
 import sys
@@ -76,7 +77,7 @@ def alike(ours, formulas, tolerance):
 
 
 def skip_unless_it_runs(module):
-    """On a GPU where the kernel fits a model of ours; without one unless Triton's interpreter or the CPU cannot run it."""
+    """Skip kernels that the GPU does not fit, or without a GPU those that neither the interpreter nor the CPU can run."""
     if not HALF:
         if not getattr(module, "INTERPRETED", True):
             pytest.skip("torch computes this on CUDA alone")

@@ -1,4 +1,4 @@
-"""A model that computes by kernels is the model. On a GPU, or by Triton's interpreter where triton is installed without one."""
+"""A model with kernels computes what the model without them does. Runs on a GPU or by Triton's interpreter."""
 
 import pytest
 import torch

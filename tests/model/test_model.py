@@ -1,6 +1,7 @@
 """The GPT against a plain implementation of its formulas, and the properties that training and generation lean on."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def turned(vector, position, theta):
 
 
 def plain(model, ids):
-    """Logits (T, V) of one sequence: loops over positions, heads and keys, weights read by name, nothing else shared."""
+    """Logits (T, V) of one sequence by loops over positions, heads and keys; only the weights are shared, by name."""
     c, w = model.config, {name: value.detach() for name, value in model.state_dict().items()}
     D, H, K = c.head_dim, c.num_attention_heads, c.num_key_value_heads
     start = [unit(w["model.embed_tokens.weight"][t]) for t in ids]
@@ -161,7 +162,7 @@ def test_packed_documents_are_isolated_and_running_positions_are_not(kernel, use
     positions = torch.stack([torch.tensor([*range(11), *range(19)]), torch.tensor([*range(5), *range(20), *range(5)])])
     packed = model(ids, position_ids=positions, use_cache=use_cache).logits
     for row, borders in enumerate(((0, 11, 30), (0, 5, 25, 30))):
-        for start, end in zip(borders, borders[1:], strict=False):
+        for start, end in pairwise(borders):
             alone = model(ids[row : row + 1, start:end]).logits[0]
             torch.testing.assert_close(packed[row, start:end], alone, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(model(ids).logits[0, 11:], packed[0, 11:], atol=1e-3)

@@ -1,6 +1,7 @@
-"""What transformers asks of any causal language model: loading, resizing, outputs, attention implementations. See docs/model.md."""
+"""What transformers asks of a causal language model: loading, resizing, outputs, attention. See docs/model.md."""
 
 import json
+from itertools import pairwise
 
 import accelerate
 import pytest
@@ -257,11 +258,11 @@ def packed_positions():
 
 
 def varlen_reference(query, key, value, borders, window, scaling):
-    """What flash_attn_varlen_func returns: tokens of all rows in line, documents by borders, a window that counts keys."""
+    """What flash_attn_varlen_func returns: tokens of all rows in one line, documents by borders, a window of keys."""
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # (B·T, heads, D)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     out = torch.zeros_like(q)
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in pairwise(borders):
         for t in range(start, end):
             first = max(start, t + 1 - (window or end))
             weights = torch.einsum("hd,shd->hs", q[t], k[first : t + 1]).mul(scaling).softmax(-1)

@@ -1,4 +1,4 @@
-"""transformers' generate() on the model: caches, padding, beams, assistants, constraints, compiled decoding, pipelines and streaming."""
+"""transformers' generate(): caches, padding, beams, assistants, constraints, compiling, pipelines, streaming."""
 
 import pytest
 import torch

@@ -43,7 +43,7 @@ def test_nothing_of_the_kernels_ships(saved):
 
 
 def test_attention_is_called_in_the_forward_of_its_class_once_by_the_interface():
-    """vLLM's transformers backend reads that source: one name from ALL_ATTENTION_FUNCTIONS, one call of it, scaling from self."""
+    """vLLM's backend reads that source: one name from ALL_ATTENTION_FUNCTIONS, one call of it, scaling from self."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(NanochatAttention.forward)))
     names = {
         target.id

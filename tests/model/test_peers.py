@@ -1,4 +1,4 @@
-"""Others' trainers and evaluators on the model: transformers' Trainer, TRL, PEFT, lm_eval. The last three are skipped where not installed."""
+"""The model with transformers' Trainer, TRL, PEFT and lm_eval. The last three are skipped where not installed."""
 
 import json
 
@@ -139,7 +139,8 @@ def test_lm_eval_scores_a_local_task(folder, tmp_path):
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "cats.yaml").write_text(
         f"task: cats\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path / 'q.jsonl'}}}\ntest_split: train\n"
-        "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: choices\ndoc_to_target: gold\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
+        "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: choices\ndoc_to_target: gold\n"
+        "target_delimiter: ''\nmetric_list: [{metric: acc}]\n"
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = lm_eval.simple_evaluate(

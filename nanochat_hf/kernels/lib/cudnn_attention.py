@@ -45,7 +45,7 @@ def missing(device: torch.device) -> tuple[str, str] | None:
 
 
 def _ready(tensor, packed):
-    """The tensor where a kernel can read it, else a copy. Needed: vectors of 16 bytes, and packed tokens at equal distances."""
+    """The tensor, or a copy if kernels cannot read it: they need vectors of 16 bytes and evenly spaced packed tokens."""
     whole, (B, T, *_), (row, token, *_) = 16 // tensor.element_size(), tensor.shape, tensor.stride()
     aligned = (
         tensor.stride(-1) == 1
@@ -154,7 +154,7 @@ def runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def packed_mask(shape: tuple[int, int], borders: Tensor | None, window: int, device: torch.device) -> Tensor:
-    """Mask (B or 1, 1, T, T) of documents and window, True where a query sees a key. `shape`: (B, T); window 0: no window."""
+    """Mask (B or 1, 1, T, T), True where a query sees a key. `shape`: (B, T); window 0: none."""
     B, T = shape
     distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
     mask = (distance >= 0) & (distance < (window or T))
@@ -203,7 +203,7 @@ def attend(
 
 
 # so that the model passes the borders of documents and no mask, see masks_nanochat_hf.py
-attend.takes_borders = True  # ty: ignore[unresolved-attribute]  functions take any attribute
+attend.takes_borders = True  # ty: ignore[missing-attribute]  functions take any attribute
 
 
 def register() -> str:

@@ -177,8 +177,8 @@ def run(backward: bool, tensors: dict[str, Tensor], scale: float, window: int, b
     call = call_of(backward, tensors, scale, window, borders)
     numbered = {UID[name]: tensor for name, tensor in tensors.items()}
     if borders is not None:
-        # The graph is for more documents than there are: the others are empty and begin at the end. A document that
-        # ends before the last token is followed by one more, which holds the rest.
+        # The graph is built for more documents than there are. The others are empty and begin at the end, and the last
+        # real one is taken to reach the end.
         B, T, *_ = call.sizes
         borders = F.pad(borders[:-1].long(), (0, call.documents + 2 - len(borders)), value=B * T)
         numbered |= dict.fromkeys((UID["length_q"], UID["length_kv"]), borders.diff().int())

@@ -26,7 +26,7 @@ def _preferred(width):
 
 @functools.cache
 def plan_of(kind: str, device: torch.device, dtype: torch.dtype, N: int, K: int, W: int) -> tuple[Any, int, int] | None:
-    """(graph, number of its plan, bytes of workspace); None where cuDNN has no kernel. a is (N, K), kept and result (N, W).
+    """(graph, number of its plan, bytes of workspace), or None without a kernel; a is (N, K), kept and result (N, W).
 
     kind "slope": (a·w)·2·√kept, w (K, W). kind "sum": a·wᵀ + kept, w (W, K).
     """
@@ -79,7 +79,7 @@ def _run(kind, a, w, kept):
 
 
 def slope(dy: Tensor, down: Tensor, squared: Tensor) -> Tensor | None:
-    """(dy·down)·2·√squared of contiguous dy (N, C), down (C, W), squared (N, W) → (N, W); None if cuDNN has no kernel."""
+    """(dy·down)·2·√squared of contiguous dy (N, C), down (C, W), squared (N, W) → (N, W); None without a kernel."""
     return _run("slope", dy, down, squared)
 
 

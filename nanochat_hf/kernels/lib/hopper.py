@@ -15,7 +15,7 @@ ROWS, COLUMNS, DEPTH = 128, 256, 64  # a tile of the result, and the elements of
 
 @triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a tile (ROWS, COLUMNS). Shared memory has room for a half while the loop goes on."""
+    """The left and the right half of a tile (ROWS, COLUMNS): a program has room for one beside its accumulators."""
     return tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
 
 

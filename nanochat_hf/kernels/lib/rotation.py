@@ -6,8 +6,12 @@ Letters: B rows, T positions, N = B·T tokens, H query heads, K key/value heads,
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-# Tokens of a program, which takes one head: with D = 128 it moves 8 KiB each way. A token's heads run side by side.
+from nanochat_hf.model.configuration_nanochat_hf import NanochatConfig
+
+# Tokens of a program, which computes one head: with D = 128 it reads and writes 8 KiB. The programs of a token's heads
+# are neighbours.
 TOKENS = 32
 
 
@@ -38,7 +42,7 @@ def _forward(
     cos = tl.load(angle, keep, 0.0).to(tl.float32)
     sin = tl.load(angle + plane, keep, 0.0).to(tl.float32)
     y1, y2 = x1 * cos + x2 * sin, x2 * cos - x1 * sin
-    # of the rotated vector: the tables' rounded entries do not keep lengths exactly
+    # the norm of the rotated vector: with rounded cosines and sines, rotation changes lengths a little
     scale = tl.rsqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / D + eps)
     if head < q_heads:
         target = q_ptr + (token * q_heads + head)[:, None] * D + half
@@ -92,7 +96,7 @@ def _backward(
     )
     token = token.to(tl.int64)
     target = dx_ptr + (token * dx_token + head * D)[:, None] + half
-    if head >= q_heads + k_heads:  # a value's gradient goes as it is beside the others
+    if head >= q_heads + k_heads:  # the gradient of a value is copied
         gradient = dv_ptr + (row * dv_row + position * dv_token + (head - q_heads - k_heads) * dv_head)[:, None] + half
         tl.store(target, tl.load(gradient, keep, 0.0), keep)
         tl.store(target + D // 2, tl.load(gradient + D // 2, keep, 0.0), keep)
@@ -111,7 +115,7 @@ def _backward(
     cos = tl.load(angle, keep, 0.0).to(tl.float32)
     sin = tl.load(angle + plane, keep, 0.0).to(tl.float32)
     scale = tl.load(scale_ptr + token * (q_heads + k_heads) + head, live, 0.0)[:, None]
-    # through the norm: what lies along the normed vector changes nothing
+    # backward of the norm: the part of the gradient along the normed vector vanishes
     along = ((tl.sum(g1 * y1, 1) + tl.sum(g2 * y2, 1)) / D)[:, None]
     g1, g2 = (g1 - y1 * along) * scale, (g2 - y2 * along) * scale
     tl.store(target, (g1 * cos - g2 * sin).to(dx_ptr.dtype.element_ty), keep)
@@ -129,7 +133,7 @@ def rope_norm_forward(
     q, k = x.new_empty(B, T, q_heads, D), x.new_empty(B, T, k_heads, D)
     scale = x.new_empty(B, T, q_heads + k_heads, dtype=torch.float32)
     grid = (triton.cdiv(B * T, TOKENS) * (q_heads + k_heads),)
-    eps = torch.finfo(torch.float32).eps  # F.rms_norm's own: that of the dtype it computes in
+    eps = torch.finfo(torch.float32).eps  # as in F.rms_norm, which computes in float32
     _forward[grid](
         x,
         rope,
@@ -161,23 +165,28 @@ def _(x, rope, q_heads, k_heads):
 def rope_norm_backward(
     dq: torch.Tensor, dk: torch.Tensor, q: torch.Tensor, k: torch.Tensor, scale: torch.Tensor, rope: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient with respect to x of `rope_norm_forward`, from its outputs alone: x itself need not be kept."""
+    """Gradient with respect to x of `rope_norm_forward`, from its outputs alone, so that x need not be kept."""
     B, T, q_heads, D = q.shape
     dx = q.new_empty(B, T, (q_heads + k.shape[2]) * D)
     write_gradient(dx, dq, dk, None, q.contiguous(), k.contiguous(), scale, rope)
     return dx
 
 
-def write_gradient(dx, dq, dk, dv, q, k, scale, rope):
+def write_gradient(
+    dx: Tensor, dq: Tensor, dk: Tensor, dv: Tensor | None, q: Tensor, k: Tensor, scale: Tensor, rope: Tensor
+) -> None:
     """Write the gradients before rotation and norm, of q (B, T, H, D) and k (B, T, K, D), into dx (B, T, ≥ (H + K)·D).
 
-    Where dv (B, T, K, D) is given it is copied beside them. dq and dk may lie where their results go. Rows of q, k and
-    dx follow one another.
+    dv (B, T, K, D), where given, is copied behind them. dq and dk may be views of their places in dx. Rows of q, k and
+    dx are contiguous.
     """
     B, T, q_heads, D = q.shape
     k_heads, values = k.shape[2], 0 if dv is None else dv.shape[2]
-    dq, dk, dv = (g if g is None or g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
-    dv = dq if dv is None else dv  # then without heads, and not read
+    dq, dk = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk))
+    if dv is None:
+        dv = dq  # any tensor will do: with 0 heads of values it is not read
+    elif dv.stride(-1) != 1:
+        dv = dv.contiguous()
     grid = (triton.cdiv(B * T, TOKENS) * (q_heads + k_heads + values),)
     _backward[grid](
         dq,
@@ -213,8 +222,8 @@ def _(dq, dk, q, k, scale, rope):
     return q.new_empty(B, T, (q_heads + k.shape[2]) * D)
 
 
-def lacks_formula(config) -> str | None:
-    """Why these kernels do not compute what models of this configuration do."""
+def lacks_formula(config: NanochatConfig) -> str | None:
+    """Why these kernels do not compute the formula of this configuration."""
     if not config.rope_in_bfloat16:
         return "rope tables are not rounded to bfloat16"
     if config.rms_norm_eps is not None:
@@ -223,15 +232,17 @@ def lacks_formula(config) -> str | None:
 
 
 class RopeNorm(torch.autograd.Function):
-    """Rotated, then normed queries and keys; keeps those and one float a head for backward."""
+    """Queries and keys, rotated and then normed."""
 
     @staticmethod
-    def forward(ctx, x, rope, q_heads, k_heads):
+    def forward(ctx, x: Tensor, rope: Tensor, q_heads: int, k_heads: int) -> tuple[Tensor, Tensor]:
+        """q (B, T, H, D) and k (B, T, K, D); keeps both, and one float for each head."""
         q, k, scale = rope_norm_forward(x, rope, q_heads, k_heads)
         ctx.save_for_backward(q, k, scale, rope)
         return q, k
 
     @staticmethod
-    def backward(ctx, dq, dk):
+    def backward(ctx, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of x (B, T, (H + K)·D)."""
         q, k, scale, rope = ctx.saved_tensors
         return rope_norm_backward(dq, dk, q, k, scale, rope), None, None, None

@@ -1,11 +1,11 @@
-"""How kernels that take one row of C channels at a time are launched."""
+"""Launch sizes of kernels that compute one row of C channels at a time."""
 
 import torch
 from torch import Tensor
 
 from .devices import multiprocessors
 
-PROGRAMS = 8  # a multiprocessor: each sums its share of a result, and loads a row while it computes the last
+PROGRAMS = 8  # on each multiprocessor: each sums its share of the rows, and loads the next row while it computes one
 
 
 def warps(block: int) -> int:
@@ -14,10 +14,10 @@ def warps(block: int) -> int:
 
 
 def programs(x: Tensor, rows: int) -> int:
-    """Programs that share `rows` rows of x."""
+    """Number of programs among which `rows` rows of x are divided."""
     return min(PROGRAMS * multiprocessors(x.device) if x.is_cuda else 1, rows)
 
 
 def epsilon(eps: float | None) -> float:
-    """The epsilon that F.rms_norm takes for None: that of the dtype it computes in."""
+    """The epsilon that F.rms_norm uses for None: that of float32, in which it computes."""
     return torch.finfo(torch.float32).eps if eps is None else eps

@@ -1,4 +1,4 @@
-"""Products of the MLP with the squared ReLU, or its slope, taken while the result lies in registers. For Hopper.
+"""Products of the MLP that apply the squared ReLU or its slope while the result is in registers. For Hopper.
 
 Letters: N tokens, C hidden_size, W intermediate_size.
 """
@@ -73,7 +73,7 @@ def _launch(kernel, narrow, wide, weight, turned, *kept):
 
 @torch.library.custom_op("nanochat_hf::squared_relu_up", mutates_args=())
 def squared_relu_up(x: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """relu(x·upᵀ)² of x (N, C) and up (W, C) → (N, W), in their dtype; float32 until it is squared."""
+    """relu(x·upᵀ)² of x (N, C) and up (W, C) → (N, W), in their dtype, rounded only after the square."""
     return _launch(_squared_relu, x.contiguous(), up.shape[0], up.contiguous(), True)
 
 

@@ -1,12 +1,13 @@
-"""Gradients of gated rows of a table, summed id after id.
+"""Gradients of gated rows of a table, summed over the tokens of each id.
 
-Each row of the table is read and written once, where atomic sums would touch it for each token; and the result is the
-same every time. Letters: N tokens, V rows of the table, K heads, D elements of each, C = K·D.
+Each row of the table is read and written once; atomic sums would access it once for each token. The result is
+deterministic. Letters: N tokens, V rows of the table, K heads, D elements of each, C = K·D.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 CHUNK = 128  # tokens of a program
 
@@ -47,12 +48,12 @@ def _tokens(
         tl.store(d_gate_ptr + token * heads + head, along, head < heads)
         total += d * tl.load(gate_ptr + token * heads + column // D, keep, 0.0).to(tl.float32)
         first, end = tl.load(start_ptr + row), tl.load(start_ptr + row + 1)
-        if (i + 1 == end) | (i + 1 == begin + CHUNK):  # the last token of this row, here or at all
+        if (i + 1 == end) | (i + 1 == begin + CHUNK):  # the last token of this id, or of this program
             if (first >= begin) & (end <= begin + CHUNK):
                 if ADD:
                     total += before
                 tl.store(row_ptr + row * width + column, total, keep)
-            else:  # one of several programs with this row: the one before all others of its chunk, or the one behind
+            else:  # several programs have tokens of this id; slot 0 is for the chunk's first id, slot 1 for its last
                 slot = 2 * tl.program_id(0) + (first > begin).to(tl.int32)
                 tl.store(part_ptr + slot * width + column, total, keep)
             total = tl.zeros((HEADS * D,), tl.float32)
@@ -63,13 +64,13 @@ def _rows(start_ptr, row_ptr, part_ptr, C, ADD: tl.constexpr, BLOCK: tl.constexp
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     width, keep = tl.full((1,), C, tl.int64), column < C
     first, end = tl.load(start_ptr + row), tl.load(start_ptr + row + 1)
-    begin, behind = first // CHUNK, tl.cdiv(end, CHUNK)
-    several = behind - begin > 1
+    begin, after = first // CHUNK, tl.cdiv(end, CHUNK)
+    several = after - begin > 1
     wanted = several & (end > first) if ADD else several | (end == first)
     if wanted:  # several programs had tokens of this id, or none did
         total = tl.load(row_ptr + row * width + column, keep, 0.0) if ADD else tl.zeros((BLOCK,), tl.float32)
         if end > first:
-            for chunk in tl.range(begin, behind):
+            for chunk in tl.range(begin, after):
                 slot = 2 * chunk + (first > chunk * CHUNK).to(tl.int32)
                 total += tl.load(part_ptr + slot * width + column, keep, 0.0)
         tl.store(row_ptr + row * width + column, total, keep)
@@ -77,7 +78,7 @@ def _rows(start_ptr, row_ptr, part_ptr, C, ADD: tl.constexpr, BLOCK: tl.constexp
 
 @torch.library.custom_op("nanochat_hf::order_of_ids", mutates_args=())
 def order_of_ids(ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids (…) below `rows` → their order (N), the ids in it (N), where each id begins in it (rows + 1), all int32."""
+    """ids (…) below `rows` → the order that sorts them (N), sorted ids (N), where each id begins (rows + 1); int32."""
     ids, order = ids.flatten().int().sort(stable=True)
     starts = torch.searchsorted(ids, torch.arange(rows + 1, dtype=torch.int32, device=ids.device), out_int32=True)
     return order.int(), ids, starts
@@ -90,7 +91,7 @@ def _(ids, rows):
 
 
 def _backward(d, table, gate, order, ids, starts, d_table, add):
-    # writes d_table (V, C), or adds to it → gradient of the gate
+    # write d_table (V, C) or add to it, and return the gradient of the gate
     B, T, K, D = d.shape
     d = d if d.stride(3) == 1 and d.stride(2) == D else d.contiguous()
     table, gate, chunks = table.contiguous(), gate.contiguous(), triton.cdiv(B * T, CHUNK)
@@ -132,7 +133,7 @@ def gated_rows_backward(
     ids: torch.Tensor,
     starts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """d (B, T, K, D), table (V, C), gate (B, T, K) and what `order_of_ids` gives → float32 gradients of table and gate."""
+    """d (B, T, K, D), table (V, C), gate (B, T, K) and the result of `order_of_ids` → gradients of both, float32."""
     d_table = torch.empty(table.shape, dtype=torch.float32, device=d.device)
     return d_table, _backward(d, table, gate, order, ids, starts, d_table, False)
 
@@ -161,8 +162,10 @@ def _(total, d, table, gate, order, ids, starts):
     return gate.new_empty(gate.shape, dtype=torch.float32)
 
 
-def gradients(d, gate, table, order, ids, starts, total):
-    """Gradients of gate and table from that of gate·table[ids], d (B, T, K, D); the table's is None if it went into `total`."""
+def gradients(
+    d: Tensor, gate: Tensor, table: Tensor, order: Tensor, ids: Tensor, starts: Tensor, total: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of gate and table from d (B, T, K, D), that of gate·table[ids]; None for a table with a `total`."""
     if total is not None:
         return add_gated_rows_backward(total, d, table, gate, order, ids, starts).to(gate.dtype), None
     d_table, d_gate = gated_rows_backward(d, table, gate, order, ids, starts)

@@ -1,24 +1,30 @@
-"""Gradients of weights by pieces: tiles are cut along the tokens, so that all multiprocessors work to the end.
+"""Gradients of weights by split-K: tiles of the result are cut along the tokens into pieces, whose products are summed.
 
-Uncut tiles would leave many idle in the last round. For Hopper. Letters: N tokens (the inner axis), G rows and K
-columns of the result.
+Without that many multiprocessors would be idle in the last round (docs/records/2026-11-26-pieces-by-tma). For Hopper.
+Letters: N tokens (the inner axis), G rows and K columns of the result.
 """
 
 import functools
-from itertools import chain
+from collections.abc import Sequence
+from itertools import chain, pairwise
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .devices import hopper_takes, multiprocessors
 from .hopper import COLUMNS, DEPTH, ROWS, halves
 
-CUTS = 4  # of a tile, at most
-OVERHEAD = 15  # steps that a piece's way into the sum costs, at most
-EXCESS = 1.09  # of the steps that equal shares would take, at most, or cuBLAS serves, which takes 1.05 to 1.35
-SUM_ROWS, SUM_COLUMNS = 32, 64  # of a tile that one program sums: memory has them one after another in either direction
+Piece = tuple[int, int, int]  # tile, first step, end
+
+CUTS = 4  # most pieces of a tile
+OVERHEAD = 15  # cost of adding a piece to the sum, in steps, at most
+EXCESS = (
+    1.09  # most steps, relative to a perfect division of the work; above, cuBLAS computes, which takes 1.05 to 1.35
+)
+SUM_ROWS, SUM_COLUMNS = 32, 64  # the part of a tile that one program sums
 
 
 @triton.jit
@@ -41,7 +47,7 @@ def _pieces(
         for start in range(begin, end, DEPTH):
             product = tl.dot(g_desc.load([start, row]).T, x_desc.load([start, column]), product)
         left, right = halves(product, ROWS, COLUMNS)
-        if APART:  # for _sum
+        if APART:  # _sum adds the pieces up
             out_desc.store([piece * ROWS, 0], left)
             out_desc.store([piece * ROWS, COLUMNS // 2], right)
         else:
@@ -73,14 +79,14 @@ def _sum(
     tl.store(out, tl.load(out, inside, 0.0) + total, inside)
 
 
-def cut(tiles, steps, programs, cuts):
-    """((tile, first step, end), …): `tiles` of `steps` each, for `programs` that take one piece after another.
+def cut(tiles: int, steps: int, programs: int, cuts: int) -> tuple[Piece, ...]:
+    """((tile, first step, end), …): `tiles` of `steps` each, for `programs` that compute one piece after another.
 
-    Each tile is in `cuts` pieces. Pieces of the same steps are side by side, since they read the same rows. The pieces
-    of a last round that would leave programs idle are cut once more.
+    Each tile is cut into `cuts` pieces. Pieces with the same steps are neighbours, since they read the same rows. If
+    the last round would leave programs idle, its pieces are cut again.
     """
     bounds = [steps * i // cuts for i in range(cuts + 1)]
-    pieces = [(tile, *pair) for pair in zip(bounds, bounds[1:], strict=False) for tile in range(tiles)]
+    pieces = [(tile, *pair) for pair in pairwise(bounds) for tile in range(tiles)]
     whole = len(pieces) // programs * programs
     rest, pieces = pieces[whole:], pieces[:whole]
     again = programs // len(rest) if rest else 1
@@ -90,15 +96,15 @@ def cut(tiles, steps, programs, cuts):
     return *pieces, *(piece for piece in finer if piece[1] < piece[2])
 
 
-def length(pieces, programs):
-    """Steps until the last program is done, with what the pieces themselves cost."""
+def length(pieces: Sequence[Piece], programs: int) -> int:
+    """Steps until the last program is done, with OVERHEAD for each round."""
     rounds = [pieces[i : i + programs] for i in range(0, len(pieces), programs)]
     return sum(max(end - begin for _, begin, end in each) + OVERHEAD for each in rounds)
 
 
 @functools.cache
-def plan(N, G, K, programs):
-    """Pieces of the product, or None where cutting does not gain enough."""
+def plan(N: int, G: int, K: int, programs: int) -> tuple[Piece, ...] | None:
+    """Pieces of the product, or None where cuBLAS is likely to be as fast."""
     tiles, steps = -(-G // ROWS) * -(-K // COLUMNS), -(-N // DEPTH)
     best = min(
         (cut(tiles, steps, programs, cuts) for cuts in range(1, CUTS + 1)), key=lambda pieces: length(pieces, programs)
@@ -107,7 +113,7 @@ def plan(N, G, K, programs):
 
 
 def _corners(G, K):
-    # (row, column) of the tiles, along the shorter side first: tiles computed at one time then share rows and columns
+    # (row, column) of the tiles, along the shorter side first, so that tiles computed together share rows and columns
     rows, columns = range(0, G, ROWS), range(0, K, COLUMNS)
     return (
         [(row, column) for row in rows for column in columns]
@@ -118,10 +124,11 @@ def _corners(G, K):
 
 @functools.cache
 def _tables(pieces, G, K, device):
-    # pieces: row, column, first token, end; tiles: row and column, where each one's list of pieces begins, the lists
+    # Four tables. Pieces: row, column, first token, end. Tiles: row and column; where each tile's list of pieces
+    # begins; the lists one after another.
     corners = _corners(G, K)
     entries = [(*corners[tile], begin * DEPTH, end * DEPTH) for tile, begin, end in pieces]
-    lists = [[] for _ in corners]
+    lists: list[list[int]] = [[] for _ in corners]
     for number, (tile, *_) in enumerate(pieces):
         lists[tile].append(number)
     first = torch.tensor([0, *map(len, lists)]).cumsum(0)
@@ -131,11 +138,11 @@ def _tables(pieces, G, K, device):
     ]
 
 
-def by_pieces(g, x, total, pieces, programs):
-    """Add gᵀ·x of g (N, G) and x (N, K) to total (G, K) float32, all contiguous, by `programs` that take `pieces`.
+def by_pieces(g: Tensor, x: Tensor, total: Tensor, pieces: tuple[Piece, ...], programs: int) -> None:
+    """Add gᵀ·x of g (N, G) and x (N, K) to total (G, K) float32, all contiguous; `programs` compute `pieces`.
 
-    A piece goes straight into the sum when it is done. Where torch.use_deterministic_algorithms asks for one order, or
-    there is no TMA to add pieces, each is written by itself first.
+    TMA adds a piece to the sum when it is done, in any order. Where torch.use_deterministic_algorithms asks for one
+    order, or without TMA, each piece is stored first and a second kernel sums them.
     """
     (_, G), K, apart = g.shape, x.shape[1], not g.is_cuda or torch.are_deterministic_algorithms_enabled()
     table, *tiles = _tables(pieces, G, K, g.device)
@@ -167,8 +174,8 @@ def _pieces_of(g, K):
     return plan(len(g), g.shape[1], K, programs) if hopper_takes(g, g.shape[1], K) else None, programs
 
 
-def add_by_pieces(total, g, x):
-    """total += gᵀ·x, if that is better done by pieces; whether it was."""
+def add_by_pieces(total: Tensor, g: Tensor, x: Tensor) -> bool:
+    """Whether pieces are faster than cuBLAS; if so, total (G, K) += gᵀ·x of g (N, G) and x (N, K)."""
     pieces, programs = _pieces_of(g, x.shape[1])
     if pieces is not None:
         by_pieces(g.contiguous(), x.contiguous(), total, pieces, programs)
@@ -177,7 +184,7 @@ def add_by_pieces(total, g, x):
 
 @torch.library.custom_op("nanochat_hf::weight_gradient", mutates_args=())
 def weight_gradient(g: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """gᵀ·x of g (N, G) and x (N, K) → (G, K) of `dtype`; by cuBLAS where that is as fast."""
+    """gᵀ·x of g (N, G) and x (N, K) → (G, K) of `dtype`; cuBLAS computes it where that is as fast."""
     pieces, programs = _pieces_of(g, x.shape[1])
     if pieces is None:
         return (g.mT @ x).to(dtype)

@@ -1,37 +1,46 @@
 """How a kernel reads the weights of layers, and where it puts their gradients.
 
-optim/gradient_sums.py may have given weights a float32 sum over micro-batches. A kernel then adds to the sum and
-returns no gradient, which saves a pass over memory. The copy in half precision, rounded once a step, saves another.
+optim/gradient_sums.py can give weights a float32 sum over micro-batches. A kernel then adds to the sum and returns no
+gradient, which saves a pass over memory. A copy in half precision, rounded once a step, saves another
+(docs/records/2026-11-26-gradients-in-products).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+def weight_of(layer: nn.Module) -> Any:
+    """The weight of a linear layer or table. Any: torch declares no type for it, nor for what its sum adds to it."""
+    return layer.weight
+
+
 def computing(x: Tensor) -> torch.dtype:
-    """The dtype in which products of x are taken: autocast's, where it is on."""
+    """The dtype of products of x: autocast's, where that is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def joint_sum(layer: nn.Module) -> Tensor | None:
-    """The sum for the gradients of this layer's weight and of those multiplied with it, below one another.
+    """The sum of gradients for this layer's weight and for those that the same product multiplies, one below the other.
 
-    None where autograd sums: also after a `zero_grad` that has set gradients to None.
+    None where autograd sums, so also after a `zero_grad` that has set gradients to None.
     """
-    return None if layer.weight.grad is None else getattr(layer.weight, "joint_grad", None)
+    weight = weight_of(layer)
+    return None if weight.grad is None else getattr(weight, "joint_grad", None)
 
 
 def weights_of(layers: tuple[nn.Module, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """The weights as a product in `dtype` takes them: each one, or the joint copy and None for the others."""
-    half = getattr(layers[0].weight, "joint_half", None)
+    """The weights for a product in `dtype`: each layer's own, or for the first their joint half copy, else None."""
+    half = getattr(weight_of(layers[0]), "joint_half", None)
     known = half is not None and half.dtype == dtype and joint_sum(layers[0]) is not None
-    return (half, *[None] * (len(layers) - 1)) if known else tuple(layer.weight for layer in layers)
+    return (half, *[None] * (len(layers) - 1)) if known else tuple(weight_of(layer) for layer in layers)
 
 
 @torch.library.custom_op("nanochat_hf::add_product_", mutates_args=("total",))
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (n, m) float32 += a (n, k) · b (k, m) of half precision within the product, so that it is never rounded."""
+    """total (n, m) float32 += a (n, k) · b (k, m) of half precision; the product is added before it is rounded."""
     torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 

@@ -11,7 +11,7 @@ from ..float8 import layers
 
 OP = "squared_relu_mlp"
 RANK = 2
-TOLERANCE = (0.07, 0.105)  # what rounding to float8 costs, forward and backward: see tests/kernels/test_float8.py
+TOLERANCE = (0.07, 0.105)  # error of rounding to float8, forward and backward: see tests/kernels/test_float8.py
 
 
 def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -20,7 +20,7 @@ def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> st
 
 
 def serves(x: Tensor, up_proj: nn.Module, down_proj: nn.Module) -> bool:
-    """Only for layers that no library has replaced, and a number of tokens that 16 divides."""
+    """Only for layers that no library has replaced, and for a number of tokens that 16 divides."""
     return are_plain(up_proj, down_proj) and float8.takes(x)
 
 

@@ -11,7 +11,7 @@ from ..float8 import layers
 
 OP = "project_and_add"
 RANK = 2
-TOLERANCE = (0.042, 0.065)  # what rounding to float8 costs, forward and backward: see tests/kernels/test_float8.py
+TOLERANCE = (0.042, 0.065)  # error of rounding to float8, forward and backward: see tests/kernels/test_float8.py
 
 
 def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -20,7 +20,7 @@ def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> st
 
 
 def serves(y: Tensor, o_proj: nn.Module, stream: Tensor) -> bool:
-    """Only for layers that no library has replaced, and a number of tokens that 16 divides."""
+    """Only for layers that no library has replaced, and for a number of tokens that 16 divides."""
     return are_plain(o_proj) and float8.takes(y)
 
 

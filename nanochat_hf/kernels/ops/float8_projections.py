@@ -8,10 +8,11 @@ from nanochat_hf.model.ops_nanochat_hf import Heads, are_plain, norm, rotate
 
 from .. import float8
 from ..float8 import layers
+from ..lib.weights import weight_of
 
 OP = "queries_keys_values"
 RANK = 2
-TOLERANCE = (0.042, 0.08)  # what rounding to float8 costs, forward and backward: see tests/kernels/test_float8.py
+TOLERANCE = (0.042, 0.08)  # error of rounding to float8, forward and backward: see tests/kernels/test_float8.py
 
 
 def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -21,20 +22,20 @@ def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> st
 
 
 def serves(x: Tensor, heads: Heads, rope: Tensor) -> bool:
-    """Only for layers that no library has replaced, and a number of tokens that 16 divides."""
+    """Only for layers that no library has replaced, and for a number of tokens that 16 divides."""
     return are_plain(*heads[:3]) and float8.takes(x)
 
 
 def run(x: Tensor, heads: Heads, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, T, H, D), k and v (B, T, K, D)."""
     both, v = layers.Projections.apply(x, *(layer.weight for layer in heads[:3]))
-    counts = [layer.weight.shape[0] // heads.head_dim for layer in (heads.q_proj, heads.k_proj)]
+    counts = [weight_of(layer).shape[0] // heads.head_dim for layer in (heads.q_proj, heads.k_proj)]
     q, k = rotated(both, counts, heads, rope)
     return q, k, v.unflatten(-1, (-1, heads.head_dim))
 
 
 def rotated(both: Tensor, counts: list[int], heads: Heads, rope: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys (B, T, (H + K)·D), rotated and normed: by Triton's kernel where it knows the formula."""
+    """Queries and keys (B, T, (H + K)·D), rotated and normed, by Triton's kernel where it has the formula."""
     known = heads.eps is None and rope.dtype == torch.bfloat16 and heads.head_dim & (heads.head_dim - 1) == 0
     if known and both.is_cuda:
         from ..lib.rotation import RopeNorm

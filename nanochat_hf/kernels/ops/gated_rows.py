@@ -1,4 +1,4 @@
-"""Rows of the value embeddings by their gates; a table's gradient is summed id after id, without atomics."""
+"""Rows of the value embeddings times their gates; a table's gradient is summed for each id, without atomics."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from nanochat_hf.model.ops_nanochat_hf import are_plain
 
 from ..lib.devices import lacks_triton
 from ..lib.value_rows import gradients, order_of_ids
-from ..lib.weights import joint_sum, weights_of
+from ..lib.weights import joint_sum, weight_of, weights_of
 
 OP = "gated_rows"
 SUMMED = (("value_embeds",),)
@@ -26,23 +26,34 @@ def serves(gate: Tensor, table: nn.Module, ids: Tensor) -> bool:
 
 
 def run(gate: Tensor, table: nn.Module, ids: Tensor) -> Tensor:
-    """The order of the ids is asked for in each layer; a compiled graph computes it once for all."""
+    """gate · table[ids] (B, T, K, D). Each layer sorts the ids; a compiled graph sorts them once for all layers."""
     (weight,) = weights_of((table,), gate.dtype)
-    return GatedRows.apply(gate, weight, ids, *order_of_ids(ids, weight.shape[0]), joint_sum(table))
+    return GatedRows.apply(gate, weight, ids, *order_of_ids(ids, weight_of(table).shape[0]), joint_sum(table))
 
 
 class GatedRows(torch.autograd.Function):
     """gate (B, T, K), table (V, K·D), ids (B, T) and their order → gate·table[ids] (B, T, K, D) of gate's dtype.
 
-    The table's gradient goes into its sum, where that is given.
+    The table's gradient is added to its sum, where that is given.
     """
 
     @staticmethod
-    def forward(ctx, gate, table, ids, order, sorted_ids, starts, total=None):
+    def forward(
+        ctx,
+        gate: Tensor,
+        table: Tensor,
+        ids: Tensor,
+        order: Tensor,
+        sorted_ids: Tensor,
+        starts: Tensor,
+        total: Tensor | None = None,
+    ) -> Tensor:
+        """The gated rows."""
         ctx.save_for_backward(gate, table, order, sorted_ids, starts, total)
         rows = F.embedding(ids, table).unflatten(-1, (gate.shape[-1], -1))
         return gate.unsqueeze(-1) * rows.to(gate.dtype)
 
     @staticmethod
-    def backward(ctx, d):
+    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of gate and table."""
         return *gradients(d, *ctx.saved_tensors), *[None] * 5

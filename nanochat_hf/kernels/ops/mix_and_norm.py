@@ -1,6 +1,7 @@
 """The stream between two layers, r·(x + update) + s·x0, and its norm, in one pass over memory each way.
 
-Letters: N tokens, C hidden_size, F channels of the norm that are wanted apart too, r and s a layer's two scalars.
+Letters: N tokens, C hidden_size, F channels of the norm that are returned separately too, r and s a layer's two
+scalars.
 """
 
 import torch
@@ -14,9 +15,9 @@ from ..lib.devices import lacks_triton
 from ..lib.rows import epsilon, programs, warps
 
 OP = "mix_and_norm"
-SMALL = tl.constexpr(
-    1 / 4
-)  # below this |r| the sum x + update is kept for backward; above, r·(x + update) + s·x0 says it
+# Backward needs x + update. Forward keeps it where |r| is below this; else backward solves r·(x + update) + s·x0 for
+# it.
+SMALL = tl.constexpr(1 / 4)
 
 
 def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -24,9 +25,12 @@ def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> st
     return lacks_triton(device)
 
 
-def run(x: Tensor, update: Tensor, x0: Tensor, lambdas: Tensor, eps: float | None, channels: int):
+def run(
+    x: Tensor, update: Tensor, x0: Tensor, lambdas: Tensor, eps: float | None, channels: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The stream, its norm, the norm's first channels, and x0."""
-    # A view, since before the first layer x is x0. torch.compile takes no tensor twice; 2.11 silently drops a gradient.
+    # Before the first layer x is x0, so x0 goes in as a view: torch.compile refuses a tensor that is given twice, and
+    # torch 2.11 silently dropped one of its gradients.
     return MixAndNorm.apply(x, update, x0.view_as(x0), lambdas, epsilon(eps), channels)
 
 
@@ -95,9 +99,8 @@ def _backward(
         scale, g = tl.load(scale_ptr + row), tl.load(d_normed_ptr + at, keep, 0.0).to(tl.float32)
         if F:
             g += tl.load(d_first_ptr + row * F + column, column < F, 0.0).to(tl.float32)
-        normed = (from_kept * kept + from_x0 * x0).to(dx_ptr.dtype.element_ty).to(
-            tl.float32
-        ) * scale  # as forward rounded it
+        mixed = (from_kept * kept + from_x0 * x0).to(dx_ptr.dtype.element_ty)  # rounded as in forward
+        normed = mixed.to(tl.float32) * scale
         g = (g - normed * (tl.sum(g * normed, 0) / C)) * scale + tl.load(d_mixed_ptr + at, keep, 0.0).to(tl.float32)
         tl.store(dx_ptr + at, (r * g).to(dx_ptr.dtype.element_ty), keep)
         total = tl.load(d_x0_ptr + at, keep, 0.0).to(tl.float32) + s * g
@@ -160,7 +163,7 @@ def mix_and_norm_backward(
     lambdas: Tensor,
     scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and of update, which are one, of x0 with the later layers' `d_x0` added, and of lambdas (2)."""
+    """Gradients of x and update (the same), of x0 including the later layers' `d_x0`, and of lambdas (2)."""
     d_mixed, d_normed, d_first, d_x0, x0 = (t.contiguous() for t in (d_mixed, d_normed, d_first, d_x0, x0))
     dx, dx0, C, N = torch.empty_like(mixed), torch.empty_like(x0), x0.shape[-1], scale.numel()
     count, block = programs(x0, N), triton.next_power_of_2(C)
@@ -196,19 +199,23 @@ def _(d_mixed, d_normed, d_first, d_x0, kept, mixed, x0, lambdas, scale):
 class MixAndNorm(torch.autograd.Function):
     """x, update and x0 (…, C), lambdas (2) → the stream, its norm, the norm's first `channels`, and x0 for the next layer.
 
-    x0 is handed on from layer to layer. Its gradient is then summed on the way back, in the kernel that reads the rest, not in one
-    sum of as many tensors as there are layers. The first channels come apart because their gradient, filled up with zeros, would
-    be as large as the norm's.
+    x0 is passed on from layer to layer, so that each layer's backward kernel adds its part of the gradient of x0.
+    Otherwise autograd would sum one tensor for each layer. The first channels are a result of their own because the
+    gradient of a slice is padded with zeros to the size of the norm.
     """
 
     @staticmethod
-    def forward(ctx, x, update, x0, lambdas, eps, channels):
+    def forward(
+        ctx, x: Tensor, update: Tensor, x0: Tensor, lambdas: Tensor, eps: float, channels: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four results; keeps the stream, or x + update where |r| is small."""
         kept, mixed, normed, first, scale = mix_and_norm(x, update, x0, lambdas, eps, channels)
         ctx.save_for_backward(kept, mixed, x0, lambdas, scale)
         return mixed, normed, first, x0.view_as(x0)
 
     @staticmethod
-    def backward(ctx, d_mixed, d_normed, d_first, d_x0):
+    def backward(ctx, d_mixed: Tensor, d_normed: Tensor, d_first: Tensor, d_x0: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, update, x0 and lambdas."""
         kept, mixed, x0, lambdas, scale = ctx.saved_tensors
         dx, dx0, d_lambdas = mix_and_norm_backward(d_mixed, d_normed, d_first, d_x0, kept, mixed, x0, lambdas, scale)
         return dx, dx, dx0, d_lambdas.to(lambdas.dtype), None, None

@@ -1,4 +1,4 @@
-"""Queries, keys and values by one product on Hopper, rotated and normed while they lie in registers."""
+"""Queries, keys and values by one product on Hopper, rotated and normed while they are in registers."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from ..lib.devices import hopper_takes, lacks_hopper
 from ..lib.hopper import COLUMNS
 from ..lib.projections import backward_product, forward_product, head_counts, parts, rotated_backward
 from ..lib.rotation import lacks_formula
-from ..lib.weights import computing, joint_sum, weights_of
+from ..lib.weights import computing, joint_sum, weight_of, weights_of
 
 OP = "queries_keys_values"
 RANK = 1
@@ -18,7 +18,7 @@ SUMMED = (("q_proj", "k_proj", "v_proj"),)
 
 
 def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None on Hopper in half precision, for the formulas that the kernel knows and heads that half a tile holds."""
+    """None on Hopper in half precision, for the kernel's formula and heads not wider than half a tile."""
     wide = f"head_dim={config.head_dim} is above {COLUMNS // 2}" if config.head_dim > COLUMNS // 2 else None
     return lacks_formula(config) or wide or lacks_hopper(device, dtype)
 
@@ -26,7 +26,7 @@ def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> st
 def serves(x: Tensor, heads: Heads, rope: Tensor) -> bool:
     """Only for layers that no library has replaced, with rows that TMA can read."""
     layers = heads[:3]
-    return are_plain(*layers) and hopper_takes(x, *(size for layer in layers for size in layer.weight.shape))
+    return are_plain(*layers) and hopper_takes(x, *(size for layer in layers for size in weight_of(layer).shape))
 
 
 def run(x: Tensor, heads: Heads, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,17 +38,29 @@ def run(x: Tensor, heads: Heads, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class QueriesKeysValues(torch.autograd.Function):
     """x (B, T, C), weights of q, k and v (or all three in q, and None), angles → q (B, T, H, D), k and v (B, T, K, D).
 
-    The weights' gradients go into their joint sum (W, C), where it is given.
+    The weights' gradients are added to their joint sum (W, C), where that is given.
     """
 
     @staticmethod
-    def forward(ctx, x, q, k, v, rope, heads, key_heads, total=None):
+    def forward(
+        ctx,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        rope: Tensor,
+        heads: int,
+        key_heads: int,
+        total: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, which are views of one tensor."""
         x, w, qkv, scale = forward_product(ctx, x, (q, k, v), rope, (heads, key_heads))
         ctx.save_for_backward(x, w, qkv, scale, rope, total)
         return parts(qkv, heads, key_heads)
 
     @staticmethod
-    def backward(ctx, dq, dk, dv):
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the weights."""
         x, w, qkv, scale, rope, total = ctx.saved_tensors
         gradient = rotated_backward(dq, dk, dv, qkv, scale, rope, ctx.heads)
         return *backward_product(ctx, gradient, x, w, total), *[None] * 4

@@ -1,4 +1,4 @@
-"""The output projection with the stream added within the product, by cuDNN."""
+"""The output projection by a product of cuDNN that also adds the stream."""
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> st
 
 
 def serves(y: Tensor, o_proj: nn.Module, stream: Tensor) -> bool:
-    """Only for layers that no library has replaced, and half precision throughout."""
+    """Only for layers that no library has replaced, and where both tensors are in the same half precision."""
     return are_plain(o_proj) and y.is_cuda and y.dtype == stream.dtype in HALF
 
 
@@ -39,18 +39,20 @@ def run(y: Tensor, o_proj: nn.Module, stream: Tensor) -> Tensor:
 class LinearPlus(torch.autograd.Function):
     """y (…, K), weight (W, K), stream (…, W) of y's dtype → stream + y·weightᵀ.
 
-    The weight's gradient goes into its sum, where that is given.
+    The weight's gradient is added to its sum, where that is given.
     """
 
     @staticmethod
-    def forward(ctx, y, weight, stream, total=None):
+    def forward(ctx, y: Tensor, weight: Tensor, stream: Tensor, total: Tensor | None = None) -> Tensor:
+        """The stream after the projection."""
         flat, w = y.reshape(-1, y.shape[-1]), weight.to(y.dtype)
         ctx.save_for_backward(flat, w, total)
         ctx.dtype = weight.dtype
         return product_plus(flat, w, stream.reshape(-1, stream.shape[-1])).view(stream.shape)
 
     @staticmethod
-    def backward(ctx, d):
+    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of y, weight and stream."""
         flat, w, total = ctx.saved_tensors
         with torch.autocast(d.device.type, enabled=False):
             d_flat = d.reshape(-1, d.shape[-1])

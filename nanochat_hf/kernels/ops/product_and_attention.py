@@ -12,14 +12,14 @@ from ..lib.hopper import COLUMNS
 from ..lib.projections import adds, backward_product, forward_product, head_counts, parts
 from ..lib.rotation import lacks_formula, write_gradient
 from ..lib.value_rows import gradients, order_of_ids
-from ..lib.weights import computing, joint_sum, weights_of
+from ..lib.weights import computing, joint_sum, weight_of, weights_of
 
 OP = "attention"
 SUMMED = (("q_proj", "k_proj", "v_proj"), ("value_embeds",))
 
 
 def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None on Hopper in half precision where attention is cuDNN's, for the formulas that the product knows."""
+    """None on Hopper in half precision where attention is cuDNN's, for the formula of the product."""
     if dtype == FLOAT8:
         return "projections are float8"
     if config._attn_implementation != cudnn_attention.NAME:
@@ -31,25 +31,28 @@ def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> st
 
 
 def serves(ops: Ops, x: Tensor, heads: Heads, value: ValueEmbedding | None, rope: Tensor, attend: Attend) -> bool:
-    """For whole rows of several positions, layers as they were made, and cuDNN's attention still asked for."""
+    """For whole rows of several positions, layers as they were made, and where the config still names cuDNN's attention."""
     layers = heads[:3]
     return (
         attend.whole_rows
         and attend.implementation == cudnn_attention.NAME
         and x.shape[1] > 1
         and are_plain(*layers)
-        and hopper_takes(x, *(size for layer in layers for size in layer.weight.shape))
+        and hopper_takes(x, *(size for layer in layers for size in weight_of(layer).shape))
     )
 
 
-def run(ops: Ops, x: Tensor, heads: Heads, value: ValueEmbedding | None, rope: Tensor, attend: Attend):
-    """Heads' results (B, T, H, D), and no attention weights."""
+def run(
+    ops: Ops, x: Tensor, heads: Heads, value: ValueEmbedding | None, rope: Tensor, attend: Attend
+) -> tuple[Tensor, None]:
+    """The output of the heads (B, T, H, D), and None for the attention weights."""
     weights, counts = weights_of(heads[:3], computing(x)), head_counts(heads)
-    added, lookup = None, [None] * 7
+    added = None
+    lookup: list[Tensor | None] = [None] * 7
     if value is not None:
         gate, table, ids = value
         (rows,) = weights_of((table,), gate.dtype) if are_plain(table) else (None,)
-        # rows that are in half precision already are added within the product; others would not fit beside its tiles
+        # the product adds the rows if they are in half precision; in float32 they would not fit beside its tiles
         if rows is not None and rows.dtype == gate.dtype and adds(sum(counts), heads.head_dim):
             lookup = [gate, rows, ids, *order_of_ids(ids, rows.shape[0]), joint_sum(table)]
         else:
@@ -74,7 +77,7 @@ def rotated_attention_backward(
 ) -> torch.Tensor:
     """Gradient (B, T, W) of the product of `rotated_projections`, from that of cuDNN's attention with values v.
 
-    Each kernel writes its part of one tensor, so that nothing is copied or summed.
+    Each kernel writes to its part of one tensor, so nothing is copied or summed.
     """
     q, k, _ = parts(qkv, out.shape[2], v.shape[2])
     gradient = torch.empty_like(qkv)
@@ -92,34 +95,35 @@ def _(do, qkv, v, out, stats, borders, scale, rope, scaling, window):
 class ProductAndAttention(torch.autograd.Function):
     """As ops/one_product.py, then cuDNN's attention → (B, T, H, D).
 
-    To v goes `added` (B, T, K, D), where given. Or, where the product can add it, gate·table[ids], with what `order_of_ids` says
-    of the ids, and the sum of the table's gradients.
+    `added` (B, T, K, D), where given, is added to v. Or the product itself adds gate·table[ids]; it then gets gate,
+    table, ids, the result of `order_of_ids`, and the sum of the table's gradients.
     """
 
     @staticmethod
     def forward(
         ctx,
-        x,
-        q,
-        k,
-        v,
-        added,
-        rope,
-        borders,
-        heads,
-        key_heads,
-        scaling,
-        window,
-        total,
-        gate=None,
-        table=None,
-        ids=None,
-        order=None,
-        sorted_ids=None,
-        starts=None,
-        table_total=None,
-    ):
-        lookup = () if gate is None else (gate, table, ids)
+        x: Tensor,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        added: Tensor | None,
+        rope: Tensor,
+        borders: Tensor | None,
+        heads: int,
+        key_heads: int,
+        scaling: float,
+        window: int,
+        total: Tensor | None,
+        gate: Tensor | None = None,
+        table: Tensor | None = None,
+        ids: Tensor | None = None,
+        order: Tensor | None = None,
+        sorted_ids: Tensor | None = None,
+        starts: Tensor | None = None,
+        table_total: Tensor | None = None,
+    ) -> Tensor:
+        """The output of the heads (B, T, H, D)."""
+        lookup = () if gate is None or table is None or ids is None else (gate, table, ids)
         x, w, qkv, scale = forward_product(ctx, x, (q, k, v), rope, (heads, key_heads), *lookup)
         queries, keys, values = parts(qkv, heads, key_heads)
         values = values if added is None else values + added.to(values.dtype)
@@ -130,7 +134,8 @@ class ProductAndAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, do):
+    def backward(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, the weights, `added`, gate and table."""
         x, w, qkv, values, out, stats, borders, scale, rope, total, *rows = ctx.saved_tensors
         gradient = rotated_attention_backward(do, qkv, values, out, stats, borders, scale, rope, *ctx.options)
         d_values = parts(gradient, ctx.heads, values.shape[2])[2]

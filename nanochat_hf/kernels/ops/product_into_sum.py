@@ -1,4 +1,4 @@
-"""A product added to a float32 sum within the product, so that it is never rounded to half precision."""
+"""A product that is added to a float32 sum before it is rounded to half precision."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from ..lib.devices import HALF
 from ..lib.weights import add_product_
 
 OP = "add_product"
-INTERPRETED = False  # torch has this product on CUDA alone
+INTERPRETED = False  # torch has this product only on CUDA
 
 
 def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -9,12 +9,13 @@ from nanochat_hf.model.ops_nanochat_hf import Heads, are_plain
 
 from ..lib.devices import lacks_triton
 from ..lib.rotation import RopeNorm, lacks_formula
+from ..lib.weights import weight_of
 
 OP = "queries_keys_values"
 
 
 def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None on a GPU with Triton, for the formulas that the kernel knows."""
+    """None on a GPU with Triton, for the kernel's formula."""
     return lacks_formula(config) or lacks_triton(device)
 
 
@@ -25,6 +26,7 @@ def serves(x: Tensor, heads: Heads, rope: Tensor) -> bool:
 
 def run(x: Tensor, heads: Heads, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, T, H, D), k and v (B, T, K, D)."""
-    both = F.linear(x, torch.cat((heads.q_proj.weight, heads.k_proj.weight)))
-    sizes = (layer.weight.shape[0] // heads.head_dim for layer in (heads.q_proj, heads.k_proj))
+    weights = weight_of(heads.q_proj), weight_of(heads.k_proj)
+    both = F.linear(x, torch.cat(weights))
+    sizes = (weight.shape[0] // heads.head_dim for weight in weights)
     return *RopeNorm.apply(both, rope, *sizes), heads.v_proj(x).unflatten(-1, (-1, heads.head_dim))

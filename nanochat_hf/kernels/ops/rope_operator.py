@@ -1,4 +1,4 @@
-"""Rope tables as an operator, which torch.compile calls once and does not compute again in each layer."""
+"""Rope tables as an operator, so that torch.compile computes them once and not again in each layer."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ OP = "rope_tables"
 
 
 def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None: it runs anywhere. For training only, since exporters such as torch.onnx know no operators of ours."""
+    """None: it runs anywhere. Used in training only, because exporters such as torch.onnx do not know our operators."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""The MLP's squared ReLU within its products, keeping one wide activation for backward in place of two."""
+"""The MLP with the squared ReLU inside its products; it keeps one wide activation for backward instead of two."""
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def serves(x: Tensor, up_proj: nn.Module, down_proj: nn.Module) -> bool:
 
 
 def run(x: Tensor, up_proj: nn.Module, down_proj: nn.Module) -> Tensor:
-    """A function, since torch.compile does not trace a bound `apply`."""
+    """x (B, T, C) → (B, T, C)."""
     (up,), (down,) = (weights_of((layer,), computing(x)) for layer in (up_proj, down_proj))
     return SquaredReluMLP.apply(x, up, down, joint_sum(up_proj), joint_sum(down_proj))
 
@@ -32,12 +32,15 @@ def run(x: Tensor, up_proj: nn.Module, down_proj: nn.Module) -> Tensor:
 class SquaredReluMLP(torch.autograd.Function):
     """x (…, C), up (W, C), down (C, W) → relu(x·upᵀ)²·downᵀ (…, C), in autocast's dtype.
 
-    Only a = relu(u)² is kept for backward. Its slope is 2·relu(u) = 2·√a, so u (…, W), the largest activation of a layer, need
-    not be kept. The weights' gradients go into their sums, where those are given.
+    Of the two wide activations only a = relu(u)² is kept for backward: its slope is 2·relu(u) = 2·√a, so u (…, W) is not
+    needed. The weights' gradients are added to their sums, where those are given.
     """
 
     @staticmethod
-    def forward(ctx, x, up, down, up_sum=None, down_sum=None):
+    def forward(
+        ctx, x: Tensor, up: Tensor, down: Tensor, up_sum: Tensor | None = None, down_sum: Tensor | None = None
+    ) -> Tensor:
+        """The MLP's output in autocast's dtype."""
         dtype = computing(x)
         ctx.dtypes = x.dtype, up.dtype, down.dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -53,7 +56,8 @@ class SquaredReluMLP(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of both weights."""
         flat, squared, up, down, up_sum, down_sum = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
             dy_flat = dy.reshape(-1, dy.shape[-1]).to(flat.dtype)

@@ -1,4 +1,4 @@
-"""The norm of the stream after attention, whose gradient joins the stream's own in the same kernel.
+"""The norm of the stream after attention; its backward kernel also adds the stream's own gradient.
 
 Letters: N tokens, C hidden_size.
 """
@@ -17,8 +17,8 @@ OP = "stream_and_norm"
 
 
 def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None on a GPU with Triton, but for float8."""
-    # torch.compile puts the cast to float8 into its own kernel of the norm
+    """None on a GPU with Triton, except for float8."""
+    # torch.compile fuses the cast to float8 with its own kernel of the norm, which is faster
     return lacks_triton(device) or ("float8 is cast in the kernel of the norm" if dtype == FLOAT8 else None)
 
 
@@ -83,14 +83,16 @@ def _(d_x, d_normed, x, scale):
 
 
 class StreamAndNorm(torch.autograd.Function):
-    """x (…, C) → x, its norm. x is handed on, so that both gradients meet in one kernel."""
+    """x (…, C) → x, its norm. x is returned so that one kernel sums both gradients."""
 
     @staticmethod
-    def forward(ctx, x, eps):
+    def forward(ctx, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x and its norm; keeps 1/rms of each row."""
         normed, scale = stream_norm(x, eps)
         ctx.save_for_backward(x, scale)
         return x.view_as(x), normed
 
     @staticmethod
-    def backward(ctx, d_x, d_normed):
+    def backward(ctx, d_x: Tensor, d_normed: Tensor) -> tuple[Tensor, None]:
+        """Gradient of x through both results."""
         return stream_norm_backward(d_x, d_normed, *ctx.saved_tensors), None
