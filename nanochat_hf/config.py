@@ -114,7 +114,12 @@ def _known_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpar
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown flags: {guessed(unknown, flags, ' ')}; see --help")
-    return namespace
+    return argparse.Namespace(**{name: _at_home(value) for name, value in vars(namespace).items()})
+
+
+def _at_home(value: Any) -> Any:
+    """A path that begins with "~" in the home folder, which no shell has put there for a recipe or for --data=~/x."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

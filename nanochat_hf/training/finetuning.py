@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from nanochat_hf import NanochatForCausalLM
-from nanochat_hf.data.documents import OVERLONG
+from nanochat_hf.data.overlong import OVERLONG
 from nanochat_hf.data.planned import SFTBatches
 from nanochat_hf.data.reports import check_policy
 from nanochat_hf.data.sources import SourceConfig
@@ -90,8 +90,9 @@ def sources_of(sft: SFTConfig, lists: dict[str, list], num_steps: int | None) ->
 
     ValueError where nothing is named, or a stream has no end to train to.
     """
-    train = [SourceConfig.from_recipe(entry) for entry in lists.get("train_data", [])]
-    validation = [SourceConfig.from_recipe(entry) for entry in lists.get("validation_data", [])]
+    train, validation = (
+        SourceConfig.from_recipe_list(lists.get(key), key) for key in ("train_data", "validation_data")
+    )
     sources = Sources(
         [SourceConfig(path=sft.data)] if sft.data else train,
         [SourceConfig(path=sft.validation)] if sft.validation else validation,
@@ -135,8 +136,6 @@ def conversation_data(
             f"padding {batches.padding_share:.2%}, {batches.truncated} truncated, "
             f"{batches.untrained} without a target left out"
         )
-    if batches.bad[0]:
-        data += f", {batches.bad[0]:,} bad rows left out (the first: {batches.bad[1]})"
     # so that runs compare, validation always counts the assistant's tokens of conversations that stand alone
     alone = shape | {"train_on_all_tokens": False, "isolate": True, "rank": 0, "world_size": 1}
     count = config.evaluate.eval_batches
@@ -151,13 +150,19 @@ def conversation_data(
         "validation": on or "the training data itself; --validation names held-out conversations",
         "start": sft.model,
     }
+    if batches.report.left_out:
+        lines["left out"] = batches.report.left_out
+    if not sft.streaming:
+        accumulation = accelerator.gradient_accumulation_steps
+        steps = horizon(sft, config, batches, accumulation)
+        lines["passes"] = f"{batches.passes(steps, accumulation):.2f} over the data in {steps:,} steps"
     own = divided(held_out, accelerator.process_index, accelerator.num_processes)
     return Data(tokenizer, batches, own, lines)
 
 
 def horizon(sft: SFTConfig, config: TrainConfig, batches: SFTBatches, accumulation: int) -> int:
     """Steps of the run: --num-steps, else --epochs over the planned rows."""
-    return config.run.num_steps or max(1, round(sft.epochs * batches.steps_per_epoch(accumulation)))
+    return config.run.num_steps or batches.steps(sft.epochs, accumulation)
 
 
 def with_newest(sft: SFTConfig) -> SFTConfig:

@@ -6,12 +6,13 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from nanochat_hf import scaling
-from nanochat_hf.data.sources import SourceConfig, load_source, load_stream
+from nanochat_hf.data.loading import count_rows, is_remote, load_source
+from nanochat_hf.data.reports import check_policy
+from nanochat_hf.data.sources import SourceConfig
 from nanochat_hf.data.streamed import TextBatches
-from nanochat_hf.data.texts import is_remote
 from nanochat_hf.model import NanochatConfig
 
-from .callbacks.evaluate import EvalConfig
+from .callbacks.evaluate import EvalConfig, divided
 from .config import PARTS, OptimConfig, TrainConfig
 from .equipment import data_workers, step_tokens
 from .run import Data
@@ -42,6 +43,10 @@ class BaseConfig:
     packing: str = field(
         default="crop", metadata={"help": "crop: cut documents that do not fit; keep: put their rest into a later row"}
     )
+    bad_rows: str = field(
+        default="error",
+        metadata={"help": "rows without text: error, or skip, which leaves out and counts up to half of them"},
+    )
     streaming: bool | None = field(
         default=None, metadata={"help": "read as a stream, without downloading first (default: the Hub's data, yes)"}
     )
@@ -67,6 +72,9 @@ class BaseConfig:
     target_param_data_ratio: float = field(
         default=10.5, metadata={"help": "horizon in tokens per matrix and head parameter, else"}
     )
+
+    def __post_init__(self) -> None:
+        check_policy(self.bad_rows)
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def resolved(base: BaseConfig, config: TrainConfig) -> tuple[BaseConfig, TrainCo
     return base, config
 
 
-def hold_out(base: BaseConfig, processes: int) -> tuple[SourceConfig, SourceConfig]:
+def hold_out(base: BaseConfig) -> tuple[SourceConfig, SourceConfig]:
     """The sources of training and of validation.
 
     Without --validation the first documents are held out, a twentieth or `HELD_OUT`.
@@ -151,15 +159,13 @@ def hold_out(base: BaseConfig, processes: int) -> tuple[SourceConfig, SourceConf
     if base.validation:
         return source, replace(source, path=base.validation)
     if base.streaming:  # a long stream is not counted to its end
-        rows = sum(1 for _ in load_stream(source).take(2 * HELD_OUT))
+        rows = count_rows(source, 2 * HELD_OUT)
         rows = 20 * HELD_OUT if rows >= 2 * HELD_OUT else rows
     else:
-        rows = len(load_source(source, check=False))
-    count = max(processes * max(1, base.num_workers or 0), min(HELD_OUT, rows // 20))
+        rows = len(load_source(source))
+    count = max(1, min(HELD_OUT, rows // 20))
     if count >= rows:
-        raise ValueError(
-            f"{base.data}: of {rows} documents none can be held out for {processes} processes; give --validation"
-        )
+        raise ValueError(f"{base.data}: of {rows} documents none can be held out; give --validation")
     return replace(source, start=count), replace(source, rows=count)
 
 
@@ -167,22 +173,24 @@ def text_data(
     base: BaseConfig, config: TrainConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase
 ) -> Data:
     """Full rows of text to train on, and held-out ones. `base` and `config` as `resolved` returns them."""
-    source, held_out = hold_out(base, accelerator.num_processes)
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    source, held_out = hold_out(base)
     shape = {
         "rows": config.run.device_batch_size,
         "positions": config.run.max_seq_len,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
         "text_column": base.text_column,
+        "bad_rows": base.bad_rows,
     }
     made = {"mode": base.packing, "streaming": base.streaming, "num_workers": base.num_workers}
-    batches = TextBatches(source, tokenizer, **shape, **made, seed=config.run.seed)
+    own = {"rank": rank, "world_size": processes, "seed": config.run.seed}
+    batches = TextBatches(source, tokenizer, **shape, **made, **own)
     cropped = batches.outlook(step_tokens(config, accelerator))
     lost = f"{cropped:.0%} of a step's tokens cropped away (--packing keep loses none)"
-    # held-out rows are taken by the same split as training leaves them out, so with as many workers
-    made = {"streaming": base.streaming and not base.validation, "num_workers": base.num_workers}
-    if base.validation:
-        made["num_workers"] = 0
-    validation = TextBatches(held_out, tokenizer, **shape, **made, seed=config.run.seed + 1, prefetch=0)
+    # every process packs the same held-out documents and takes its rows, so that each document counts once
+    streaming = base.streaming and not base.validation
+    validation = TextBatches(held_out, tokenizer, **shape, streaming=streaming).once(
+        config.evaluate.eval_batches * processes
+    )
     told = f"{base.data}, packing {base.packing}: {lost if base.packing == 'crop' else 'no token lost'}"
-    return Data(tokenizer, batches, validation.take(config.evaluate.eval_batches), {"data": told})
+    lines = {"data": told} | ({"left out": batches.report.left_out} if batches.report.left_out else {})
+    return Data(tokenizer, batches, divided(validation, rank, processes), lines)

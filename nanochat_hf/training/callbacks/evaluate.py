@@ -57,7 +57,8 @@ def divided(batches: list[dict], rank: int, world_size: int) -> list[dict]:
     What they measure together must not depend on how many there are. Each process gets as many rows, since evaluating a
     split model is a collective. Where the rows do not divide, some processes get a row without a target.
     """
-    rows = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    keys = [key for key in batches[0] if all(key in batch for batch in batches)]  # loss_weights may stand in some alone
+    rows = {key: torch.cat([batch[key] for batch in batches]) for key in keys}
     missing = -len(rows["input_ids"]) % world_size
     if missing:
         rows = {key: torch.cat((value, value[:1].expand(missing, -1))) for key, value in rows.items()}
