@@ -74,7 +74,7 @@ def links(page: Path) -> Iterator[str]:
 
 
 def single_flags(page: Path) -> Iterator[str]:
-    """Flags that a page's prose names by themselves: "--keep-best". The first column of a comparison is another program's."""
+    """Flags that prose names by themselves: "--keep-best". The first column of a comparison is another program's."""
     text = prose(page)
     if page.stem in COMPARISONS:
         text = re.sub(r"^\|[^|]*\|", "|", text.replace("\\|", " "), flags=re.MULTILINE)
