@@ -50,9 +50,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output-dir", default="runs/quickstart", help="folder for everything (default: %(default)s)")
     root = Path(parser.parse_args(argv).output_dir)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    prepare(root)
-    stages = plan(root)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        prepare(root)
+        run_all(plan(root), root)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_all(stages: Sequence[Stage], root: Path) -> None:
+    """The text, the stages and three answers; SystemExit as `main`."""
     if not all(stage.done for stage in stages):
         print(*outlook([stage for stage in stages if not stage.done], speed()), sep="\n", flush=True)
     processes = Processes(PRELOAD)
