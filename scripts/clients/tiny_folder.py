@@ -1,7 +1,10 @@
-"""Write a folder like a trained model's, with random weights: python -m scripts.clients.tiny_folder OUT
+"""Write a folder like a trained model's, with random weights.
 
-Every part of the model is in it: windows and full attention, shared key heads, value embeddings, and a vocabulary that 64
-does not divide. All weights are random, also those that training starts at zero, or greedy tokens would say nothing.
+python -m scripts.clients.tiny_folder OUT
+
+Every part of the model is in it: windows and full attention, shared key heads, value embeddings, and a vocabulary
+that 64 does not divide. All weights are random, also those that training starts at zero, or greedy tokens would say
+nothing.
 """
 
 import argparse
