@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
 WORKERS ?= 2
-.PHONY: test test-kernels test-xla quickstart quickstart-clean lint docs
+.PHONY: drill test test-kernels test-xla quickstart quickstart-clean lint docs
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +22,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ty check
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -q -c constraints.txt mkdocs-material
+	$(VENV)/bin/python -m pip install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 # the site, in build/site; a broken link is an error
@@ -46,3 +46,7 @@ quickstart: $(VENV)/.installed
 
 quickstart-clean:
 	rm -rf runs/quickstart
+
+# runs that are killed, stopped, refused room, damaged and started twice, for a quarter of an hour; the first difference fails it
+drill: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m scripts.experiments.drill --minutes 15 --record docs/records/drill

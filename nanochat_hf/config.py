@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from nanochat_hf.errors import say_error
+from nanochat_hf.errors import is_consequence, say_error
 
 # optional packages, and the extra of this package that installs each
 EXTRAS = {
@@ -114,7 +114,12 @@ def _known_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpar
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown flags: {guessed(unknown, flags, ' ')}; see --help")
-    return namespace
+    return argparse.Namespace(**{name: _at_home(value) for name, value in vars(namespace).items()})
+
+
+def _at_home(value: Any) -> Any:
+    """A path that begins with "~" in the home folder, which no shell has put there for a recipe or for --data=~/x."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -185,6 +190,8 @@ def user_errors(main: Callable[P, R]) -> Callable[P, R]:
                 print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
         except RuntimeError as error:
+            if is_consequence(error):  # the process that failed has said why
+                sys.exit(2)
             if not out_of_memory(error):
                 raise
             reason = str(error).split(". ")[0]
@@ -197,3 +204,11 @@ def user_errors(main: Callable[P, R]) -> Callable[P, R]:
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the host, had no memory left. The host raises a plain RuntimeError for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def at_least(config: Any, least: int, *names: str) -> None:
+    """ValueError where one of the named fields is below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            off = "; 0 is off" if least == 0 else ""
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {least}{off}")

@@ -29,6 +29,31 @@ def say_error(text: str) -> None:
             _tell(text, world - 1)
     elif _heard() != _without_numbers(text):
         print(f"{text} (process {rank})", file=sys.stderr, flush=True)
+        _note()
+
+
+# What a process says of a collective whose other side has gone, in the words of gloo, NCCL and the store.
+LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Socket", "store", "peer")
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether `error` says only that another process has gone, and that one has told why."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not any(word in str(error) for word in LOST):
+        return False
+    try:
+        store, key = _store(os.environ.get("RANK", "0") == "0", LINGER)
+        store.add(f"{key}/heard", 1)
+        return store.add(f"{key}/told", 0) > 0
+    except (RuntimeError, KeyError):  # no store: its process has gone
+        return False
+
+
+def _wake_others() -> None:
+    # others may wait for this process in a collective, where they hear nothing: it ends once the connections close
+    import torch.distributed
+
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def _without_numbers(text: str) -> str:
@@ -55,10 +80,21 @@ def _tell(text: str, others: int) -> None:
     try:
         store, key = _store(True, LINGER)
         store.set(key, _without_numbers(text))
+        store.add(f"{key}/told", 1)
+        _wake_others()
         end = time.monotonic() + LINGER
         while store.add(f"{key}/heard", 0) < others and time.monotonic() < end:
             time.sleep(0.02)
     except (RuntimeError, KeyError):  # no store: each process prints its own line
+        pass
+
+
+def _note() -> None:
+    # what the others meet now has been told
+    try:
+        store, key = _store(False, LINGER)
+        store.add(f"{key}/told", 1)
+    except (RuntimeError, KeyError):
         pass
 
 

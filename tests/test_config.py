@@ -86,16 +86,17 @@ def test_ctrl_c_before_training_is_no_traceback(capsys):
     ],
 )
 def test_a_recipes_values_are_read_as_a_flags_are(text, expected, tmp_path, capsys):
-    from nanochat_hf.training.config import TrainConfig
+    from nanochat_hf.training.config import PARTS
 
     (tmp_path / "r.yaml").write_text(text)
     argv, name = ["--config", str(tmp_path / "r.yaml"), "--output-dir", "x"], text.split(":")[0]
     if not isinstance(expected, str) or name == "run_name":
-        config, _ = parse([TrainConfig], argv)
+        *parts, _ = parse(PARTS, argv)
+        (config,) = (part for part in parts if hasattr(part, name))
         assert getattr(config, name) == expected and type(getattr(config, name)) is type(expected)
     else:
         with pytest.raises(SystemExit) as caught:
-            parse([TrainConfig], argv)
+            parse(PARTS, argv)
         assert caught.value.code == 2 and expected in capsys.readouterr().err
 
 
@@ -122,11 +123,11 @@ def test_a_recipes_values_are_read_as_a_flags_are(text, expected, tmp_path, caps
     ],
 )
 def test_an_unknown_name_is_told_with_the_one_it_resembles(recipe, argv, said, tmp_path, capsys):
-    from nanochat_hf.training.config import TrainConfig
+    from nanochat_hf.training.config import PARTS
 
     (tmp_path / "r.yaml").write_text(recipe)
     with pytest.raises(SystemExit) as caught:
-        parse([TrainConfig], ["--config", str(tmp_path / "r.yaml"), "--output-dir", "x", *argv], lists=("train_data",))
+        parse(PARTS, ["--config", str(tmp_path / "r.yaml"), "--output-dir", "x", *argv], lists=("train_data",))
     assert caught.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
 
 
@@ -159,7 +160,7 @@ def test_every_flag_of_the_original_has_its_line_and_every_flag_named_there_exis
 
     from nanochat_hf.cli.chat_sft import SFTConfig
     from nanochat_hf.hub.push import HubConfig
-    from nanochat_hf.training.config import TrainConfig
+    from nanochat_hf.training.config import PARTS
 
     rows = [
         line.split(" | ")
@@ -172,7 +173,7 @@ def test_every_flag_of_the_original_has_its_line_and_every_flag_named_there_exis
         "config_file",
         "hub",
     }
-    known = {field.name.replace("_", "-") for kind in (SFTConfig, TrainConfig, HubConfig) for field in fields(kind)}
+    known = {field.name.replace("_", "-") for kind in (SFTConfig, *PARTS, HubConfig) for field in fields(kind)}
     assert ours and not ours - known, ours - known
 
 

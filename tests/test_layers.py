@@ -21,6 +21,7 @@ LAYERS = (
         "optim",
         "kernels",
         "tasks",
+        "files",
         "machine",
         "scaling",
     ),

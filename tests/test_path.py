@@ -74,7 +74,8 @@ def shaken(**settings):
 
 
 text = st.text(max_size=30).filter(lambda t: not any(s in t for s in SPECIAL_TOKENS))
-# transformers marks by character: a part that ends in a character of several tokens loses all but the first of them, so parts are ASCII here
+# transformers marks by character: a part that ends in a character of several tokens loses all but the first of them, so
+# parts are ASCII here
 ascii_text = st.text(st.characters(max_codepoint=127), max_size=30).filter(
     lambda t: not any(s in t for s in SPECIAL_TOKENS)
 )
@@ -241,7 +242,7 @@ def test_resumed_training_is_bit_identical(tokenizer, chats, tmp_path):
     first = make_trainer(tokenizer, chats, 2, 2, steps=3)
     first.fit()
     folder = checkpoint.save(first, tmp_path, tokenizer, {})
-    assert checkpoint.resolve(tmp_path, "auto") == folder
+    assert checkpoint.newest(tmp_path) == folder
     second = make_trainer(tokenizer, chats, 2, 2)
     checkpoint.load(second, folder)
     second.fit()

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.data.sources import SourceConfig, load_source
-from nanochat_hf.data.texts import check_column
+from nanochat_hf.data.sources import SourceConfig
+from nanochat_hf.data.texts import Texts
 from nanochat_hf.evals.bpb import evaluate_bpb, text_batches
 from nanochat_hf.evals.core import BUNDLE_HELP, CoreResult, load_bundle
 from nanochat_hf.evals.core_scoring import CoreOptions, evaluate_core
@@ -87,9 +87,7 @@ def load_model(config: BaseEvalConfig, device: torch.device) -> tuple[PreTrained
 
 def load_texts(config: BaseEvalConfig) -> list[str]:
     """The texts of --data."""
-    rows = load_source(SourceConfig(path=config.data, split=config.split, rows=config.max_texts))
-    check_column(rows, config.text_column, config.data)
-    return [row[config.text_column] for row in rows]
+    return list(Texts(SourceConfig(path=config.data, split=config.split, rows=config.max_texts), config.text_column))
 
 
 def bits_per_byte(

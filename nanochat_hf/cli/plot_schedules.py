@@ -7,18 +7,22 @@ import argparse
 from pathlib import Path
 
 from nanochat_hf.config import user_errors
-from nanochat_hf.training import schedules
+from nanochat_hf.training.pretraining import BaseSchedule
+from nanochat_hf.training.schedules import Schedule, ScheduleConfig, muon_momentum
 
 
 def curves(num_steps: int, points: int = 200) -> dict[str, list[tuple[float, float]]]:
-    """Each schedule of a run of `num_steps` steps as pairs of progress and value, at `points` points from 0 to 1."""
-    grid = [i / (points - 1) for i in range(points)]
-    return {
-        "base learning rate": [(x, schedules.base_lr(x)) for x in grid],
-        "SFT learning rate": [(x, schedules.sft_lr(x)) for x in grid],
-        "Muon momentum": [(x, schedules.muon_momentum(round(x * num_steps))) for x in grid],
-        "base weight decay": [(x, schedules.weight_decay(x)) for x in grid],
+    """What trains by default, as pairs of progress and value, at `points` steps of a run of `num_steps`."""
+    steps = [round(i * (num_steps - 1) / (points - 1)) for i in range(points)]
+    base = Schedule(num_steps, BaseSchedule(), decay_falls=True)
+    sft = Schedule(num_steps, ScheduleConfig())
+    series = {
+        "base learning rate": base.lr,
+        "SFT learning rate": sft.lr,
+        "Muon momentum": muon_momentum,
+        "base weight decay": base.weight_decay,
     }
+    return {name: [(step / num_steps, value(step)) for step in steps] for name, value in series.items()}
 
 
 def draw(series: dict[str, list[tuple[float, float]]], num_steps: int, path: Path) -> None:

@@ -43,7 +43,7 @@ class PublishConfig:
 def sources(config, lists):
     """{"train": [SourceConfig, …], "validation": […]}, without empty splits; ValueError where there is nothing to train on."""
     found = {
-        split: [SourceConfig.from_recipe(e) for e in lists.get(f"{split}_data", [])]
+        split: SourceConfig.from_recipe_list(lists.get(f"{split}_data"), f"{split}_data")
         for split in ("train", "validation")
     }
     for split, path in (("train", config.data), ("validation", config.validation)):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat_hf.config import parse, read_recipe, user_errors
-from nanochat_hf.data.documents import OVERLONG
+from nanochat_hf.data.overlong import OVERLONG
 from nanochat_hf.data.planned import SFTBatches
 from nanochat_hf.data.sources import SourceConfig
 from nanochat_hf.tokenizer import load_tokenizer
@@ -94,8 +94,8 @@ def settings(argv):
         recipe = read_recipe(argv[place + 1])
         del argv[place : place + 2]
     show, _ = parse([ShowConfig], argv, description=__doc__)
-    entries = recipe.get("train_data") or []
-    sources = [SourceConfig(path=show.data)] if show.data else [SourceConfig.from_recipe(entry) for entry in entries]
+    listed = SourceConfig.from_recipe_list(recipe.get("train_data"))
+    sources = [SourceConfig(path=show.data)] if show.data else listed
     if not sources:
         raise ValueError("no data; give --data, or --config with a recipe that has train_data")
     return show, sources, recipe

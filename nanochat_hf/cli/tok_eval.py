@@ -10,8 +10,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from nanochat_hf.config import parse, user_errors
+from nanochat_hf.data.loading import is_remote
 from nanochat_hf.data.sources import SourceConfig
-from nanochat_hf.data.texts import check_column, documents, is_remote, load_rows
+from nanochat_hf.data.texts import Texts, shortened
 
 from .tok_eval_texts import TEXTS
 
@@ -39,6 +40,10 @@ class EvalConfig:
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     max_chars: int = field(default=2_000_000, metadata={"help": "characters to read of each --data"})
 
+    def __post_init__(self) -> None:
+        if self.max_chars < 1:
+            raise ValueError(f"--max-chars {self.max_chars} must be at least 1")
+
 
 @user_errors
 def main(argv=None):
@@ -55,9 +60,8 @@ def main(argv=None):
 def read(path, config):
     """The documents of one --data."""
     source = SourceConfig(path=path, split=config.split)
-    rows = load_rows(source, is_remote(source), config.text_column)
-    check_column(rows, config.text_column, path)
-    return list(documents(rows, config.text_column, max_chars=config.max_chars))
+    texts = Texts(source, config.text_column, streaming=is_remote(source))
+    return list(shortened(texts, max_chars=config.max_chars))
 
 
 def measure(kind, texts, encoders):

@@ -1,13 +1,16 @@
 """Train a tokenizer: python -m scripts.tok_train --data 'text/*.parquet' --vocab-size 8192 --output runs/tokenizer"""
 
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
 from nanochat_hf.config import parse, user_errors
+from nanochat_hf.data.loading import is_remote
+from nanochat_hf.data.reports import DataReport, check_policy
 from nanochat_hf.data.sources import SourceConfig
-from nanochat_hf.data.texts import check_column, documents, is_remote, load_rows
+from nanochat_hf.data.texts import Texts, shortened
 from nanochat_hf.tokenizer import train_tokenizer
 
 
@@ -22,6 +25,10 @@ class TokenizerConfig:
     vocab_size: int = field(default=32768, metadata={"help": "tokens, the 9 special ones among them"})
     split: str = field(default="train", metadata={"help": "split, for a Hub name"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    bad_rows: str = field(
+        default="error",
+        metadata={"help": "rows without text: error, or skip, which leaves out and counts up to half of them"},
+    )
     streaming: bool | None = field(
         default=None, metadata={"help": "read as a stream, without downloading first (default: the Hub's data, yes)"}
     )
@@ -33,38 +40,40 @@ class TokenizerConfig:
         default=2048, metadata={"help": "tokens beyond which users of the tokenizer are warned"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_policy(self.bad_rows)
         for name in ("max_chars", "document_chars", "model_max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1".replace("_", "-"))
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, train, save."""
     config, _ = parse([TokenizerConfig], argv, description=__doc__)
     source, start = SourceConfig(path=config.data, split=config.split), time.perf_counter()
     streaming = is_remote(source) if config.streaming is None else config.streaming
     # the reference trains on two billion characters; a stream of the Hub's would go on for days
     limit = config.max_chars or (2_000_000_000 if streaming else None)
-    rows = load_rows(source, streaming, config.text_column)
-    check_column(rows, config.text_column, config.data)
-    texts = documents(rows, config.text_column, config.document_chars, limit)
-    read = Counted(texts, limit)
+    texts = Texts(source, config.text_column, streaming=streaming, bad_rows=config.bad_rows)
+    read = Counted(shortened(texts, config.document_chars, limit), limit)
     tokenizer = train_tokenizer(read, config.vocab_size, config.model_max_length, progress=True)
     tokenizer.save_pretrained(config.output)
     print(
         f"tokenizer of {len(tokenizer)} tokens from {read.documents:,} documents, {read.characters:,} characters, "
         f"in {time.perf_counter() - start:.0f} s, saved in {config.output}"
     )
+    if left_out := DataReport([texts.report]).left_out:
+        print(f"left out: {left_out}")
 
 
 class Counted:
     """The texts of an iterable, counted as they pass, with a bar of characters; `limit` is where the bar ends."""
 
-    def __init__(self, texts, limit):
+    def __init__(self, texts: Iterable[str], limit: int | None) -> None:
         self.texts, self.limit, self.documents, self.characters = texts, limit, 0, 0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         with tqdm(total=self.limit, desc="reading", unit="char", unit_scale=True) as bar:
             for text in self.texts:
                 self.documents, self.characters = self.documents + 1, self.characters + len(text)

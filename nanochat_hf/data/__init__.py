@@ -1,11 +1,54 @@
-"""From data sets to batches, in stops:
+"""The way of a row from a data set to a batch, in stops. One conversation is carried through all of them.
 
-1. sources: where rows lie, and how they are read
-2. formats: a row → messages
-3. documents: messages → ids and mask, with what becomes of those that are too long; texts: the same for plain text
-4. packing: lengths → a plan of rows
-5. collate: a row's documents → tensors of one fixed shape
-6. planned: batches of whole epochs; streamed: batches of endless streams, by readers and windows
+1. `sources` says which rows of which data set; `loading` reads them, by way of `nanochat_hf.files`, each with its place.
 
-reports counts what is left out, workers makes batches ahead, identity tells data sets apart.
+   >>> from nanochat_hf.files.data_file import Place, Raw
+   >>> from nanochat_hf.data.sources import SourceConfig
+   >>> source = SourceConfig(path="chats.jsonl", columns={"completion": "answer"})
+   >>> raw = Raw(b'{"prompt": "hi", "answer": "yes", "score": 5}', Place("chats.jsonl", "line", 1))
+
+2. `formats` (with `columns`, `tool_calls` and `weights`) makes messages of a row; `conversations` checks them and says what of
+   the row was not used.
+
+   >>> from nanochat_hf.data.conversations import convert
+   >>> converted = convert(raw, source)
+   >>> converted.conversation
+   {'messages': [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'yes'}]}
+   >>> converted.ignored
+   ('score',)
+
+3. `tokenising` renders conversations to ids and a mask of the targets, once (with `code_key`, which tells when it must be
+   done again); `overlong` cuts those that are longer than a row; `documents` holds them. `texts` is the same for plain text.
+
+   >>> from nanochat_hf.conversation import PlainEncoder
+   >>> from nanochat_hf.tokenizer import train_tokenizer
+   >>> tokenizer = train_tokenizer(["hi yes"], 265)  # a token for each byte, and nine special ones
+   >>> encoder = PlainEncoder(tokenizer)
+   >>> ids, mask, lengths = encoder.render([converted.conversation])
+   >>> tokenizer.decode(ids[mask == 1])
+   'yes<|assistant_end|>'
+   >>> from nanochat_hf.data.overlong import Fit
+   >>> from nanochat_hf.data.reports import SourceReport
+   >>> fit = Fit(12, encoder.special["<|bos|>"], encoder.special["<|user_start|>"])
+   >>> report = SourceReport("chats.jsonl")
+   >>> [(start, stop)] = fit.spans(ids, mask, report)
+   >>> document = {"ids": ids[start:stop], "mask": mask[start:stop]}
+
+4. `packing` plans which documents share a row: of all documents at once, or of a stream's window (`windows`).
+
+   >>> from nanochat_hf.data.packing import plan_rows
+   >>> plan_rows([len(document["ids"])], capacity=12)
+   [[0]]
+
+5. `collate` lays the rows out as tensors of one shape.
+
+   >>> from nanochat_hf.data.collate import PackingCollator
+   >>> batch = PackingCollator(11, tokenizer.pad_token_id)([[document]])
+   >>> [tokenizer.decode([label]) for label in batch["shift_labels"][0].tolist() if label >= 0]
+   ['y', 'e', 's', '<|assistant_end|>']
+
+6. `batches` says what the engine sees of it: endless batches with exact state and a report. `planned` (6a) has whole epochs
+   planned before the first step, `streamed` (6b) packs what `readers` deal out, window by window; `workers` make batches ahead.
+
+`reports` counts what was cut, left out and ignored at every stop; `identity` tells data sets apart on resuming.
 """

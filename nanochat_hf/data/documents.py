@@ -1,243 +1,52 @@
-"""Conversations tokenised once: `datasets.map` into a cached Arrow file, read back as views, over-long ones treated by a named policy."""
+"""Stop 3: the tokenised conversations of a mixture as documents, over-long ones treated by a named policy, read as views of a file."""
 
 import hashlib
-import json
-import sys
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 
-from nanochat_hf.conversation import validate
-from nanochat_hf.tasks import get_task
+from .overlong import Fit
+from .reports import SourceReport
+from .sources import SourceConfig
+from .tokenising import SEPARATOR
 
-from .formats import convert_row, row_format
-from .reports import BadRows
-from .sources import JsonLines, load_source, parse_line, task_rows
-
-OVERLONG = ("truncate", "split", "drop")
-FORM_NAMES = {"list": "lists of messages", "task": "a task's rows"}
-
-
-@dataclass
-class SourceReport:
-    """What became of one source: conversations and tokens as they will be trained on in an epoch, and how many were treated how."""
-
-    label: str
-    form: str
-    copies: float
-    conversations: int = 0
-    tokens: int = 0
-    trained: int = 0
-    truncated: int = 0
-    split: int = 0
-    dropped: int = 0
-    untrained: int = 0
-    bad: int = 0
-    first_bad: str = ""
-
-    def __str__(self):
-        treated = [f"{getattr(self, k):,} {text}" for k, text in TREATED.items() if getattr(self, k)]
-        treated += [f"{self.bad:,} bad rows left out (the first: {self.first_bad})"] if self.bad else []
-        return f"{self.label}: read as {FORM_NAMES.get(self.form, self.form)}, {', '.join([f'{self.conversations:,} documents', *treated])}"
-
-
-TREATED = {
-    "truncated": "truncated",
-    "split": "split",
-    "dropped": "dropped as too long",
-    "untrained": "without a target left out",
-}
-
-
-def to_conversation(row, where, source):
-    """A raw row of `source` (a parsed line, a dict, or a task's row) → a valid conversation; ConversationError begins with `where`."""
-    if source.task:
-        conversation = get_task(source.task).to_conversation(row)
-    else:
-        if source.columns and isinstance(row, dict):
-            row = row | {new: row[old] for new, old in source.columns.items() if old in row}
-        conversation = convert_row(row, where, source.converter)
-    validate(conversation, where)
-    return conversation
-
-
-def conversations(source):
-    """The validated conversations of a source, in order; errors name the file and the row."""
-    rows = task_rows(source) if source.task else load_source(source, check=False)
-    for number in range(len(rows)):
-        where = rows.where(number) if isinstance(rows, JsonLines) else f"{source.label} row {source.start + number + 1}"
-        yield to_conversation(rows[number], where, source)
-
-
-class Render:
-    """The function that datasets.map calls with a batch of rows; it gives {"ids": int32 lists, "mask": uint8 lists}, a row a conversation,
-    and "bad": "" or, with `skip`, why the row is no conversation (then ids and mask are empty)."""
-
-    def __init__(self, encoder, source, skip=False):
-        self.encoder, self.source, self.skip = encoder, source, skip
-
-    def __call__(self, batch, indices):
-        import pyarrow as pa
-
-        conversations, reasons = [], []
-        for row, where in self._rows(batch, indices):
-            try:
-                conversations.append(to_conversation(row() if callable(row) else row, where, self.source))
-                reasons.append("")
-            except ValueError as error:
-                if not self.skip:
-                    raise
-                reasons.append(str(error))
-        ids, mask, lengths = self.encoder.render(conversations)
-        rows = np.zeros(len(reasons), dtype=np.int64)
-        rows[[not reason for reason in reasons]] = lengths
-        offsets = pa.array(np.concatenate(([0], np.cumsum(rows))).astype(np.int32))
-        return pa.table(
-            {
-                "ids": pa.ListArray.from_arrays(offsets, ids),
-                "mask": pa.ListArray.from_arrays(offsets, mask),
-                "bad": pa.array(reasons),
-            }
-        )
-
-    def _rows(self, batch, indices):
-        if set(batch) == {"line", "where"}:
-            return [
-                (partial(parse_line, line, where), where)
-                for line, where in zip(batch["line"], batch["where"], strict=True)
-            ]
-        names, start = list(batch), self.source.start + 1
-        values = zip(*batch.values(), strict=True)
-        return [
-            (dict(zip(names, row, strict=True)), f"{self.source.label} row {start + i}")
-            for row, i in zip(values, indices, strict=True)
-        ]
-
-
-def raw_rows(source, skip=False):
-    """(Dataset of raw rows, fingerprint of their content, the form they have). Rows of any shape travel as lines of JSON. With `skip` the
-    form is that of the first row that has one."""
-    from datasets import Dataset
-
-    rows = task_rows(source) if source.task else load_source(source, check=False)
-    if isinstance(rows, JsonLines):
-        form = source.converter or _form(rows, source, skip)
-        lines, places = rows.lines, [rows.where(i) for i in range(len(rows))]
-    elif isinstance(rows, list):
-        form = "task"
-        lines, places = (
-            [json.dumps(r).encode() for r in rows],
-            [f"{source.label} row {source.start + i + 1}" for i in range(len(rows))],
-        )
-    else:
-        form = "task" if source.task else source.converter or row_format(rows[0], source.label)
-        return rows, rows._fingerprint, form
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line)
-        digest.update(b"\n")
-    return Dataset.from_dict({"line": lines, "where": places}), digest.hexdigest(), form
-
-
-def _form(rows, source, skip):
-    for number in range(len(rows)):
-        try:
-            return row_format(_renamed(rows[number], source), rows.where(number))
-        except ValueError as error:
-            if not skip or number + 1 == len(rows):
-                raise error
-
-
-def _renamed(row, source):
-    return (
-        row | {new: row.get(old) for new, old in source.columns.items()}
-        if source.columns and isinstance(row, dict)
-        else row
-    )
-
-
-def tokenise(source, encoder, *, num_proc=None, progress=False, bad_rows="error"):
-    """All conversations of a source, rendered: (Dataset with columns ids, mask and bad, its form). Cached by the rows' content, the
-    tokenizer and the template; processes that start together wait for the first, without a collective that could time out."""
-    from pathlib import Path
-
-    import datasets
-    from filelock import FileLock
-
-    with _bars(progress):
-        rows, content, form = raw_rows(source, bad_rows == "skip")
-    how = [
-        encoder.fingerprint,
-        content,
-        source.task,
-        source.start,
-        source.columns,
-        source.converter,
-        "ids+mask+bad",
-        bad_rows,
-    ]
-    fingerprint = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "nanochat_hf"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{fingerprint}.lock"), _bars(progress):
-        done = rows.map(
-            Render(encoder, source, bad_rows == "skip"),
-            with_indices=True,
-            batched=True,
-            batch_size=500,
-            remove_columns=rows.column_names,
-            num_proc=num_proc if num_proc and num_proc > 1 else None,
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
-            new_fingerprint=fingerprint,
-            desc=f"tokenising {source.label}",
-            load_from_cache_file=True,
-        )
-    return done, form
-
-
-@contextmanager
-def _bars(shown):
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown, before = (
-        shown and sys.stderr.isatty(),
-        are_progress_bars_disabled(),
-    )  # in a log file a bar is a page of noise
-    (enable_progress_bars if shown else disable_progress_bars)()
-    try:
-        yield
-    finally:
-        (disable_progress_bars if before else enable_progress_bars)()
+Document = dict[
+    str, Any
+]  # "ids" int32 (T,), "mask" uint8 (T,) or None for all; "factors" float32 (T,) where some are not 1
 
 
 class TokenColumns:
     """Views into the Arrow file of a tokenised source: no copy, no Python list. `lengths` and `trained` count tokens per conversation."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self._open()
         self.lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in self.chunks]).astype(np.int64)
         self.trained = np.concatenate([trained_tokens(offsets, mask) for offsets, _, mask in self.chunks])
+        self.weighted = any(len(column.values) for column in self._factors)
+        self.fractional = self.weighted and not all(
+            np.isin(column.values.to_numpy(), (0, 1)).all() for column in self._factors
+        )
 
-    def _open(self):
-        columns = [self.dataset.data.column(name).chunks for name in ("ids", "mask")]
-        pairs = [(i, m) for i, m in zip(*columns, strict=True) if len(i)]
-        self.chunks = [(i.offsets.to_numpy(), i.values.to_numpy(), m.values.to_numpy()) for i, m in pairs]
-        sizes = [len(i) for i, _ in pairs]
+    def _open(self) -> None:
+        columns = [self.dataset.data.column(name).chunks for name in ("ids", "mask", "factors")]
+        kept = [(i, m, f) for i, m, f in zip(*columns, strict=True) if len(i)]
+        self.chunks = [(i.offsets.to_numpy(), i.values.to_numpy(), m.values.to_numpy()) for i, m, _ in kept]
+        self._factors = [f for _, _, f in kept]
+        sizes = [len(i) for i, _, _ in kept]
         self.chunk = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         self.first = np.concatenate(([0], np.cumsum(sizes)))
 
-    def __getstate__(self):  # a worker that is not forked maps the file itself
-        return {"dataset": self.dataset, "lengths": self.lengths, "trained": self.trained}
+    def __getstate__(self) -> dict[str, Any]:  # a worker that is not forked maps the file itself
+        return {name: self.__dict__[name] for name in ("dataset", "lengths", "trained", "weighted", "fractional")}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
-    def row(self, number):
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32, mask uint8) of one conversation."""
         chunk = self.chunk[number]
         offsets, ids, mask = self.chunks[chunk]
@@ -245,81 +54,74 @@ class TokenColumns:
         part = slice(offsets[place], offsets[place + 1])
         return ids[part], mask[part]
 
+    def factors(self, number: int) -> np.ndarray | None:
+        """float32 (T,) of one conversation; None where every token counts 1."""
+        if not self.weighted:
+            return None
+        chunk = self.chunk[number]
+        values = self._factors[chunk][int(number - self.first[chunk])].values
+        return values.to_numpy() if len(values) else None
 
-def trained_tokens(offsets, mask):
-    """Ones of `mask` in each row that `offsets` borders: trained_tokens([0, 2, 2, 3], [0, 1, 1]) → [1, 0, 1]."""
+    def bad(self) -> tuple[int, str]:
+        """(bad rows, why the first is one)."""
+        count = int((self.lengths == 0).sum())  # a conversation has its <|bos|> at least
+        return count, next(filter(None, self.dataset["bad"]), "") if count else ""
+
+    def ignored(self) -> dict[str, int]:
+        """Rows by column that was not used."""
+        found: Counter[str] = Counter()
+        for entry in self.dataset.data.column("ignored").value_counts().to_pylist():
+            for name in filter(None, entry["values"].split(SEPARATOR)):
+                found[name] += entry["counts"]
+        return dict(found)
+
+
+def trained_tokens(offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Ones of `mask` in each row that `offsets` borders.
+
+    >>> trained_tokens(np.array([0, 2, 2, 3]), np.array([0, 1, 1])).tolist()
+    [1, 0, 1]
+    """
     return np.diff(np.concatenate(([0], np.cumsum(mask, dtype=np.int64)))[offsets])
 
 
-def cut(length, turns, capacity, policy):
-    """The spans of an over-long conversation that are kept: cut(10, turns=[0, 4, 7], capacity=7, policy="split") → [(0, 7), (7, 10)].
-
-    `turns` are the places where a user's message begins, the first being 0. "split" cuts before a user's message, so that no answer loses its
-    question, and every later piece gets a bos of its own; a single turn that is too long is truncated. "truncate" keeps the beginning,
-    "drop" nothing.
-    """
-    if policy == "drop":
-        return []
-    if policy == "truncate":
-        return [(0, capacity)]
-    spans, start, borders = [], 0, [*turns[1:], length]
-    for here, following in zip(borders, [*borders[1:], None], strict=True):
-        room = capacity - (start > 0)
-        if following is None or following - start > room:
-            spans.append((start, min(here, start + room)))
-            start = here
-    return spans
-
-
 class Documents(Sequence):
-    """Every document of a mixture, as often as its source is repeated: documents[i] → {"ids": int32, "mask": uint8 or None}."""
+    """Every document of a mixture, as often as its source is repeated: documents[i] → Document."""
 
-    def __init__(self, capacity, bos, user_start, *, overlong="truncate", train_on_all_tokens=False, seed=0):
-        if overlong not in OVERLONG:
-            raise ValueError(f"overlong={overlong!r} is unknown; choose from {', '.join(OVERLONG)}")
-        self.capacity, self.bos, self.user_start, self.overlong = capacity, bos, user_start, overlong
-        self.all, self.seed, self.columns, self.reports = train_on_all_tokens, seed, [], []
+    def __init__(self, fit: Fit, seed: int = 0) -> None:
+        self.fit, self.seed = fit, seed
+        self.columns: list[TokenColumns] = []
+        self.reports: list[SourceReport] = []
         self.spans = np.zeros((0, 4), dtype=np.int64)  # source, conversation, start, stop
 
-    def add(self, source, dataset, form):
+    def add(self, source: SourceConfig, dataset: Any, form: str, unread: Sequence[str] = ()) -> SourceReport:
         """Take a tokenised source in; returns its SourceReport."""
-        columns, report = TokenColumns(dataset), SourceReport(source.label, form, source.copies)
+        columns = TokenColumns(dataset)
+        report = SourceReport(source.label, form, source.copies, seen=len(columns.lengths), unread=list(unread))
+        report.bad, report.first_bad = columns.bad()
+        report.check_bad()
+        report.ignored = columns.ignored()
         number = len(self.columns)
-        counted = BadRows(
-            len(columns.lengths), int((columns.lengths == 0).sum())
-        )  # a conversation has its <|bos|> at least
-        if counted.bad:
-            counted.reason = report.first_bad = next(filter(None, dataset["bad"]))
-            counted.check(source.label)
-        report.bad = counted.bad
-        long = columns.lengths > self.capacity
-        keep = np.flatnonzero(~long & (columns.lengths > 0) & (self.all | (columns.trained > 0)))
+        long = columns.lengths > self.fit.capacity
+        keep = np.flatnonzero(~long & (columns.lengths > 0) & (self.fit.all_tokens | (columns.trained > 0)))
         report.untrained = int((~long).sum()) - len(keep) - report.bad
         spans = [np.stack((np.full(len(keep), number), keep, np.zeros_like(keep), columns.lengths[keep]), axis=1)]
         trained = [columns.trained[keep]]
-        for row in np.flatnonzero(long):
+        for row in np.flatnonzero(long):  # the others need no rule, and are a hundred times as many
             ids, mask = columns.row(row)
-            turns = [0, *np.flatnonzero(ids == self.user_start)[1:]]
-            pieces = cut(len(ids), turns, self.capacity, self.overlong)
-            report.dropped += not pieces
-            report.split += len(pieces) > 1
-            report.truncated += sum(b - a for a, b in pieces) < len(ids) and bool(pieces)
-            for a, b in pieces:
-                if self.all or mask[a:b].any():
-                    spans.append([[number, row, a, b]])
-                    trained.append([mask[a:b].sum()])
-                else:
-                    report.untrained += 1
-        spans, trained = np.concatenate(spans).astype(np.int64), np.concatenate(trained)
-        chosen = self._copies(len(spans), source.copies, number)
-        self.spans = np.concatenate((self.spans, spans[chosen]))
+            for a, b in self.fit.spans(ids, mask, report):
+                spans.append(np.array([[number, row, a, b]]))
+                trained.append(np.array([mask[a:b].sum()]))
+        every, targets = np.concatenate(spans).astype(np.int64), np.concatenate(trained)
+        chosen = self._copies(len(every), source.copies, number)
+        self.spans = np.concatenate((self.spans, every[chosen]))
         self.columns.append(columns)
-        report.conversations, report.trained = len(chosen), int(trained[chosen].sum())
-        report.tokens = int(_lengths(spans[chosen]).sum())
+        report.conversations, report.trained = len(chosen), int(targets[chosen].sum())
+        report.tokens = int(_lengths(every[chosen]).sum())
         self.reports.append(report)
         return report
 
-    def _copies(self, count, copies, number):
+    def _copies(self, count: int, copies: float, number: int) -> np.ndarray:
         whole, part = divmod(copies, 1)
         chosen = np.tile(np.arange(count), int(whole))
         if part:
@@ -328,26 +130,43 @@ class Documents(Sequence):
         return chosen
 
     @property
-    def lengths(self):
+    def weighted(self) -> bool:
+        """Whether any token counts other than 1, so that batches have loss_weights."""
+        return any(columns.fractional or (self.fit.all_tokens and columns.weighted) for columns in self.columns)
+
+    @property
+    def lengths(self) -> np.ndarray:
         """Tokens of each document, int64 (len(documents),)."""
         return _lengths(self.spans)
 
     @property
-    def digest(self):
-        """A number that changes with the documents, their order and their lengths."""
+    def digest(self) -> str:
+        """Changes with the documents, their order and their lengths."""
         return hashlib.sha256(np.ascontiguousarray(self.spans).tobytes()).hexdigest()[:16]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.spans)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Document:
         number, row, start, stop = self.spans[index]
-        ids, mask = self.columns[number].row(row)
-        ids, mask = ids[start:stop], mask[start:stop]
-        if start:
-            ids, mask = np.concatenate(([self.bos], ids)).astype(np.int32), np.concatenate(([0], mask)).astype(np.uint8)
-        return {"ids": ids, "mask": None if self.all else mask}
+        columns = self.columns[number]
+        ids, mask = columns.row(row)
+        return piece(ids, mask, columns.factors(row), (start, stop), self.fit)
 
 
-def _lengths(spans):
+def piece(ids: np.ndarray, mask: np.ndarray, factors: np.ndarray | None, span: Sequence[int], fit: Fit) -> Document:
+    """One part of a rendered conversation as a Document; a later part gets a bos of its own."""
+    start, stop = span
+    ids, mask = ids[start:stop], mask[start:stop]
+    if factors is not None and not fit.all_tokens and np.isin(factors, (0, 1)).all():
+        factors = None  # the mask says it all
+    factors = None if factors is None else factors[start:stop]
+    if start:
+        ids, mask = np.concatenate(([fit.bos], ids)).astype(np.int32), np.concatenate(([0], mask)).astype(np.uint8)
+        factors = None if factors is None else np.concatenate((np.ones(1, np.float32), factors))
+    document = {"ids": ids, "mask": None if fit.all_tokens else mask}
+    return document if factors is None else document | {"factors": factors}
+
+
+def _lengths(spans: np.ndarray) -> np.ndarray:
     return spans[:, 3] - spans[:, 2] + (spans[:, 2] > 0)

@@ -1,222 +1,187 @@
-"""The forms in which data sets hold conversations, and the conversion of a row to `{"messages": [...]}`."""
+"""Stop 2: the forms in which data sets hold conversations, and the conversion of a row to {"messages": [...]}."""
 
 import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from nanochat_hf.conversation import ConversationError
+from nanochat_hf.messages import ConversationError
 
+from .columns import as_list, holds
+from .tool_calls import declared_calls, has_tools, merge_tools
+
+Message = dict[str, Any]
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
+    "bot": "assistant",
     "model": "assistant",
     "system": "system",
+    "developer": "developer",
     "function_call": "call",
+    "tool_call": "call",
+    "function": "tool",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
 }
-# Tools whose argument is itself Python; any other call is written as the Python call it describes.
-CODE_TOOLS = {"python", "python_interpreter", "code_interpreter", "execute_python", "run_python", "calculator"}
-CODE_ARGUMENTS = ("code", "expression", "source", "input")
+MESSAGE_KEYS = {"role", "content", "weight", "train", "tool_calls", "function_call"}  # what of a message is used
+TURN_KEYS = {"from", "value"}
+ANSWER_KEYS = {"tool_call_id", "name"}  # of a tool's message
 
 
-def row_format(row, where="row"):
-    """The form of a row: row_format({"prompt": "a", "completion": "b"}) → "prompt_completion"; ConversationError lists the columns."""
+@dataclass(frozen=True)
+class Form:
+    """How rows of one kind become messages: the columns they need, those that are used where they are there, and the function."""
+
+    convert: Callable[[Any, str], Any]
+    needs: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+
+
+def row_format(row: Any, where: str = "row") -> str:
+    """The form of a row; ConversationError lists the columns.
+
+    >>> row_format({"prompt": "a", "completion": "b"})
+    'prompt_completion'
+    """
     if isinstance(row, list):
         return "list"
     if not isinstance(row, dict):
         raise ConversationError(f"{where}: holds {type(row).__name__}; give an object with messages")
-    for name, (_, columns) in FORMATS.items():
-        if columns and all(column in row for column in columns):
+    for name, form in FORMATS.items():
+        if form.needs and all(column in row for column in form.needs):
             return name
     raise ConversationError(
         f"{where}: columns {', '.join(map(str, row))}; need messages, conversations, prompt+completion or instruction+output"
     )
 
 
-def convert_row(row, where="row", form=None):
+def convert_row(row: Any, where: str = "row", form: str | None = None) -> dict[str, Any]:
     """A row as messages, a bare list of messages, ShareGPT, prompt/completion or Alpaca → a conversation.
 
-    `form` names one of FORMATS; None takes the first that the columns fit. OpenAI's tool calls become python parts:
-    [user, assistant with tool_calls, tool, assistant] → [user, assistant with text, python, python_output and text parts].
+    `form` names one of FORMATS; None takes the first that the columns fit. A `system` column becomes the system message,
+    `tools` go along with the messages. Calls of tools that are not declared become python parts, see tool_calls.
+
+    >>> convert_row({"instruction": "hi", "output": "yes", "history": [["a", "b"]]})["messages"][1]
+    {'role': 'assistant', 'content': 'b'}
     """
     form = form or row_format(row, where)
-    convert, columns = FORMATS[form]
-    missing = [c for c in columns if not isinstance(row, dict) or c not in row]
+    missing = [c for c in FORMATS[form].needs if not isinstance(row, dict) or c not in row]
     if missing:
         has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise ConversationError(f"{where}: no column {missing[0]} for the form {form}; it has {has}")
-    messages = convert(row, where)
-    return {"messages": merge_tools(messages, where) if _has_tools(messages) else messages}
+    messages = FORMATS[form].convert(row, where)
+    if isinstance(row, dict):
+        messages = _with_system(messages, row.get("system"), where)
+    tools = as_list(row.get("tools"), where, "tools") if isinstance(row, dict) else None
+    if holds(tools):
+        if not isinstance(tools, list):
+            raise ConversationError(f"{where}: tools holds {type(tools).__name__}; give a list of function schemas")
+        return {"messages": declared_calls(messages, where), "tools": tools}
+    return {"messages": merge_tools(messages, where) if has_tools(messages) else messages}
 
 
-def _sharegpt(row, where):
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not all(
-        isinstance(t, dict) and isinstance(t.get("from"), str) and "value" in t for t in turns
-    ):
-        raise ConversationError(f"{where}: conversations must be a list of {{'from', 'value'}}")
-    messages = []
-    for turn in turns:
-        role = SHAREGPT_ROLES.get(turn["from"], turn["from"])
-        if role == "call":
-            messages.append({"role": "assistant", "content": None, "function_call": _json(turn["value"], where)})
-        else:
-            messages.append({"role": role, "content": turn["value"]})
-    if isinstance(row.get("system"), str) and row["system"] and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return messages
+def ignored(row: Any, form: str) -> Iterator[str]:
+    """What of a row is not used: columns that hold something, and keys of its messages as "messages.KEY"."""
+    if not isinstance(row, dict):
+        listed, label = row, "messages"
+    else:
+        used = FORMATS[form].needs + FORMATS[form].uses
+        yield from (str(name) for name, value in row.items() if name not in used and holds(value))
+        label = "conversations" if form == "sharegpt" else "messages"
+        listed = row.get(label)
+    for message in listed if isinstance(listed, list) else ():
+        if isinstance(message, dict):
+            known = MESSAGE_KEYS | TURN_KEYS if "from" in message else MESSAGE_KEYS
+            known = known | ANSWER_KEYS if message.get("role") in ("tool", "function") else known
+            for key in message.keys() - known:
+                if holds(message[key]):
+                    yield f"{label}.{key}"
 
 
-def _prompt_completion(row, where):
-    messages = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
-    # lists of messages, as TRL has them
-    return messages + (
-        row["completion"]
-        if isinstance(row["completion"], list)
-        else [{"role": "assistant", "content": row["completion"]}]
-    )
+def _with_system(messages: Any, system: Any, where: str) -> Any:
+    if not holds(system):
+        return messages
+    if not isinstance(system, str):
+        raise ConversationError(f"{where}: system holds {type(system).__name__}; give text")
+    first = messages[0] if isinstance(messages, list) and messages and isinstance(messages[0], dict) else {}
+    return messages if first.get("role") == "system" else [{"role": "system", "content": system}, *messages]
 
 
-def _alpaca(row, where):
-    asked = [row["instruction"], row.get("input") or ""]
-    if not all(isinstance(text, str) for text in asked):
-        raise ConversationError(f"{where}: instruction and input must be text")
+def _messages(row: dict, where: str) -> Any:
+    return as_list(row["messages"], where, "messages")
+
+
+def _sharegpt(row: dict, where: str) -> list[Message]:
+    turns = as_list(row["conversations"], where, "conversations")
+    if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
+        raise ConversationError(
+            f"{where}: conversations must be a list of {{'from', 'value'}} or {{'role', 'content'}}"
+        )
+    return [_turn(turn, where) for turn in turns]
+
+
+def _is_turn(turn: Any) -> bool:
+    if not isinstance(turn, dict):
+        return False
+    return ("role" in turn and "from" not in turn) or (isinstance(turn.get("from"), str) and "value" in turn)
+
+
+def _turn(turn: dict, where: str) -> Message:
+    if "from" not in turn:
+        return turn
+    marks = {key: turn[key] for key in ("weight", "train") if turn.get(key) is not None}
+    role = SHAREGPT_ROLES.get(turn["from"], turn["from"])
+    if role == "call":
+        return {"role": "assistant", "content": None, "function_call": _function_call(turn["value"], where), **marks}
+    return {"role": role, "content": turn["value"], **marks}
+
+
+def _function_call(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return value
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError):
+        raise ConversationError(f"{where}: a function_call is not JSON; give {{'name', 'arguments'}}") from None
+
+
+def _prompt_completion(row: dict, where: str) -> list[Message]:
+    """Texts, or lists of messages, as TRL has them."""
+    prompt, completion = row["prompt"], row["completion"]
     return [
-        {"role": "user", "content": "\n\n".join(filter(None, asked))},
-        {"role": "assistant", "content": row["output"]},
+        *(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]),
+        *(completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]),
     ]
 
 
-# form → (row → messages, the columns it needs); the first that fits is taken
-FORMATS = {
-    "messages": (lambda row, where: row["messages"], ("messages",)),
-    "sharegpt": (_sharegpt, ("conversations",)),
-    "prompt_completion": (_prompt_completion, ("prompt", "completion")),
-    "alpaca": (_alpaca, ("instruction", "output")),
-    "list": (lambda row, where: row, ()),
+def _alpaca(row: dict, where: str) -> list[Message]:
+    asked = [row["instruction"], row.get("input") or ""]
+    if not all(isinstance(text, str) for text in asked):
+        raise ConversationError(f"{where}: instruction and input must be text")
+    messages = []
+    for pair in as_list(row.get("history") or [], where, "history"):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ConversationError(f"{where}: history must be a list of [question, answer]; it has {str(pair)[:60]!r}")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    messages.append({"role": "user", "content": "\n\n".join(filter(None, asked))})
+    return [*messages, {"role": "assistant", "content": row["output"]}]
+
+
+def _list(row: Any, where: str) -> Any:
+    return row
+
+
+# the first form whose columns are there is taken
+FORMATS: dict[str, Form] = {
+    "messages": Form(_messages, ("messages",), ("system", "tools")),
+    "sharegpt": Form(_sharegpt, ("conversations",), ("system", "tools")),
+    "prompt_completion": Form(_prompt_completion, ("prompt", "completion"), ("system", "tools")),
+    "alpaca": Form(_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
+    "list": Form(_list),
 }
-
-
-def _has_tools(messages):
-    """True where a message is of a kind that only OpenAI's format knows; anything malformed is left to `validate`."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        return False
-    return any(
-        m.get("role") in ("tool", "function", "developer")
-        or m.get("tool_calls")
-        or m.get("function_call")
-        or (m.get("role") in ("user", "system") and isinstance(m.get("content"), list))
-        for m in messages
-    )
-
-
-def merge_tools(messages, where="row"):
-    """OpenAI's messages → ours: developer is system, content lists of text are text, and an assistant's calls, the tools' answers
-    and the assistant's next words are parts of one turn. ConversationError for a call or a part that has no text form."""
-    merged, calls, after_tool = [], [], False
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if role in ("tool", "function"):
-            name, code = _answered(calls, message, where)
-            merged[-1]["content"] += [
-                {"type": "python", "text": code},
-                {"type": "python_output", "text": _text(content, where)},
-            ]
-            after_tool = True
-            continue
-        if calls:
-            merged[-1]["content"] += [{"type": "python", "text": code} for _, code in calls]
-            calls = []
-        if role != "assistant":
-            merged.append({"role": "system" if role == "developer" else role, "content": _text(content, where)})
-        else:
-            if not after_tool:
-                merged.append({"role": "assistant", "content": []})
-            merged[-1]["content"] += _parts(content)
-            calls = [_call(call, where) for call in message.get("tool_calls") or []]
-            if message.get("function_call"):
-                calls.append(_call({"function": message["function_call"]}, where))
-        after_tool = False
-    if calls:
-        merged[-1]["content"] += [{"type": "python", "text": code} for _, code in calls]
-    for message in merged:
-        content = message["content"]
-        if (
-            isinstance(content, list)
-            and len(content) == 1
-            and isinstance(content[0], dict)
-            and content[0].get("type") == "text"
-        ):
-            message["content"] = content[0]["text"]
-    return merged
-
-
-def _answered(calls, message, where):
-    """Take the call that a tool's message answers out of the open ones: by its id, else the oldest."""
-    if not calls:
-        raise ConversationError(
-            f"{where}: a {message['role']} message answers no call; put it behind an assistant's tool_calls"
-        )
-    wanted = message.get("tool_call_id")
-    index = next((i for i, (number, _) in enumerate(calls) if number == wanted), None)
-    if index is None and wanted is not None and any(number is not None for number, _ in calls):
-        raise ConversationError(f"{where}: tool_call_id {wanted!r} is none of the open calls; give the id of a call")
-    return calls.pop(index or 0)
-
-
-def _call(call, where):
-    """A tool call → (its id, Python text): calculator(expression="2*3") → "2*3"; look_up(city="Rome") → "look_up(city='Rome')"."""
-    function = call.get("function") if isinstance(call, dict) else None
-    function = function if isinstance(function, dict) else call
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ConversationError(
-            f"{where}: a tool call without a function's name; give {{'function': {{'name', 'arguments'}}}}"
-        )
-    name, arguments = function["name"], function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except json.JSONDecodeError:
-            arguments = arguments if name in CODE_TOOLS else None
-    number = call.get("id")
-    if name in CODE_TOOLS:
-        if isinstance(arguments, dict):  # Arrow fills the arguments of other calls in as None
-            arguments = next((arguments[k] for k in CODE_ARGUMENTS if isinstance(arguments.get(k), str)), None)
-        if isinstance(arguments, str | int | float):
-            return number, str(arguments)
-        raise ConversationError(
-            f"{where}: the call of {name} has no code; give arguments with one of {', '.join(CODE_ARGUMENTS)}"
-        )
-    if (
-        not isinstance(arguments, dict)
-        or not name.replace(".", "_").isidentifier()
-        or not all(k.isidentifier() for k in arguments)
-    ):
-        raise ConversationError(
-            f"{where}: the call of {name!r} cannot be written as Python; its arguments must be a JSON object of names"
-        )
-    return number, f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
-
-
-def _parts(content):
-    if content is None:
-        return []
-    return list(content) if isinstance(content, list) else [{"type": "text", "text": content}]
-
-
-def _text(content, where):
-    if isinstance(content, list):
-        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
-            raise ConversationError(f"{where}: a message has a part that is not text; only text can be trained on")
-        return "".join(part["text"] for part in content)
-    return content
-
-
-def _json(text, where):
-    try:
-        return json.loads(text)
-    except (TypeError, json.JSONDecodeError):
-        raise ConversationError(f"{where}: a function_call is not JSON; give {{'name', 'arguments'}}") from None

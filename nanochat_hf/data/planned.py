@@ -1,125 +1,115 @@
-"""Data sets → tokenised documents → planned rows → micro-batches of this rank, with exact state.
+"""Stop 6a: conversations whose whole epochs are planned before the first step → micro-batches of this rank, with exact state."""
 
-SFTBatches plans whole epochs of conversations; TextBatches and StreamedConversations pack endless windows. All are iterables of batches (see
-collate.py) whose state_dict is that of the batches handed out, however many are made ahead.
-"""
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from nanochat_hf.conversation import PlainEncoder
 
-from .collate import PackingCollator
-from .documents import Documents, tokenise
-from .packing import plan_rows
-from .reports import check_policy
+from .batches import without_targets
+from .collate import Batch, PackingCollator
+from .documents import Document, Documents
+from .loading import unread
+from .overlong import Fit
+from .packing import Plan, plan
+from .reports import DataReport, Reported, check_policy
+from .sources import SourceConfig
+from .tokenising import tokenise
 from .workers import ahead, first, plain_errors, worker_loader
 
 
 class PlannedRows:
     """The rows of all epochs: row g of the run is row g % n of epoch g // n, whose order the seed and the epoch decide."""
 
-    def __init__(self, documents, plan, seed):
-        self.documents, self.plan, self.seed, self._order = documents, plan, seed, (None, None)
+    def __init__(self, documents: Documents, plan: Plan, seed: int) -> None:
+        self.documents, self.plan, self.seed = documents, plan, seed
+        self._epoch = -1
+        self._order = np.zeros(0, dtype=np.int64)
 
-    def __getitem__(self, g):
+    def __getitem__(self, g: int) -> list[Document]:
         epoch, index = divmod(g, len(self.plan))
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.plan)))
-        return [self.documents[i] for i in self.plan[self._order[1][index]]]
+        if self._epoch != epoch:
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.plan))
+            self._epoch = epoch
+        return [self.documents[i] for i in self.plan[self._order[index]]]
 
 
-class SFTBatches:
-    """Endless micro-batches of packed conversations. All rows of an epoch are planned before the first step; the state is the number of
-    the run's next row, and holds on any number of processes.
+class SFTBatches(Reported):
+    """Endless micro-batches of packed conversations. All rows of an epoch are planned before the first step; the state is the
+    number of the run's next row, and holds on any number of processes.
 
-    `overlong` is truncate, split (before a user's message) or drop; `bad_rows` error, or skip, which leaves out and counts rows that are no
-    conversation. `num_workers` processes collate; with 0 a thread does, `prefetch`
-    batches ahead (0: none). `num_proc` processes tokenise. ValueError for whatever is wrong with the data, before the first batch.
+    `overlong` is truncate, split (before a user's message) or drop; `bad_rows` error, or skip, which leaves out and counts
+    rows that are no conversation. `num_workers` processes collate; with 0 a thread does, `prefetch` batches ahead (0: none).
+    `num_proc` processes tokenise. ValueError for whatever is wrong with the data, before the first batch.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the flags of a run, each by its name
         self,
-        sources,
-        tokenizer,
+        sources: Sequence[SourceConfig],
+        tokenizer: Any,
         *,
-        rows,
-        positions,
-        rank=0,
-        world_size=1,
-        seed=0,
-        train_on_all_tokens=False,
-        isolate=True,
-        progress=False,
-        overlong="truncate",
-        bad_rows="error",
-        num_proc=None,
-        num_workers=0,
-        prefetch=2,
-    ):
+        rows: int,
+        positions: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        train_on_all_tokens: bool = False,
+        isolate: bool = True,
+        progress: bool = False,
+        overlong: str = "truncate",
+        bad_rows: str = "error",
+        num_proc: int | None = None,
+        num_workers: int = 0,
+        prefetch: int = 2,
+    ) -> None:
         self.rows, self.rank, self.world_size = rows, rank, world_size
         self.num_workers, self.prefetch = num_workers, prefetch
         check_policy(bad_rows)
         encoder, capacity = PlainEncoder(tokenizer), positions + 1
+        special = encoder.special
         self.documents = Documents(
-            capacity,
-            encoder.special["<|bos|>"],
-            encoder.special["<|user_start|>"],
-            overlong=overlong,
-            train_on_all_tokens=train_on_all_tokens,
-            seed=seed,
+            Fit(capacity, special["<|bos|>"], special["<|user_start|>"], overlong, train_on_all_tokens), seed
         )
         for source in sources:
-            report = self.documents.add(
-                source, *tokenise(source, encoder, num_proc=num_proc, progress=progress, bad_rows=bad_rows)
-            )
+            tokens, form = tokenise(source, encoder, num_proc=num_proc, progress=progress, bad_rows=bad_rows)
+            told = self.documents.add(source, tokens, form, unread(source))
             if progress:
-                print(report, flush=True)
-        self.reports = self.documents.reports
+                print(told, flush=True)
+        self.report = DataReport(self.documents.reports)
         if not len(self.documents):
-            raise ValueError(
-                f"no conversation has an assistant turn that fits the row of {positions} positions; nothing could be trained on "
-                f"({', '.join(f'{r.untrained} without a target, {r.dropped} dropped in {r.label}' for r in self.reports)})"
-            )
-        lengths = self.documents.lengths.tolist()
-        self.plan = plan_rows(lengths, capacity)
+            raise self.report.nothing(positions)
+        lengths = self.documents.lengths
+        self.plan = plan(lengths, capacity)
         self.num_rows = len(self.plan)
-        self.padding_share = 1 - sum(lengths) / (self.num_rows * capacity)
+        self.padding_share = 1 - int(lengths.sum()) / (self.num_rows * capacity)
         self.planned = PlannedRows(self.documents, self.plan, seed)
-        self.collate = PackingCollator(positions, tokenizer.pad_token_id, isolate)
+        self.collate = PackingCollator(positions, tokenizer.pad_token_id, isolate, self.documents.weighted)
         self.next_row = 0
 
     @property
-    def truncated(self):
-        """Conversations that lost their end."""
-        return sum(report.truncated for report in self.reports)
-
-    @property
-    def bad(self):
-        """(rows left out because they are no conversation, why the first was)."""
-        return sum(report.bad for report in self.reports), next(
-            (report.first_bad for report in self.reports if report.bad), ""
-        )
-
-    @property
-    def untrained(self):
-        """Documents left out because no target is in them."""
-        return sum(report.untrained for report in self.reports)
-
-    @property
-    def epoch(self):
-        """Epochs gone by, as a float."""
+    def epoch(self) -> float:
+        """Epochs gone by."""
         return self.next_row / self.num_rows
 
-    def steps_per_epoch(self, accumulation):
-        """Optimizer steps that see every row once."""
-        return -(-self.num_rows // (self.rows * self.world_size * accumulation))
+    def steps(self, epochs: float, accumulation: int) -> int:
+        """Optimizer steps of `accumulation` micro-batches on every process that come closest to so many epochs; at least one."""
+        return max(1, round(epochs * self.num_rows / self.rows_per_step(accumulation)))
 
-    def _row_numbers(self, first):
+    def passes(self, steps: int, accumulation: int) -> float:
+        """Epochs that so many optimizer steps are."""
+        return steps * self.rows_per_step(accumulation) / self.num_rows
+
+    def rows_per_step(self, accumulation: int) -> int:
+        """Rows of an optimizer step on all processes."""
+        return self.rows * self.world_size * accumulation
+
+    def _row_numbers(self, first: int) -> Iterator[list[int]]:
         while True:
             yield list(range(first + self.rank * self.rows, first + (self.rank + 1) * self.rows))
             first += self.rows * self.world_size
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Batch]:
         numbers = self._row_numbers(self.next_row)
         if self.num_workers:
             loader = worker_loader(
@@ -136,20 +126,18 @@ class SFTBatches:
             self.next_row += self.rows * self.world_size
             yield batch
 
-    def take(self, count):
-        """The next `count` micro-batches as a list: a validation set."""
+    def take(self, count: int) -> list[Batch]:
+        """The next `count` micro-batches."""
         return first(self, count)
 
-    def once(self, count):
-        """The first `count` micro-batches of an epoch, fewer where it has fewer: a validation set in which no row counts twice. What fills up
-        the last one has no target."""
+    def once(self, count: int) -> list[Batch]:
+        """The first `count` micro-batches of an epoch, fewer where it has fewer: a validation set in which no row counts twice.
+        What fills up the last one has no target."""
         batches = first(self, min(count, -(-self.num_rows // self.rows)))
-        beyond = len(batches) * self.rows - self.num_rows
-        if beyond > 0:
-            batches[-1]["shift_labels"][-beyond:] = -100
+        without_targets(batches[-1], len(batches) * self.rows - self.num_rows)
         return batches
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """The run's next row, and what tells this data from other data."""
         return {
             "next_row": self.next_row,
@@ -158,7 +146,7 @@ class SFTBatches:
             "seed": self.planned.seed,
         }
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there; ValueError when the data is not the same."""
         if state["num_rows"] != self.num_rows or state.get("documents", self.documents.digest) != self.documents.digest:
             raise ValueError(
@@ -169,4 +157,7 @@ class SFTBatches:
             raise ValueError(
                 f"the checkpoint's rows are shuffled by seed {state['seed']}, this run's by {self.planned.seed}; give that seed"
             )
-        self.next_row = state["next_row"]
+        place = state["next_row"]
+        if not isinstance(place, int) or isinstance(place, bool) or place < 0:
+            raise ValueError(f"the checkpoint's next_row is {place!r}, no row of the data; give an older checkpoint")
+        self.next_row = place

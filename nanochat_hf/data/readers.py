@@ -1,39 +1,76 @@
-"""Readers hand out the rows of a source, each worker its share, with a state to go on from."""
+"""Readers hand out the raw rows of a source, each consumer its share, with a state to go on from.
 
-import copy
+A *consumer* is one worker of one rank. The rows of a source are chosen first and dealt out then, so every row is read by
+exactly one consumer in an epoch, and a row that `start` or `rows` leaves out by none, however many there are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .sources import unreadable
+from nanochat_hf.files.data_file import Raw
+from nanochat_hf.files.rows import Rows
+from nanochat_hf.files.shards import Shard
+
+from .loading import unreadable
+from .sources import SourceConfig
+from .workers import check_stopped
+
+State = dict[str, Any]
+
+
+class Consumer(NamedTuple):
+    """Worker `worker` of `workers` on process `rank` of `world_size`."""
+
+    rank: int
+    world_size: int
+    worker: int
+    workers: int
+
+
+class Reader(Protocol):
+    """What hands out the rows of one source or several."""
+
+    def shares(self, wanted: int, world_size: int) -> int:
+        """How many of `wanted` workers of a process can have rows of their own."""
+
+    def open(
+        self, consumer: Consumer, state: State | None = None
+    ) -> tuple[Iterator[tuple[Any, float]], Callable[[], State]]:
+        """Endless (row, epochs gone by) of one consumer, from `state`; and a function that returns the state after the last row."""
 
 
 class MapReader:
     """Rows of a sequence, reshuffled every epoch; consumer c takes rows c, c + consumers, … of the epoch's order."""
 
-    def __init__(self, rows, label, seed):
+    def __init__(self, rows: Rows, label: str, seed: int) -> None:
         self.rows, self.label, self.seed = rows, label, seed
 
-    def shares(self, wanted, world_size):
+    def shares(self, wanted: int, world_size: int) -> int:
         """As many workers as asked for: rows are dealt out one by one."""
         return wanted
 
-    def open(self, rank, world_size, worker, workers, state=None):
-        """Endless (row, epochs gone by) of one consumer, from `state`; and a function that returns the state after the last row."""
-        consumer, consumers = rank * workers + worker, world_size * workers
-        if consumer >= len(self.rows):
+    def open(
+        self, consumer: Consumer, state: State | None = None
+    ) -> tuple[Iterator[tuple[Raw, float]], Callable[[], State]]:
+        """As Reader.open."""
+        number, consumers = consumer.rank * consumer.workers + consumer.worker, consumer.world_size * consumer.workers
+        if number >= len(self.rows):
             raise ValueError(
                 f"{self.label}: {len(self.rows)} documents cannot be dealt to {consumers} consumers; use fewer processes"
             )
         place = dict(state or {"epoch": 0, "position": 0})
 
-        def rows():
+        def rows() -> Iterator[tuple[Raw, float]]:
             while True:
-                order = np.random.default_rng((self.seed, place["epoch"])).permutation(len(self.rows))[
-                    consumer::consumers
-                ]
+                whole = np.random.default_rng((self.seed, place["epoch"])).permutation(len(self.rows))
+                order = whole[number::consumers]
                 while place["position"] < len(order):
-                    row = self.rows[int(order[place["position"]])]
+                    check_stopped()
+                    row = self.rows.raw(int(order[place["position"]]))
                     place["position"] += 1
                     yield row, place["epoch"] + place["position"] / len(order)
                 place.update(epoch=place["epoch"] + 1, position=0)
@@ -41,55 +78,84 @@ class MapReader:
         return rows(), lambda: dict(place)
 
 
-class StreamReader:
-    """Rows of a datasets.IterableDataset: every epoch the shards in another order, and the rows of each block of `block` shuffled.
+@dataclass(frozen=True)
+class Share:
+    """The part of an epoch that one consumer reads: whole `shards` (numbers, in order), or of each every `stride`-th row."""
 
-    The block is drawn anew on resuming; a shuffle buffer of `datasets` would be lost.
+    shards: list[int]
+    stride: int = 1
+    offset: int = 0
+
+
+def share_of(order: Sequence[int], consumer: Consumer) -> Share:
+    """Whole shards for each process where they divide by the processes; else every process reads all and takes its rows.
+
+    The workers of a process divide its shards. With 4 shards on 2 processes, the second has share_of([2, 0, 3, 1],
+    Consumer(1, 2, 0, 1)) → shards [0, 1]; with 3 on 2 it reads all of them and takes rows 1, 3, ….
     """
+    if len(order) % consumer.world_size:
+        mine = list(order)[consumer.worker :: consumer.workers]
+        return Share(mine, consumer.world_size, consumer.rank)
+    return Share(list(order)[consumer.rank :: consumer.world_size][consumer.worker :: consumer.workers])
 
-    def __init__(self, stream, source, seed, block=1000):
-        self.stream, self.source, self.label, self.seed, self.block = stream, source, source.label, seed, block
 
-    def shares(self, wanted, world_size):
-        """At most as many workers as a process has shards, since a worker reads whole shards: its part of them where they divide by the
-        processes, else all."""
-        shards = self.stream.num_shards
+class StreamReader:
+    """Rows of files that are read while training runs: every epoch the shards in another order, and the rows of each block of
+    `block` shuffled. On resuming the block is read again."""
+
+    def __init__(self, shards: Sequence[Shard], source: SourceConfig, seed: int, block: int = 1000) -> None:
+        self.sharded, self.source, self.label, self.seed, self.block = list(shards), source, source.label, seed, block
+
+    def shares(self, wanted: int, world_size: int) -> int:
+        """At most as many workers as a process has shards: its part of them where they divide by the processes, else all."""
+        shards = len(self.sharded)
         return max(1, min(wanted, shards if shards % world_size else shards // world_size))
 
-    def open(self, rank, world_size, worker, workers, state=None):
-        """As MapReader.open. In a DataLoader worker the stream splits itself once more, by worker."""
-        from datasets.distributed import split_dataset_by_node
+    def open(
+        self, consumer: Consumer, state: State | None = None
+    ) -> tuple[Iterator[tuple[Raw, float]], Callable[[], State]]:
+        """As Reader.open. `state` is the place where the block begins, a shard's position in the epoch and a row of it, and how
+        many rows of the block are out."""
+        place = dict(state or {"epoch": 0, "block": [0, 0], "number": 0, "position": 0})
 
-        place = dict(state or {"epoch": 0, "block": None, "number": 0, "position": 0})
-        split = split_dataset_by_node(self.stream, rank=rank, world_size=world_size)
-
-        def rows():
+        def rows() -> Iterator[tuple[Raw, float]]:
             while True:
-                stream = copy.copy(split)  # fresh, for a loaded state would start every later epoch at its place
-                stream.set_epoch(self.seed * 100_003 + place["epoch"] + 1)
-                if place["block"] is not None:
-                    stream.load_state_dict(copy.deepcopy(place["block"]))
-                reading, empty = iter(stream), place["block"] is None
+                share = self._share(place["epoch"], consumer)
+                reading, empty = self._from(share, *place["block"]), place["block"] == [0, 0]
                 while block := self._some(reading):
                     empty = False
-                    order = np.random.default_rng(
-                        (self.seed, place["epoch"], rank, worker, place["number"])
-                    ).permutation(len(block))
-                    following = copy.deepcopy(stream.state_dict())
+                    seed = (self.seed, place["epoch"], consumer.rank, consumer.worker, place["number"])
+                    order = np.random.default_rng(seed).permutation(len(block))
+                    _, *following = block[-1]
                     while place["position"] < len(block):
-                        row = block[order[place["position"]]]
+                        check_stopped()
+                        row, *_ = block[order[place["position"]]]
                         place["position"] += 1
                         yield row, place["epoch"]
                     place.update(block=following, number=place["number"] + 1, position=0)
                 if empty:
                     raise ValueError(
-                        f"{self.label}: no document for process {rank}, worker {worker}; use fewer processes or workers"
+                        f"{self.label}: no document for process {consumer.rank}, worker {consumer.worker}; use fewer processes or workers"
                     )
-                place.update(epoch=place["epoch"] + 1, block=None, number=0, position=0)
+                place.update(epoch=place["epoch"] + 1, block=[0, 0], number=0, position=0)
 
-        return rows(), lambda: copy.deepcopy(place)
+        return rows(), lambda: place | {"block": list(place["block"])}
 
-    def _some(self, reading):
+    def _share(self, epoch: int, consumer: Consumer) -> Share:
+        order = np.random.default_rng((self.seed, epoch, len(self.sharded))).permutation(len(self.sharded))
+        return share_of(order.tolist(), consumer)
+
+    def _from(self, share: Share, position: int, skip: int) -> Iterator[tuple[Raw, int, int]]:
+        """(row, the position of its shard, how many rows of it are behind it) from the row after `skip` of shard `position` on."""
+        for number in range(position, len(share.shards)):
+            turn = (share.offset + number) % share.stride  # so that no process has the longer part of every shard
+            for index, row in self.sharded[share.shards[number]].rows(skip):
+                check_stopped()
+                if index % share.stride == turn:
+                    yield row, number, index + 1
+            skip = 0
+
+    def _some(self, reading: Iterator) -> list[tuple[Raw, int, int]]:
         try:
             return list(islice(reading, self.block))
         except Exception as error:  # a shard that breaks off: each library raises its own kind
@@ -97,28 +163,30 @@ class StreamReader:
 
 
 class MixedReader:
-    """Several readers in fixed proportion: the next row comes from the reader furthest behind its weight."""
+    """Several readers in fixed proportion: the next row comes from the reader furthest behind its weight. An epoch is over when
+    each of them has had one."""
 
-    def __init__(self, readers, weights):
-        self.readers, self.weights = readers, weights
+    def __init__(self, readers: Sequence[Reader], weights: Sequence[float]) -> None:
+        self.readers, self.weights = list(readers), list(weights)
 
-    def shares(self, wanted, world_size):
+    def shares(self, wanted: int, world_size: int) -> int:
         """What all readers can share."""
         return min(reader.shares(wanted, world_size) for reader in self.readers)
 
-    def open(self, rank, world_size, worker, workers, state=None):
-        """As MapReader.open; a row is (number of the reader, row)."""
+    def open(
+        self, consumer: Consumer, state: State | None = None
+    ) -> tuple[Iterator[tuple[tuple[int, Raw], float]], Callable[[], State]]:
+        """As Reader.open; a row is (number of the reader, row)."""
         state = state or {"taken": [0] * len(self.readers), "readers": [None] * len(self.readers)}
-        opened = [
-            r.open(rank, world_size, worker, workers, s) for r, s in zip(self.readers, state["readers"], strict=True)
-        ]
+        opened = [reader.open(consumer, s) for reader, s in zip(self.readers, state["readers"], strict=True)]
         taken = list(state["taken"])
+        epochs = [0.0 if s is None else float(s.get("epoch", 0)) for s in state["readers"]]
 
-        def rows():
+        def rows() -> Iterator[tuple[tuple[int, Raw], float]]:
             while True:
                 number = min(range(len(taken)), key=lambda i: ((taken[i] + 1) / self.weights[i], i))
-                row, epoch = next(opened[number][0])
+                row, epochs[number] = next(opened[number][0])
                 taken[number] += 1
-                yield (number, row), epoch
+                yield (number, row), min(epochs)
 
         return rows(), lambda: {"taken": list(taken), "readers": [place() for _, place in opened]}

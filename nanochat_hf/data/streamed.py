@@ -1,87 +1,90 @@
-"""Endless batches of windows of documents: plain text, mapped or streamed, and streamed conversations."""
+"""Stop 6b: endless batches of windows of documents: plain text, mapped or streamed, and streamed conversations."""
 
 import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
-import numpy as np
+from nanochat_hf.conversation import PlainEncoder
 
-from nanochat_hf.conversation import ConversationError, PlainEncoder
-
-from .collate import PackingCollator
-from .documents import OVERLONG, cut, to_conversation
+from .batches import without_targets
+from .collate import Batch, PackingCollator
 from .identity import identity
-from .readers import MapReader, MixedReader, StreamReader
-from .reports import ENOUGH, BadRows, check_policy
-from .sources import load_source, load_stream, locate, parse_line, task_rows
-from .texts import JsonText, check_column
-from .windows import PackConversations, PackedStream, PackText
+from .loading import load_shards, load_source, unread
+from .overlong import Fit
+from .readers import Consumer, MapReader, MixedReader, Reader, StreamReader
+from .reports import DataReport, Reported, check_policy
+from .sources import SourceConfig
+from .texts import Texts
+from .windows import PackConversations, PackedStream, Packer, PackText, Row
 from .workers import ahead, first, plain_errors, worker_loader
 
 
-class _Windows:
+@dataclass(frozen=True)
+class Shape:
+    """How batches of windows are made: `rows` a batch for this `rank` of `world_size`, by how many workers and how far ahead."""
+
+    rows: int
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    num_workers: int = 0
+    prefetch: int = 2
+
+
+class _Windows(Reported):
     """Endless micro-batches out of a PackedStream: the loader, and the state of what was handed out."""
 
-    def __init__(self, reader, pack, collate, *, rows, rank, world_size, seed, num_workers, prefetch, settings, data):
-        self.rank, self.world_size, self.seed, self.prefetch = rank, world_size, seed, prefetch
-        self.num_workers = reader.shares(num_workers, world_size) if num_workers else 0
-        if self.num_workers < num_workers:
-            print(f"{self.num_workers} of {num_workers} data workers: the data has no more shards for them", flush=True)
+    def __init__(
+        self, reader: Reader, pack: Packer, collate: PackingCollator, shape: Shape, settings: dict, data: list[str]
+    ) -> None:
+        self.shape = shape
+        wanted = shape.num_workers
+        self.num_workers = reader.shares(wanted, shape.world_size) if wanted else 0
+        if self.num_workers < wanted:
+            print(f"{self.num_workers} of {wanted} data workers: the data has no more shards for them", flush=True)
         workers = max(1, self.num_workers)
-        self.stream = PackedStream(
-            reader, pack, collate, rows=rows, rank=rank, world_size=world_size, workers=workers, seed=seed
-        )
-        self.settings, self.data = settings | {"rows": rows, "seed": seed}, data
-        self.states, self.turn, self.epoch, self.counts = [None] * workers, 0, 0.0, [{}] * workers
+        share = (shape.rank, shape.world_size, workers)
+        self.stream = PackedStream(reader, pack, collate, rows=shape.rows, seed=shape.seed, share=share)
+        self.settings, self.data = settings | {"rows": shape.rows, "seed": shape.seed}, data
+        self.states: list[dict | None] = [None] * workers
+        self.turn, self.epoch = 0, 0.0
+        self.counts: list[dict[str, Any]] = [pack.news()] * workers
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Batch]:
         self.stream.states, self.stream.turn = list(self.states), self.turn
         if self.num_workers:
-            made = plain_errors(worker_loader(self.stream, num_workers=self.num_workers, prefetch=self.prefetch))
+            made = plain_errors(worker_loader(self.stream, num_workers=self.num_workers, prefetch=self.shape.prefetch))
         else:
-            made = ahead(iter(self.stream), self.prefetch)
+            made = ahead(iter(self.stream), self.shape.prefetch)
         for item in made:
             if item is None:
                 continue
             batch, (worker, snapshot, emitted, self.epoch, self.counts[worker]) = item
-            self.states[worker] = (snapshot or self.states[worker]) | {"emitted": emitted}
+            self.states[worker] = (snapshot or self.states[worker] or {}) | {"emitted": emitted}
             self.turn = (worker + 1) % len(self.states)
             yield batch
 
     @property
-    def truncated(self):
-        """Conversations that lost their end, of the windows read since the start or the resume."""
-        return sum(counts.get("truncated", 0) for counts in self.counts)
+    def report(self) -> DataReport:  # type: ignore[override]
+        """What became of the rows read so far, since the start or the resume."""
+        return DataReport.merged(counts["report"] for counts in self.counts)
 
-    @property
-    def bad(self):
-        """(rows left out because they are no conversation, why the first was), of the same windows."""
-        return sum(counts.get("bad", 0) for counts in self.counts), next(
-            (c["first_bad"] for c in self.counts if c.get("bad")), ""
-        )
-
-    @property
-    def untrained(self):
-        """Documents left out because no target is in them, of the same windows."""
-        return sum(counts.get("untrained", 0) for counts in self.counts)
-
-    def take(self, count):
-        """The next `count` micro-batches as a list: a validation set."""
+    def take(self, count: int) -> list[Batch]:
+        """The next `count` micro-batches."""
         return first(self, count)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Each worker's place in the stream, how the stream was split, and which data it is of."""
-        split = {"world_size": self.world_size, "workers": len(self.states)}
-        return {
-            "states": list(self.states),
-            "turn": self.turn,
-            "epoch": self.epoch,
-            "settings": self.settings,
-            "data": self.data,
-        } | split
+        split = {"world_size": self.shape.world_size, "workers": len(self.states)}
+        held = {"states": list(self.states), "turn": self.turn, "epoch": self.epoch}
+        return held | {"settings": self.settings, "data": self.data} | split
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there; ValueError where the stream was split or packed in another way, or is of other data."""
         for name, own, what in (
-            ("world_size", self.world_size, "processes"),
+            ("world_size", self.shape.world_size, "processes"),
             ("workers", len(self.states), "data workers each"),
         ):
             if state[name] != own:
@@ -89,223 +92,187 @@ class _Windows:
                     f"the checkpoint's stream is split over {state[name]} {what}, this run has {own}; resume with {state[name]}"
                 )
         for name, value in self.settings.items():
-            if (
-                state["settings"].get(name, "error" if name == "bad_rows" else None) != value
-            ):  # checkpoints of before have none
+            theirs = state["settings"].get(name, "error" if name == "bad_rows" else None)  # as older checkpoints mean
+            if theirs != value:
                 raise ValueError(
-                    f"the checkpoint's stream has {name}={state['settings'].get(name)}, this run {value}; resume with the former"
+                    f"the checkpoint's stream has {name}={theirs}, this run {value}; resume with the former"
                 )
         for theirs, own in zip(state.get("data", self.data), self.data, strict=True):  # checkpoints of before have none
             if theirs != own:
                 raise ValueError(
                     f"the checkpoint's stream is of {theirs}, this run's of {own}; resume with the former, or begin anew without --resume"
                 )
+        for held in state["states"]:
+            _check_place(held["reader"] if held else None)
         self.states, self.turn, self.epoch = list(state["states"]), state["turn"], state["epoch"]
+
+
+def _check_place(place: Any) -> None:
+    """ValueError for a place in a stream that an older version wrote, which counted in another way."""
+    for part in place.get("readers", [place]) if place else ():
+        if isinstance(part, dict) and not isinstance(part.get("block", []), list):
+            raise ValueError(
+                "the checkpoint's place in the stream is of an older version; begin anew without --resume, or use that version"
+            )
 
 
 class TextBatches(_Windows):
     """Endless micro-batches of plain text in full rows: best fit from a window; when nothing fits, the shortest document is cut.
 
-    `mode` "crop" drops the rest of a cut document, "keep" puts it back for a later row. `streaming` reads without downloading first.
-    Each document goes to one process (and worker) an epoch. ValueError for data without `text_column`, before the first batch.
+    `mode` "crop" drops the rest of a cut document, "keep" puts it back for a later row. `streaming` reads without downloading
+    first. Each document goes to one process (and worker) an epoch. ValueError for data without `text_column`, before the
+    first batch; rows without text are one too, or with `bad_rows` "skip" left out and counted.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the flags of a run, each by its name
         self,
-        source,
-        tokenizer,
+        source: SourceConfig,
+        tokenizer: Any,
         *,
-        rows,
-        positions,
-        rank=0,
-        world_size=1,
-        seed=0,
-        mode="crop",
-        text_column="text",
-        isolate=True,
-        streaming=False,
-        num_workers=0,
-        prefetch=2,
-    ):
+        rows: int,
+        positions: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        mode: str = "crop",
+        text_column: str = "text",
+        isolate: bool = True,
+        streaming: bool = False,
+        bad_rows: str = "error",
+        num_workers: int = 0,
+        prefetch: int = 2,
+    ) -> None:
         if mode not in ("crop", "keep"):
             raise ValueError(f"mode={mode!r} must be crop or keep")
-        reader = _reader(source, streaming, seed, world_size)
-        if isinstance(reader, StreamReader) and _is_lines(source):
-            reader.stream = reader.stream.map(JsonText(text_column), remove_columns=["line", "where"])
-        check_column(reader.stream if streaming else reader.rows, text_column, source.label)
-        pack = PackText(PlainEncoder(tokenizer), positions + 1, mode, text_column, source)
+        self.texts = Texts(source, text_column, streaming=streaming, bad_rows=bad_rows)
+        self.positions = positions
+        reader: Reader
+        if self.texts.rows is None:
+            _tell_uneven(source, len(self.texts.shards), world_size)
+            reader = StreamReader(self.texts.shards, source, seed)
+        else:
+            reader = MapReader(self.texts.rows, source.label, seed)
+        settings: dict[str, Any] = {"positions": positions, "mode": mode, "streaming": streaming}
         super().__init__(
             reader,
-            pack,
+            PackText(PlainEncoder(tokenizer), positions + 1, mode, self.texts),
             PackingCollator(positions, tokenizer.pad_token_id, isolate),
-            rows=rows,
-            rank=rank,
-            world_size=world_size,
-            seed=seed,
-            num_workers=num_workers,
-            prefetch=prefetch,
-            settings={"positions": positions, "mode": mode, "streaming": streaming},
-            data=[identity(source, _rows(reader))],
+            Shape(rows, rank, world_size, seed, num_workers, prefetch),
+            settings | ({"bad_rows": bad_rows} if bad_rows != "error" else {}),
+            [identity(source, reader)],
         )
-        self.plain, self.label = reader.stream if streaming else reader.rows, source.label
 
-    def outlook(self, tokens):
+    def once(self, count: int) -> list[Batch]:
+        """The first `count` micro-batches of one pass over all documents, in order, whatever the rank: a validation set in which
+        no document counts twice. Fewer where the documents fill fewer; what fills up the last one has no target."""
+        pack, wanted = self._fresh_pack(), count * self.shape.rows
+        packed: list[Row] = []
+        waiting: list[Any] = []
+        for items in self._passage(pack):
+            made, waiting = pack(waiting, items)
+            packed += made
+            if len(packed) >= wanted:
+                break
+        else:
+            packed += [waiting] if waiting else []  # less than a row
+        if not packed:
+            raise pack.nothing()
+        packed = packed[:wanted]
+        empty = -len(packed) % self.shape.rows
+        packed += [[] for _ in range(empty)]
+        size = self.shape.rows
+        batches = [self.stream.collate(packed[i : i + size]) for i in range(0, len(packed), size)]
+        without_targets(batches[-1], empty)
+        return batches
+
+    def outlook(self, tokens: int) -> float:
         """The share of tokens that cropping drops, from the first documents that hold `tokens` tokens; 0 in mode "keep".
 
         ValueError where the whole data holds fewer: a step would meet its documents twice.
         """
-        pack, rows, waiting = copy.copy(self.stream.pack), iter(self.plain), []
+        pack, waiting = self._fresh_pack(), []
+        for items in self._passage(pack):
+            _, waiting = pack(waiting, items)
+            if pack.counts["read"] >= tokens:
+                return pack.counts["cropped"] / pack.counts["read"]
+        if not pack.counts["read"]:
+            raise pack.nothing()
+        raise ValueError(
+            f"{self.texts.source.label}: {pack.counts['read']:,} tokens are fewer than the {tokens:,} of one step; "
+            "give more text or lower --total-batch-size, --device-batch-size or --max-seq-len"
+        )
+
+    def _fresh_pack(self) -> Any:
+        """The packer with counts of its own, so that looking at the data is not counted as training on it."""
+        pack: Any = copy.copy(self.stream.pack)
+        pack.texts = copy.copy(self.texts)
+        pack.texts.report = copy.deepcopy(self.texts.report)
         pack.counts = dict.fromkeys(pack.counts, 0)
-        while pack.counts["read"] < tokens:
-            window, size = [], 0
-            for row in rows:
-                window.append(row)
-                size += pack.size(row)
-                if len(window) >= pack.documents or size >= pack.characters:
-                    break
-            if not window:
-                raise ValueError(
-                    f"{self.label}: {pack.counts['read']:,} tokens are fewer than the {tokens:,} of one step; "
-                    "give more text or lower --total-batch-size, --device-batch-size or --max-seq-len"
-                )
-            _, waiting = pack(waiting, window)
-        return pack.counts["cropped"] / pack.counts["read"]
+        return pack
+
+    def _passage(self, pack: Any) -> Iterator[list[str]]:
+        """The texts of all rows once, window by window."""
+        texts = iter(pack.texts)
+        while window := list(islice(texts, pack.documents)):
+            yield window
 
 
 class StreamedConversations(_Windows):
-    """Endless micro-batches of conversations that are read as a stream: nothing is downloaded or planned first, so there is no number of
-    rows and no epoch's end, and each source counts by its weight (or repeat). Sources that are tasks are read whole."""
+    """Endless micro-batches of conversations that are read as a stream: nothing is downloaded or planned first, so there is no
+    number of rows and no epoch's end, and each source counts by its weight (or repeat). Sources that are tasks are read whole."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the flags of a run, each by its name
         self,
-        sources,
-        tokenizer,
+        sources: Sequence[SourceConfig],
+        tokenizer: Any,
         *,
-        rows,
-        positions,
-        rank=0,
-        world_size=1,
-        seed=0,
-        train_on_all_tokens=False,
-        isolate=True,
-        overlong="truncate",
-        bad_rows="error",
-        num_workers=0,
-        prefetch=2,
-    ):
+        rows: int,
+        positions: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        train_on_all_tokens: bool = False,
+        isolate: bool = True,
+        overlong: str = "truncate",
+        bad_rows: str = "error",
+        num_workers: int = 0,
+        prefetch: int = 2,
+    ) -> None:
         check_policy(bad_rows)
-        if overlong not in OVERLONG:
-            raise ValueError(f"overlong={overlong!r} is unknown; choose from {', '.join(OVERLONG)}")
-        self.treat = _Treat(
-            sources, PlainEncoder(tokenizer), positions + 1, overlong, train_on_all_tokens, bad_rows == "skip"
-        )
-        readers = [_reader(source, not source.task, seed, world_size) for source in sources]
-        for number, reader in enumerate(
-            readers
-        ):  # the first row of each source is rendered now, so that a wrong form shows before training
-            rows_, _ = reader.open(rank, world_size, 0, 1)
-            self.treat([(number, next(rows_)[0])])
-        self.treat.reset()
+        encoder = PlainEncoder(tokenizer)
+        special = encoder.special
+        fit = Fit(positions + 1, special["<|bos|>"], special["<|user_start|>"], overlong, train_on_all_tokens)
+        pack = PackConversations(list(sources), encoder, fit, bad_rows == "skip")
+        readers = [_reader(source, seed, world_size) for source in sources]
+        for number, reader in enumerate(readers):  # a wrong form of the first row shows before training
+            rows_, _ = reader.open(Consumer(rank, world_size, 0, 1))
+            item, _ = pack.read((number, next(rows_)[0]))
+            pack.rendered([item] if item else [])
+        pack.reset()
+        for report, source in zip(pack.reports, sources, strict=True):
+            report.unread = unread(source)
+        settings = {"positions": positions, "overlong": overlong, "bad_rows": bad_rows, "sources": len(sources)}
         super().__init__(
             MixedReader(readers, [source.copies for source in sources]),
-            PackConversations(self.treat, positions + 1),
+            pack,
             PackingCollator(positions, tokenizer.pad_token_id, isolate),
-            rows=rows,
-            rank=rank,
-            world_size=world_size,
-            seed=seed,
-            num_workers=num_workers,
-            prefetch=prefetch,
-            settings={"positions": positions, "overlong": overlong, "bad_rows": bad_rows, "sources": len(sources)},
-            data=[identity(source, _rows(reader)) for source, reader in zip(sources, readers, strict=True)],
+            Shape(rows, rank, world_size, seed, num_workers, prefetch),
+            settings,
+            [identity(source, reader) for source, reader in zip(sources, readers, strict=True)],
         )
 
 
-class _Treat:
-    """(source's number, row) pairs → documents: converted, rendered, and cut by the policy; those without a target are left out."""
-
-    def __init__(self, sources, encoder, capacity, overlong, train_on_all_tokens, skip=False):
-        self.sources, self.encoder, self.capacity, self.overlong, self.all = (
-            sources,
-            encoder,
-            capacity,
-            overlong,
-            train_on_all_tokens,
-        )
-        self.skip = skip
-        self.reset()
-
-    def reset(self):
-        """Count from nothing."""
-        self.counts = {"truncated": 0, "split": 0, "dropped": 0, "untrained": 0, "bad": 0, "first_bad": ""}
-        self.rows = [BadRows() for _ in self.sources]
-
-    def __call__(self, rows):
-        kept = [conversation for n, row in rows if (conversation := self._kept(row, n)) is not None]
-        if not kept:
-            return []
-        ids, mask, lengths = self.encoder.render(kept)
-        ends, documents = np.cumsum(lengths), []
-        for start, end in zip(ends - lengths, ends, strict=True):
-            documents += self._pieces(ids[start:end], mask[start:end])
-        return documents
-
-    def _kept(self, row, number):
-        source, counted = self.sources[number], self.rows[number]
-        try:
-            conversation = self._conversation(row, source)
-            counted.add(None)
-            return conversation
-        except ValueError as error:
-            if not self.skip:
-                raise
-            counted.add(error)
-            self.counts |= {"bad": self.counts["bad"] + 1, "first_bad": self.counts["first_bad"] or str(error)}
-            if counted.seen >= ENOUGH:
-                counted.check(source.label)
-
-    def _conversation(self, row, source):
-        if not source.task and _is_lines(source):
-            return to_conversation(parse_line(row["line"], row["where"]), row["where"], source)
-        try:
-            return to_conversation(row, source.label, source)
-        except ConversationError as error:  # searched for only now: a stream does not number its rows
-            raise ConversationError(f"{locate(source, row)}{str(error).removeprefix(source.label)}") from None
-
-    def _pieces(self, ids, mask):
-        spans = [(0, len(ids))]
-        if len(ids) > self.capacity:
-            turns = [0, *np.flatnonzero(ids == self.encoder.special["<|user_start|>"])[1:]]
-            spans = cut(len(ids), turns, self.capacity, self.overlong)
-            self.counts["dropped"] += not spans
-            self.counts["split"] += len(spans) > 1
-            self.counts["truncated"] += bool(spans) and sum(b - a for a, b in spans) < len(ids)
-        for a, b in spans:
-            if self.all or mask[a:b].any():
-                head = [self.encoder.special["<|bos|>"]] if a else []
-                yield {
-                    "ids": [*head, *ids[a:b].tolist()],
-                    "mask": None if self.all else [*[0] * len(head), *mask[a:b].tolist()],
-                }
-            else:
-                self.counts["untrained"] += 1
+def _reader(source: SourceConfig, seed: int, world_size: int) -> Reader:
+    if source.task:
+        return MapReader(load_source(source), source.label, seed)
+    shards = load_shards(source)
+    _tell_uneven(source, len(shards), world_size)
+    return StreamReader(shards, source, seed)
 
 
-def _rows(reader):
-    return reader.stream if isinstance(reader, StreamReader) else reader.rows
-
-
-def _is_lines(source):
-    return any(ending in str(source.path) for ending in (".jsonl",))
-
-
-def _reader(source, streaming, seed, world_size):
-    if not streaming:
-        return MapReader(task_rows(source) if source.task else load_source(source, check=False), source.label, seed)
-    stream = load_stream(source)
-    if stream.num_shards % world_size:
+def _tell_uneven(source: SourceConfig, shards: int, world_size: int) -> None:
+    if shards % world_size:
         print(
-            f"{source.label}: {stream.num_shards} shards do not divide by {world_size} processes, so each reads all of them and takes its share",
+            f"{source.label}: {shards} shards do not divide by {world_size} processes, so each reads all of them and takes its share",
             flush=True,
         )
-    return StreamReader(stream, source, seed)

@@ -1,81 +1,113 @@
 """Plain text: which rows a source has, and the texts in them."""
 
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
-from .sources import JsonLines, load_source, load_stream, local_files, parse_line
+from nanochat_hf.files.data_file import Raw
+from nanochat_hf.files.rows import TableRows
 
-
-def is_remote(source):
-    """Whether the path is a Hub name: neither a folder here nor files. is_remote(SourceConfig(path="karpathy/x")) → True."""
-    return not Path(source.path).exists() and not local_files(source)
-
-
-def load_rows(source, streaming, text_column="text"):
-    """load_source or, `streaming`, load_stream with lines of JSON made into {text_column: …} rows."""
-    if not streaming:
-        return load_source(source)
-    rows = load_stream(source)
-    files = local_files(source)
-    return (
-        rows.map(JsonText(text_column), remove_columns=["line", "where"])
-        if files and ".jsonl" in files[0].suffixes
-        else rows
-    )
+from .conversations import surrogate
+from .loading import load_shards, load_source, unread
+from .reports import ENOUGH, SourceReport, check_policy
+from .sources import SourceConfig
+from .workers import check_stopped
 
 
-class JsonText:
-    """Makes {column: …} of a streamed line of JSON."""
-
-    def __init__(self, column):
-        self.column = column
-
-    def __call__(self, row):
-        value = parse_line(row["line"], row["where"])
-        if not isinstance(value, dict) or self.column not in value:
-            has = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{row['where']}: no column {self.column!r}; it has {has}")
-        if not isinstance(value[self.column], str):
-            kind = type(value[self.column]).__name__
-            raise ValueError(f"{row['where']}: {self.column!r} holds {kind}; remove the line or give it text")
-        return {self.column: value[self.column]}
+def text_of(raw: Raw, column: str) -> str:
+    """The text in `column` of a row; ValueError with the row's place where there is none that can be encoded."""
+    row = raw.parsed()
+    if not isinstance(row, dict) or column not in row:
+        has = ", ".join(map(str, row)) if isinstance(row, dict) else f"no columns but {type(row).__name__}"
+        raise ValueError(f"{raw.place}: no column {column!r}; it has {has}")
+    text = row[column]
+    if not isinstance(text, str):
+        raise ValueError(f"{raw.place}: {column!r} holds {type(text).__name__}; remove the row or give it text")
+    if fault := surrogate(text):
+        raise ValueError(f"{raw.place}: {fault}")
+    return text
 
 
-def check_column(rows, column, label):
-    """ValueError, with the columns there are, where a row lacks `column` or holds no text in it. Of a stream the first row is looked at, of a
-    datasets.Dataset the type of the column and its nulls, of lines of JSON every one."""
-    lines = isinstance(rows, JsonLines)
-    for number in range(len(rows)) if lines else (0,):
-        row, where = (
-            (rows[number], rows.where(number))
-            if lines
-            else (rows[0] if hasattr(rows, "__len__") else next(iter(rows), None), label)
-        )
-        if row is None:
-            raise ValueError(f"{label}: no rows there; check the data, and the rows that are left out at its start")
-        names = list(row) if isinstance(row, dict) else [f"no columns but {type(row).__name__}"]
-        if column not in names:
-            raise ValueError(f"{where}: no column {column!r}; it has {', '.join(map(str, names))}")
-        if not isinstance(row[column], str):
-            raise ValueError(
-                f"{where}: column {column!r} holds {type(row[column]).__name__}, not text; name another of {', '.join(names)}"
-            )
-    empty = rows.data.column(column).null_count if hasattr(rows, "data") else 0
-    if empty:
-        raise ValueError(f"{label}: {empty} rows hold nothing in {column!r}; remove them or give them text")
+class Texts:
+    """The texts of a source, in order, as often as they are iterated. `streaming` reads them without loading all of them first.
+
+    With `bad_rows` "skip" rows without text are left out and counted in `report`, up to half of them; with "error" the first
+    one is a ValueError: of a source that is not streamed now, for all of its rows, of a stream for the first.
+    """
+
+    def __init__(
+        self, source: SourceConfig, column: str = "text", *, streaming: bool = False, bad_rows: str = "error"
+    ) -> None:
+        check_policy(bad_rows)
+        self.source, self.column, self.skip = source, column, bad_rows == "skip"
+        self.report = SourceReport(source.label, unread=unread(source))
+        self.rows = None if streaming else load_source(source)
+        self.shards = load_shards(source) if streaming else []
+        self._check()
+
+    def raws(self) -> Iterator[Raw]:
+        """The rows as their files have them."""
+        if self.rows is not None:
+            return (self.rows.raw(i) for i in range(len(self.rows)))
+        return (row for shard in self.shards for _, row in shard.rows())
+
+    def text(self, raw: Raw) -> str | None:
+        """The text of a row, counted in the report; None for a bad row that is left out."""
+        self.report.seen += 1
+        try:
+            text = text_of(raw, self.column)
+        except ValueError as error:
+            self.report.add_bad(error, self.skip)
+            if self.report.seen >= ENOUGH:
+                self.report.check_bad()
+            return None
+        self.report.conversations += 1
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        for raw in self.raws():
+            check_stopped()
+            if (text := self.text(raw)) is not None:
+                yield text
+        self.report.check_bad()
+
+    def nothing(self) -> ValueError:
+        """The error of data that holds no character."""
+        return ValueError(f"{self.source.label}: no text in {self.column!r}, all is empty; give another column or data")
+
+    def _check(self) -> None:
+        """ValueError before training for what can be known: the column, its type and its nulls, and every line of a text file."""
+        first = next(self.raws(), None)
+        if first is None:
+            raise ValueError(f"{self.source.label}: no rows there; check the data, and the rows left out at its start")
+        if isinstance(first.value, dict):
+            self.report.ignored = {}
+            others = [name for name in first.value if name != self.column]
+            if self.column in first.value and others and self.rows is not None:
+                self.report.ignored = dict.fromkeys(others, len(self.rows))
+        if isinstance(self.rows, TableRows):
+            if self.column not in self.rows.dataset.column_names:
+                text_of(first, self.column)
+            empty = self.rows.dataset.data.column(self.column).null_count
+            if self.rows.places.ranges != ((0, len(self.rows.dataset)),):
+                empty = 0  # of rows that were left out too: those that are read are looked at one by one
+            if empty and not self.skip:
+                raise ValueError(
+                    f"{self.source.label}: {empty} rows hold nothing in {self.column!r}; remove them or give them text"
+                )
+            if first.value[self.column] is not None:
+                text_of(first, self.column)
+        elif not self.skip:
+            for raw in [first] if self.rows is None else self.raws():
+                text_of(raw, self.column)
 
 
-def documents(rows, column, document_chars=None, max_chars=None):
-    """The texts of `rows`, each cut to `document_chars`, `max_chars` characters in all.
+def shortened(texts: Iterable[str], document_chars: int | None = None, max_chars: int | None = None) -> Iterator[str]:
+    """Texts each cut to `document_chars`, `max_chars` characters in all.
 
-    list(documents([{"t": "abcd"}, {"t": "ef"}, {"t": "g"}], "t", 3, 4)) → ["abc", "e"]. ValueError for a row whose column holds no text.
+    >>> list(shortened(["abcd", "ef", "g"], 3, 4))
+    ['abc', 'e']
     """
     left = float("inf") if max_chars is None else max_chars
-    for number, row in enumerate(rows, 1):
-        text = row.get(column) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise ValueError(
-                f"document {number}: {column!r} holds {type(text).__name__}, not text; remove it or give text"
-            )
+    for text in texts:
         text = text[:document_chars]
         text = text if len(text) <= left else text[: int(left)]
         left -= len(text)

@@ -1,41 +1,70 @@
-"""Endless packed batches from documents that are read, tokenised and packed window by window, with state that resumes exactly.
+"""Stop 4 for streams: endless packed batches from documents that are read, tokenised and packed window by window.
 
-A *consumer* is one worker of one rank. Every document of an epoch goes to exactly one consumer. A consumer's state is taken where a window
-begins: the reader's place, the documents left over, and how many rows of the window are out. The window itself is made again on resuming,
-by the same pure steps, so the state stays small whatever the window holds.
+A consumer's state is taken where a window begins: the reader's place, the documents left over, and how many rows of the
+window are out. The window itself is made again on resuming, by the same pure steps, so the state stays small whatever the
+window holds, and a resumed run is exact.
 """
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from nanochat_hf.conversation import PlainEncoder
+from nanochat_hf.files.data_file import Raw
+
+from .conversations import Converted, convert
+from .documents import Document, piece
+from .overlong import Fit
 from .packing import pack_text, pack_window
-from .sources import locate
+from .readers import Consumer, Reader
+from .reports import ENOUGH, DataReport, SourceReport
+from .sources import SourceConfig
+from .texts import Texts
+from .weights import token_factors
+from .workers import check_stopped
+
+Row = list[Document]
+
+
+class Packer(Protocol):
+    """Rows of a window → packed rows. A window ends with `documents` rows or `characters` characters."""
+
+    documents: int
+    characters: int
+
+    def read(self, row: Any) -> tuple[Any, int]:
+        """(what a row is to be packed as, its size in characters); (None, 0) for a bad row that is left out."""
+
+    def __call__(self, waiting: list[Document], items: list[Any]) -> tuple[list[Row], list[Document]]:
+        """(rows that are full enough, documents that wait for the next window)."""
+
+    def news(self) -> dict[str, Any]:
+        """What was counted so far, as plain values."""
+
+    def nothing(self) -> ValueError:
+        """The error of data that has given no document in a whole epoch."""
 
 
 class PackText:
-    """Texts of a source → full rows of a window, see packing.pack_text. `column` holds the text, of a row or of a line of JSON."""
+    """Texts of a source → full rows of a window, see packing.pack_text."""
 
-    documents, characters = (
-        512,
-        1_000_000,
-    )  # a window: enough to pack well, little enough (0.3 s) for the queue to bridge
+    # a window: enough to pack well, little enough (0.3 s) for the queue to bridge
+    documents, characters = 512, 1_000_000
 
-    def __init__(self, encoder, capacity, mode, column, source):
-        self.encoder, self.capacity, self.mode, self.column, self.source = encoder, capacity, mode, column, source
+    def __init__(self, encoder: PlainEncoder, capacity: int, mode: str, texts: Texts) -> None:
+        self.encoder, self.capacity, self.mode, self.texts = encoder, capacity, mode, texts
         self.counts = {"read": 0, "cropped": 0}  # tokens
 
-    def size(self, row):
-        """Characters of a row's text; ValueError with its file and number where it is none."""
-        if not isinstance(row.get(self.column), str):
-            kind = type(row.get(self.column)).__name__
-            raise ValueError(
-                f"{locate(self.source, row)}: {self.column!r} holds {kind}; remove the row or give it text"
-            )
-        return len(row[self.column])
+    def read(self, row: Raw) -> tuple[str | None, int]:
+        """As Packer.read; ValueError with the row's place where it has no text."""
+        text = self.texts.text(row)
+        return text, len(text or "")
 
-    def __call__(self, waiting, rows):
+    def __call__(self, waiting: list[Document], items: list[str]) -> tuple[list[Row], list[Document]]:
         bos = self.encoder.special["<|bos|>"]
-        encoded = self.encoder.encode([row[self.column] for row in rows])
+        encoded = self.encoder.encode(items)
         documents = [d["ids"] for d in waiting] + [[bos, *ids] for ids in encoded if ids]
         packed, rest = pack_text(documents, self.capacity, self.mode, bos)
         self.counts["read"] += sum(len(ids) + 1 for ids in encoded if ids)
@@ -43,68 +72,135 @@ class PackText:
             self.counts["cropped"] += sum(map(len, documents)) - len(packed) * self.capacity - sum(map(len, rest))
         return [[{"ids": d} for d in row] for row in packed], [{"ids": d} for d in rest]
 
+    def news(self) -> dict[str, Any]:
+        """As Packer.news."""
+        return self.counts | {"report": DataReport([self.texts.report]).state()}
+
+    def nothing(self) -> ValueError:
+        """As Packer.nothing."""
+        return self.texts.nothing()
+
 
 class PackConversations:
-    """Rows of a mixture → packed conversations of a window, see packing.pack_window. `treat` renders and cuts one (number, row)."""
+    """Rows of a mixture, as (number of the source, row) → packed conversations of a window, see packing.pack_window."""
 
     documents, characters = 1024, 1_000_000
 
-    def __init__(self, treat, capacity):
-        self.treat, self.capacity = treat, capacity
+    def __init__(self, sources: list[SourceConfig], encoder: PlainEncoder, fit: Fit, skip: bool = False) -> None:
+        self.sources, self.encoder, self.fit, self.skip = sources, encoder, fit, skip
+        self.reset()
 
-    def size(self, row):
-        """Characters of a row, about."""
-        return len(str(row[1]))
+    def reset(self) -> None:
+        """Count from nothing."""
+        self.reports = [SourceReport(source.label, "", source.copies) for source in self.sources]
 
-    @property
-    def counts(self):
-        """What `treat` cut and left out."""
-        return self.treat.counts
+    def read(self, row: tuple[int, Raw]) -> tuple[tuple[int, Converted] | None, int]:
+        """As Packer.read; ValueError with the row's place where it is no conversation."""
+        number, raw = row
+        report = self.reports[number]
+        report.seen += 1
+        try:
+            converted = convert(raw, self.sources[number])
+        except ValueError as error:
+            report.add_bad(error, self.skip)
+            if report.seen >= ENOUGH:
+                report.check_bad()
+            return None, 0
+        for name in converted.ignored:
+            report.ignored[name] = report.ignored.get(name, 0) + 1
+        return (number, converted), len(str(raw.value))
 
-    def __call__(self, waiting, rows):
-        documents = waiting + self.treat(rows)
+    def __call__(self, waiting: list[Document], items: list[tuple[int, Converted]]) -> tuple[list[Row], list[Document]]:
+        documents = waiting + self.rendered(items)
         aged = set(range(len(waiting)))
-        packed, rest = pack_window([len(d["ids"]) for d in documents], self.capacity, aged)
+        packed, rest = pack_window([len(d["ids"]) for d in documents], self.fit.capacity, aged)
         return [[documents[i] for i in row] for row in packed], [documents[i] for i in rest]
+
+    def rendered(self, items: list[tuple[int, Converted]]) -> list[Document]:
+        """Conversations → documents, cut by the policy; those without a target are left out and counted."""
+        if not items:
+            return []
+        ids, mask, lengths = self.encoder.render([converted.conversation for _, converted in items])
+        ends = np.cumsum(lengths)
+        documents = []
+        for (number, converted), start, end in zip(items, ends - lengths, ends, strict=True):
+            own, targets, factors = ids[start:end], mask[start:end], None
+            if converted.weights is not None:
+                targets = targets.copy()
+                factors = token_factors(own, self.encoder.special, converted.weights)
+                targets[factors == 0] = 0
+            report = self.reports[number]
+            for a, b in self.fit.spans(own, targets, report):
+                documents.append(_plain(piece(own, targets, factors, (a, b), self.fit)))
+                report.conversations += 1
+                report.tokens += b - a
+                report.trained += int(targets[a:b].sum())
+        return documents
+
+    def news(self) -> dict[str, Any]:
+        """As Packer.news."""
+        return {"report": DataReport(self.reports).state()}
+
+    def nothing(self) -> ValueError:
+        """As Packer.nothing."""
+        return DataReport(self.reports).nothing(self.fit.capacity - 1)
+
+
+def _plain(document: Document) -> Document:
+    """Lists instead of arrays, as a state keeps documents that wait."""
+    return {key: value if value is None else value.tolist() for key, value in document.items()}
 
 
 class PackedStream(torch.utils.data.IterableDataset):
     """Endless (batch, consumer's news): news are (worker, state where the window begins or None, rows of the window that are
     out, epoch, what the packer counted)."""
 
-    def __init__(self, reader, pack, collate, *, rows, rank, world_size, workers, seed):
+    def __init__(
+        self, reader: Reader, pack: Packer, collate: Callable, *, rows: int, seed: int, share: tuple[int, int, int]
+    ) -> None:
         self.reader, self.pack, self.collate, self.rows, self.seed = reader, pack, collate, rows, seed
-        self.rank, self.world_size, self.workers = rank, world_size, workers
-        self.states, self.turn = [None] * workers, 0
+        self.rank, self.world_size, self.workers = share
+        self.states: list[dict | None] = [None] * self.workers
+        self.turn = 0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         info = torch.utils.data.get_worker_info()
         worker = info.id if info else 0
         if worker < self.turn % self.workers:
             yield None  # a resumed loader asks worker 0 first, whoever's turn it is: those who had theirs pass
         yield from self._batches(worker, self.states[worker])
 
-    def _batches(self, worker, state):
+    def _batches(self, worker: int, state: dict | None) -> Iterator[Any]:
         state = state or {"reader": None, "waiting": [], "emitted": 0, "window": 0}
-        reading, place = self.reader.open(self.rank, self.world_size, worker, self.workers, state["reader"])
-        waiting, skip, window, batch = state["waiting"], state["emitted"], state["window"], []
+        consumer = Consumer(self.rank, self.world_size, worker, self.workers)
+        reading, place = self.reader.open(consumer, state["reader"])
+        waiting, skip, window = state["waiting"], state["emitted"], state["window"]
+        batch: list[Row] = []
+        gave, begun = bool(waiting or window), None
         while True:
             snapshot = {"reader": place(), "waiting": waiting, "window": window}
-            rows, epoch = self._window(reading)
-            packed, waiting = self.pack(waiting, rows)
+            items, epoch = self._window(reading)
+            packed, waiting = self.pack(waiting, items)
+            begun = int(epoch) if begun is None else begun
+            gave = gave or bool(packed or waiting)
+            if not gave and epoch >= begun + 1:
+                raise self.pack.nothing()
             order = np.random.default_rng((self.seed, self.rank, worker, window)).permutation(len(packed))
             for out, number in enumerate(order, 1):
                 if out > skip:
                     batch.append(packed[number])
                 if len(batch) == self.rows:
-                    yield self.collate(batch), (worker, snapshot, out, epoch, dict(self.pack.counts))
+                    yield self.collate(batch), (worker, snapshot, out, epoch, self.pack.news())
                     snapshot, batch = None, []
             skip, window = 0, window + 1
 
-    def _window(self, reading):
-        rows, size = [], 0
-        for row, epoch in reading:
-            rows.append(row)
-            size += self.pack.size(row)
-            if len(rows) >= self.pack.documents or size >= self.pack.characters:
-                return rows, epoch
+    def _window(self, reading: Iterator[tuple[Any, float]]) -> tuple[list[Any], float]:
+        items, count, size, epoch = [], 0, 0, 0.0
+        while count < self.pack.documents and size < self.pack.characters:
+            check_stopped()
+            row, epoch = next(reading)
+            item, characters = self.pack.read(row)
+            count, size = count + 1, size + characters
+            if item is not None:
+                items.append(item)
+        return items, epoch

@@ -1,39 +1,57 @@
 """Batches made ahead of the step that takes them: by a thread here, or by DataLoader workers."""
 
 import atexit
+import os
 import queue
 import threading
 import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 
-_running = weakref.WeakSet()
+_running: "weakref.WeakSet[_Ahead]" = weakref.WeakSet()
+
+
+class Stopped(BaseException):
+    """Raised in a thread that makes items ahead when nobody wants them any more; no `except Exception` holds it up."""
+
+
+def check_stopped() -> None:
+    """Raise Stopped where the thread that runs this was told to stop: to be called in every loop that may run for long."""
+    asked = getattr(threading.current_thread(), "stopping", None)
+    if asked is not None and asked.is_set():
+        raise Stopped
 
 
 class _Ahead:
     """A thread that puts the items of an iterable into a bounded queue until it is told to stop."""
 
-    def __init__(self, items, depth, pin):
+    def __init__(self, items: Iterable, depth: int, pin: bool) -> None:
         self.items, self.pin = items, pin
-        self.queue, self.stopping = queue.Queue(depth), threading.Event()
+        self.queue: queue.Queue = queue.Queue(depth)
+        self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.stopping = self.stopping  # type: ignore[attr-defined]  # where check_stopped looks
         _running.add(self)
         self.thread.start()
 
-    def _work(self):
+    def _work(self) -> None:
         try:
             for item in self.items:
                 if not self._put((item if not self.pin else pinned(item), None)):
                     return
             self._put((None, StopIteration()))
+        except Stopped:
+            pass
         except BaseException as error:  # raised again where the items are taken
             self._put((None, error))
         finally:
             if hasattr(self.items, "close"):
                 self.items.close()
 
-    def _put(self, entry):
+    def _put(self, entry: tuple) -> bool:
         while not self.stopping.is_set():
             try:
                 self.queue.put(entry, timeout=0.05)
@@ -42,7 +60,7 @@ class _Ahead:
                 continue
         return False
 
-    def stop(self):
+    def stop(self) -> None:
         """End the thread; what it made and nobody took is lost."""
         self.stopping.set()
         if self.thread is not threading.current_thread():
@@ -50,13 +68,13 @@ class _Ahead:
 
 
 @atexit.register
-def _stop_all():
+def _stop_all() -> None:
     # a thread inside torch while the interpreter goes down aborts the process
     for ahead in list(_running):
         ahead.stop()
 
 
-def pinned(item):
+def pinned(item: Any) -> Any:
     """Tensors of a (nested) dict, tuple or list in page-locked memory, so that `.to(device, non_blocking=True)` does not wait."""
     if isinstance(item, torch.Tensor):
         return item.pin_memory()
@@ -65,10 +83,13 @@ def pinned(item):
     return type(item)(map(pinned, item)) if isinstance(item, tuple | list) else item
 
 
-def ahead(items, depth=2, pin=None):
+def ahead(items: Iterable, depth: int = 2, pin: bool | None = None) -> Generator:
     """The items of a generator, made up to `depth` ahead by a thread and pinned where there is a GPU; depth 0: made when asked for.
 
-    list(ahead(iter([1, 2]))) → [1, 2]. An exception of the generator is raised here, behind the items before it.
+    An exception of the generator is raised here, after the items before it.
+
+    >>> list(ahead(iter([1, 2])))
+    [1, 2]
     """
     if not depth:
         yield from items
@@ -86,22 +107,27 @@ def ahead(items, depth=2, pin=None):
         worker.stop()
 
 
-def same(item):
+def same(item: Any) -> Any:
     """The collate function of a loader whose data set makes whole batches."""
     return item
 
 
-def quiet_worker(_):
+def quiet_worker(_: int) -> None:
     """Workers are the parallelism: the tokenizer's own threads would only take cores from one another."""
-    import os
-
     # a group of their own: Ctrl-C, and a SIGTERM to the whole group, would end them before the trainer has saved
     os.setpgid(0, 0)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
 
-def worker_loader(dataset, *, num_workers, collate=same, batch_sampler=None, prefetch=2):
+def worker_loader(
+    dataset: Any,
+    *,
+    num_workers: int,
+    collate: Callable = same,
+    batch_sampler: Iterable | None = None,
+    prefetch: int = 2,
+) -> Iterable:
     """A DataLoader of `num_workers` processes that each keep `prefetch` batches ready, pinned where there is a GPU."""
     batching = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
     return torch.utils.data.DataLoader(
@@ -112,10 +138,12 @@ def worker_loader(dataset, *, num_workers, collate=same, batch_sampler=None, pre
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=max(1, prefetch),
         worker_init_fn=quiet_worker,
+        # one of its own: iterating draws a seed, which would move torch's generator on a resume, and only then
+        generator=torch.Generator(),
     )
 
 
-def plain_errors(loader):
+def plain_errors(loader: Iterable) -> Iterator:
     """The items of a DataLoader; a worker's ValueError or OSError says its own line again, without the traceback that torch puts into it."""
     try:
         yield from loader
@@ -128,9 +156,9 @@ def plain_errors(loader):
         raise ValueError(" ".join(message).partition(": ")[2]) from None
 
 
-def first(batches, count):
+def first(batches: Iterable, count: int) -> list:
     """The first `count` items of an iterable as a list; what it had running ends."""
-    made = iter(batches)
+    made: Any = iter(batches)
     try:
         return list(islice(made, count))
     finally:

@@ -1,9 +1,11 @@
 """Bits per byte: a loss that does not depend on the tokenizer, nor on how the text lies in batches."""
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .scoring import Scorer
 
@@ -11,10 +13,16 @@ CHUNK = 4096  # positions whose float32 logits exist at one time: 512 MiB at V =
 
 
 @torch.no_grad()  # not inference_mode, which XLA tensors refuse
-def evaluate_bpb(model, batches, token_bytes, reduce=None):
+def evaluate_bpb(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    token_bytes: torch.Tensor,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> float:
     """Σ nats ÷ (ln 2 · Σ bytes) over the counted targets of `batches` (dicts as collate.py makes them).
 
-    Targets of −100 and of zero bytes count in neither sum. `reduce` sums a tensor over ranks. Infinity if there is no byte.
+    Targets of −100 and of zero bytes count in neither sum. `reduce` sums a tensor over ranks. Infinity if there is no
+    byte.
     """
     device, scorer = model.device, Scorer(model)
     sizes = token_bytes.to(device)
@@ -34,8 +42,8 @@ def evaluate_bpb(model, batches, token_bytes, reduce=None):
     return nats / (math.log(2) * count) if count else math.inf
 
 
-def encode_texts(tokenizer, texts):
-    """texts → their ids; the strings of special tokens are ordinary text. Many at once where the tokenizer can."""
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
+    """The ids of each text; the strings of special tokens are ordinary text. Many at once where the tokenizer can."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -48,17 +56,26 @@ def encode_texts(tokenizer, texts):
         backend.encode_special_tokens = before
 
 
-def beginning(tokenizer):
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[id] that stands before a text: bos, else the end token (as GPT-2 does), else []."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return [] if first is None else [first]
 
 
-def text_batches(texts, tokenizer, *, positions, batch_tokens=8192, rank=0, world_size=1):
+def text_batches(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    positions: int,
+    batch_tokens: int = 8192,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of `texts`, each alone in its row, of about `batch_tokens` positions; texts of like length share one.
 
-    A text longer than `positions` continues in further rows that begin anew, so nothing is left out. Rows are padded behind, where
-    causal attention never looks from a token that counts. Without a bos or end token a row's first token is context only.
+    A text longer than `positions` continues in further rows that begin anew, so nothing is left out. Rows are padded
+    behind, where causal attention never looks from a token that counts. Without a bos or end token a row's first token
+    is context only.
     """
     start, windows = beginning(tokenizer), []
     for ids in encode_texts(tokenizer, texts):

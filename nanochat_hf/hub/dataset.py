@@ -1,40 +1,63 @@
 """A data set as training uses it, published: validated conversations or text, tokenised beside it, in parquet shards with a card."""
 
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from nanochat_hf.conversation import encode_plain, render
-from nanochat_hf.data.documents import conversations
-from nanochat_hf.data.sources import load_source
+from nanochat_hf.conversation import SPECIAL_TOKENS, encode_plain, render
+from nanochat_hf.data.conversations import conversations
+from nanochat_hf.data.sources import SourceConfig
+from nanochat_hf.data.texts import Texts
+from nanochat_hf.data.weights import factor_of, token_factors
 
 from .card import KEEP_END, KEEP_START, WRITTEN, kept_text, public
 
 SHARD_BYTES = 500_000_000  # the size that the Hub's own viewer and the streaming readers like best
 
 
-def tokenised_rows(source, tokenizer=None, *, kind="chat", text_column="text"):
+def tokenised_rows(
+    source: SourceConfig, tokenizer: Any = None, *, kind: str = "chat", text_column: str = "text"
+) -> Iterator[dict[str, Any]]:
     """Rows of `source` (SourceConfig) for publishing.
 
     chat: {"messages": […]} and, with a tokenizer, "input_ids" and "assistant_masks" (1 where the assistant's own tokens are), equally long.
     text: {"text": …} and "input_ids", which begin with <|bos|>. ValueError names a malformed row or a missing column.
     """
     if kind == "chat":
-        for conversation in conversations(source):
-            row = {"messages": conversation["messages"]}
+        for converted in conversations(source):
+            row: dict[str, Any] = {"messages": published(converted.conversation["messages"])}
+            if converted.conversation.get("tools"):
+                row["tools"] = converted.conversation["tools"]
             if tokenizer:
-                row["input_ids"], row["assistant_masks"] = render(tokenizer, conversation)
+                ids, mask = render(tokenizer, converted.conversation)
+                if converted.weights is not None:
+                    special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+                    factors = token_factors(np.array(ids), special, converted.weights)
+                    mask = [int(learned and factor > 0) for learned, factor in zip(mask, factors, strict=True)]
+                row["input_ids"], row["assistant_masks"] = ids, mask
             yield row
         return
-    rows = load_source(source)
-    if text_column not in rows[0]:
-        raise ValueError(f"{source.path}: no column {text_column!r}; it has {', '.join(rows[0])}")
-    for row in rows:
-        entry = {"text": row[text_column]}
+    for text in Texts(source, text_column):
+        entry: dict[str, Any] = {"text": text}
         if tokenizer:
-            entry["input_ids"] = [tokenizer.bos_token_id, *encode_plain(tokenizer, row[text_column])]
+            entry["input_ids"] = [tokenizer.bos_token_id, *encode_plain(tokenizer, text)]
         yield entry
+
+
+def published(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with the keys that training reads: role, content, a tool's, and weight where a message has one or `train`."""
+    rows = []
+    for message in messages:
+        row = {"role": message["role"], "content": message["content"]}
+        row |= {key: message[key] for key in ("tool_calls", "tool_call_id") if message.get(key) is not None}
+        if message.get("weight") is not None or message.get("train") is not None:
+            row["weight"] = factor_of(message, "row")
+        rows.append(row)
+    return rows
 
 
 def write_dataset(splits, folder, *, shard_bytes=SHARD_BYTES):
@@ -82,15 +105,25 @@ def _features(first, rows):
     """The same columns for every shard, whatever its rows happen to hold."""
     from datasets import Features, List, Value
 
-    columns = {"input_ids": List(Value("int32")), "assistant_masks": List(Value("int8")), "text": Value("string")}
-    if (
-        "messages" in first
-    ):  # contents are text or parts with tool calls; Arrow has no such union, datasets keeps it as JSON
-        mixed = any(isinstance(message["content"], list) for row in rows for message in row["messages"])
-        if mixed:
+    columns: dict[str, Any] = {"input_ids": List(Value("int32")), "assistant_masks": List(Value("int8"))}
+    columns["text"] = Value("string")
+    names = list(first)
+    if "messages" in first:
+        # contents are text or parts with tool calls; Arrow has no such union, datasets keeps it as JSON
+        said = [message for row in rows for message in row["messages"]]
+        mixed = any(isinstance(message["content"], list) for message in said)
+        calls = any("tool_calls" in message or "tool_call_id" in message for message in said)
+        tools = any("tools" in row for row in rows)
+        if mixed or calls or tools:
             from datasets import Json  # not in the oldest version that training runs with
-        columns["messages"] = List({"role": Value("string"), "content": Json() if mixed else Value("string")})
-    return Features({name: columns[name] for name in first})
+        message = {"role": Value("string"), "content": Json() if mixed else Value("string")}
+        if any("weight" in m for m in said):
+            message["weight"] = Value("float64")
+        columns["messages"] = List(Json() if calls else message)
+        if tools:
+            columns["tools"] = List(Json())
+            names = [*dict.fromkeys([*names, "tools"])]
+    return Features({name: columns[name] for name in names})
 
 
 def dataset_card(repo_id, counts, *, kind, tokenizer_name=None, sources=(), license=None, language=None, existing=None):

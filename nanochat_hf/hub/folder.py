@@ -15,7 +15,8 @@ from nanochat_hf.training.tracking import read_metrics
 from .card import CardFacts, card_data, kept_text, public, results_of
 from .card_text import Card, card_body
 
-STATE_FILES = ("trainer.json", "rank")  # how the names of a checkpoint's files begin that are not the model's
+# how the names of a checkpoint's files begin that are not the model's
+STATE_FILES = ("trainer.json", "checksums.json", "rank")
 LAST = "last-checkpoint"
 
 

@@ -42,9 +42,9 @@ class Host:
 
 @dataclass(frozen=True)
 class Tracking:
-    """The tracker of a run, by Accelerate's name, and the folder that it writes to."""
+    """The trackers of a run, by Accelerate's names, and the folder that they write to."""
 
-    tracker: str | None = None
+    trackers: tuple[str, ...] = ()
     folder: str | Path | None = None
 
 
@@ -90,7 +90,7 @@ def build_accelerator(
             dtype=dtype,
             compile=compile,
             gradient_accumulation_plugin=accumulated,
-            log_with=tracking.tracker,
+            log_with=list(tracking.trackers) or None,  # Accelerate warns of an empty list
             project_dir=tracking.folder,
             step_scheduler_with_optimizer=False,
         )
@@ -104,7 +104,7 @@ def build_accelerator(
             mixed_precision=precision,
             cpu=on_host,
             gradient_accumulation_plugin=accumulated,
-            log_with=tracking.tracker,
+            log_with=list(tracking.trackers) or None,  # Accelerate warns of an empty list
             project_dir=tracking.folder,
             step_scheduler_with_optimizer=False,
         )

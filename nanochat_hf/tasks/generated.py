@@ -97,6 +97,8 @@ def rows(draw: Callable[[random.Random, str, str | None], Row]) -> Callable[...,
             raise ValueError(
                 f"limit={limit}: must be at least 1; leave it out for 20,000 rows to train on or 1,000 to test"
             )
+        if split not in ("train", "test"):
+            raise ValueError(f"no split {split!r}, there are train and test; give one of them")
         start = TEST_OFFSET if split == "test" else 0
         return [
             draw(random.Random(start + i), split, path) for i in range(limit or (1000 if split == "test" else 20000))

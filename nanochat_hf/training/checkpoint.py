@@ -1,241 +1,200 @@
-"""Checkpoints: written whole to a temporary folder, renamed, then pruned; a folder with the final name is complete."""
+"""Checkpoints: written whole beside the others, sealed with checksums, swapped in, then pruned.
+
+A folder with the final name is complete.
+"""
 
 import json
-import os
-import random
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 from nanochat_hf.machine.accelerator import agree
+from nanochat_hf.machine.durable import partial_of, publish
 from nanochat_hf.machine.weights import load_whole_weights, whole_weights
+
+from .callbacks.base import Callback
+from .generators import rng_state, set_rng_state
+from .integrity import Diverged, damage, first_not_finite, seal
+from .saved import Facts, blamed, check_optimizer, read_facts, read_plain, read_weights
+from .together import on_main, together
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 NAME = re.compile(r"checkpoint-(\d{6,})$")
 
 
-def checkpoints(output_dir):
-    """Whole checkpoints in `output_dir`, oldest first: [Path('…/checkpoint-000010'), …]."""
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoints in `output_dir`, oldest first: [Path('…/checkpoint-000010'), …]."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if NAME.search(p.name) and (p / "trainer.json").is_file()]
-    return sorted(found, key=lambda p: int(NAME.search(p.name)[1]))
+    return sorted(found, key=step_of)
 
 
-def resolve(output_dir, resume):
-    """`resume`: None → None; "auto" → the newest whole checkpoint or None; a folder → itself, ValueError if it is none."""
-    if resume is None:
-        return None
-    if resume == "auto":
-        found = checkpoints(output_dir)
-        return found[-1] if found else None
-    if not (Path(resume) / "trainer.json").is_file():
-        raise ValueError(
-            f"--resume {resume}: no trainer.json there, so no whole checkpoint; give a checkpoint-NNNNNN folder or auto"
-        )
-    return Path(resume)
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name: 10 for run/checkpoint-000010."""
+    found = NAME.search(folder.name)
+    return int(found[1]) if found else -1
 
 
-def share_folder(accelerator, output_dir):
-    """Make `output_dir`, on the main process; ValueError on all of them where one does not see it, as on machines that share no storage."""
-    said = [None]
-    if accelerator.is_main_process:
-        try:
-            prepare_folder(output_dir)
-        except OSError as caught:
-            said = [str(caught)]
-    if broadcast_object_list(said)[0]:  # on all ranks: one that went on alone would wait for the main process
-        raise OSError(said[0])
-    if agree(accelerator, not Path(output_dir).is_dir()):
-        raise ValueError(
-            f"--output-dir {output_dir}: not all processes see it; name a folder on storage that all machines share"
-        )
-
-
-def refuse_others(output_dir, resumed):
-    """ValueError where `output_dir` holds checkpoints that the run does not go on from (`resumed`: the one it does, or None): pruning by
-    steps would keep them in place of the run's own, and --resume auto would take them."""
+def newest(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint in `output_dir`, None where there is none."""
     found = checkpoints(output_dir)
-    if not found or (resumed and found[-1].resolve() == Path(resumed).resolve()):
-        return
-    at = "goes on from another" if resumed else "starts anew"
-    raise ValueError(
-        f"--output-dir {output_dir}: holds {found[-1].name}, and this run {at}; continue that one with --resume auto, or give another "
-        "--output-dir, or move the checkpoints there away"
-    )
+    return found[-1] if found else None
 
 
-def save(trainer, output_dir, tokenizer, settings, keep=2, trackers=None):
-    """Write `output_dir/checkpoint-{step}`, all ranks together; then prune to the newest `keep` (0 keeps all). Returns the folder.
+def whole(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None where nothing is.
 
-    The optimizer's state is written whole, so that any number of processes can go on from it. OSError names the folder where the disk
-    refuses; older checkpoints are untouched then.
+    Each is as its checksum says, and trainer.json can be used.
+    """
+    wrong = damage(folder)
+    if wrong is None:
+        try:
+            read_facts(folder)
+        except ValueError as error:  # "--resume …/trainer.json: damaged or not ours (it has no step); give an older …"
+            wrong = f"trainer.json: {str(error).partition('(')[2].rpartition(')')[0]}"
+    return wrong
+
+
+def save(
+    trainer: "Trainer",
+    output_dir: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Mapping[str, Any],
+    keep: int = 2,
+    trackers: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `output_dir/checkpoint-{step}`, all ranks together; then prune to the newest `keep` (0 keeps all).
+
+    Returns the folder. The optimizer's state is written whole, so that any number of processes can go on from it.
+    OSError, on all ranks, names the folder where the disk refuses; Diverged where a weight is not finite. Older
+    checkpoints are untouched then.
     """
     accelerator, step = trainer.accelerator, trainer.state.step
     final = Path(output_dir) / f"checkpoint-{step:06d}"
-    partial = final.with_name(f".{final.name}.partial")
+    partial = partial_of(final)
+    refuse_not_finite(trainer, output_dir)
+    facts = Facts(
+        trainer.state_dict(), accelerator.num_processes, dict(settings), dict(trackers or {}), states(trainer)
+    )
     try:
-        _write(trainer, partial, tokenizer, settings, trackers or {})
-        if accelerator.is_main_process:
-            for path in partial.iterdir():
-                _fsync(path)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(partial, final)
-            _fsync(final.parent)
-    except (OSError, SafetensorError) as error:
+        on_main(accelerator, lambda: _begin(partial))
+        _write(trainer, partial, tokenizer, facts)
+        on_main(accelerator, lambda: (seal(partial), publish(partial, final)))
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"{final} could not be written ({error}); older checkpoints are whole: free space, then --resume auto"
         ) from None
-    if accelerator.is_main_process:
-        for old in checkpoints(output_dir)[:-keep] if keep else ():
+    if accelerator.is_main_process and keep:
+        for old in checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
 
 
-def _write(trainer, folder, tokenizer, settings, trackers):
+def _begin(partial):
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write(trainer, folder, tokenizer, facts):
     accelerator = trainer.accelerator
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    accelerator.wait_for_everyone()
     # collectives where weights or state are split, so every rank asks
     weights, optimizer = whole_weights(trainer.raw_model), trainer.optimizer.optimizer.full_state_dict(rank0_only=True)
-    stateful = hasattr(
-        trainer.batches, "state_dict"
-    )  # a loader of the user's own, prepared by Accelerate or not, may have no state
-    own = {"data": trainer.batches.state_dict() if stateful else None, "rng": rng_state()}
-    _torch_save(own, folder / f"rank{accelerator.process_index}.pt")
-    if accelerator.is_main_process:
-        trainer.raw_model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        _torch_save({"optimizer": optimizer, "scaler": scaler}, folder / "optimizer.pt")
-        state = {
-            "state": trainer.state_dict(),
-            "num_processes": accelerator.num_processes,
-            "settings": settings,
-            "trackers": trackers,
-        }
-        (folder / "trainer.json").write_text(json.dumps(state, indent=2, default=str))
-    accelerator.wait_for_everyone()
+    # a loader of the user's own, prepared by Accelerate or not, may have no state
+    data = trainer.batches.state_dict() if hasattr(trainer.batches, "state_dict") else None
+
+    def own():
+        torch.save({"data": data, "rng": rng_state()}, folder / f"rank{accelerator.process_index}.pt")
+        if accelerator.is_main_process:
+            trainer.raw_model.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            torch.save({"optimizer": optimizer, "scaler": scaler}, folder / "optimizer.pt")
+            (folder / "trainer.json").write_text(json.dumps(asdict(facts), indent=2, default=str))
+
+    together(accelerator, own)
 
 
-def _torch_save(value, path):
-    try:
-        torch.save(value, path)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"{path.name}: {str(error).splitlines()[0]}") from None
+def states(trainer: "Trainer") -> dict[str, dict[str, Any]]:
+    """{name: state} of the callbacks that have one."""
+    found = {}
+    for callback in trainer.callbacks:
+        if isinstance(callback, Callback) and callback.name:
+            found[callback.name] = callback.state_dict()
+    return found
 
 
-def trackers_of(folder):
-    """What a checkpoint remembers of its trackers, {"wandb": run id}; {} for None."""
-    return json.loads((Path(folder) / "trainer.json").read_text()).get("trackers", {}) if folder else {}
-
-
-def settings_of(folder):
-    """The settings of the run that wrote a checkpoint, {} where it has none."""
-    return json.loads((Path(folder) / "trainer.json").read_text()).get("settings") or {}
-
-
-def load(trainer, folder):
-    """Restore weights, optimizer, data position, generators and counters: exactly on as many processes as wrote it.
-
-    On another number the optimizer and the weights are the same, the data goes on where its own state can (else ValueError), and
-    the generators start anew. ValueError names the file of a damaged or foreign checkpoint.
-    """
-    saved, weights, optimizer = _read(folder)
-    accelerator = trainer.accelerator
-    own = {name: (tuple(value.shape)) for name, value in trainer.raw_model.state_dict().items()}
-    differing = sorted(
-        n for n in own.keys() | weights.keys() if n not in own or n not in weights or own[n] != tuple(weights[n].shape)
+def refuse_not_finite(trainer: "Trainer", output_dir: str | Path) -> None:
+    """Diverged, on all ranks, where a weight is NaN or infinite; it names the checkpoint to go back to."""
+    bad = first_not_finite(trainer.raw_model.named_parameters())
+    if not agree(trainer.accelerator, bad is not None):
+        return
+    last = newest(output_dir)
+    remedy = f"go on from {last} with --resume auto" if last else "there is no checkpoint to go on from: start anew"
+    raise Diverged(
+        f"step {trainer.state.step}: {bad or 'a weight of another process'} is not finite, "
+        f"so nothing is saved or exported; {remedy}, with lower learning rates"
     )
-    if differing:
-        raise ValueError(
-            f"--resume {folder}: another architecture; {differing[0]} and {len(differing) - 1} more tensors differ"
-        )
+
+
+def trackers_of(folder: Path | None) -> dict[str, str]:
+    """What a checkpoint remembers of its trackers, {"wandb": run id}; {} for None."""
+    return read_facts(Path(folder)).trackers if folder else {}
+
+
+def settings_of(folder: str | Path) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint, {} where it has none."""
+    return read_facts(Path(folder)).settings
+
+
+def load(trainer: "Trainer", folder: Path) -> None:
+    """Restore weights, optimizer, data position, generators, counters and the callbacks' states.
+
+    On as many processes as wrote it the run goes on exactly. On another number the optimizer and the weights are the
+    same, the data goes on where its own state can (else ValueError), and the generators start anew. ValueError names
+    the file of a damaged or foreign checkpoint. The callbacks' states wait in `trainer.restored` for those that are
+    attached later.
+    """
+    accelerator, optimizer = trainer.accelerator, trainer.optimizer.optimizer
+    facts = read_facts(folder)
+    weights = read_weights(folder, trainer.raw_model.state_dict())
+    saved = read_plain(folder / "optimizer.pt", "optimizer", "scaler")
+    same = facts.num_processes == accelerator.num_processes
+    rank = read_plain(folder / f"rank{accelerator.process_index if same else 0}.pt", "data", "rng")
+    check_optimizer(folder / "optimizer.pt", saved["optimizer"], optimizer.param_groups)
     load_whole_weights(trainer.raw_model, weights)
-    trainer.optimizer.optimizer.load_state_dict(optimizer["optimizer"])
-    if accelerator.scaler is not None and optimizer["scaler"]:
-        accelerator.scaler.load_state_dict(optimizer["scaler"])
-    same = saved["num_processes"] == accelerator.num_processes
-    rank = _torch_load(folder / f"rank{accelerator.process_index if same else 0}.pt")
+    with blamed(folder / "optimizer.pt"):
+        optimizer.load_state_dict(saved["optimizer"])
+        if accelerator.scaler is not None and saved["scaler"]:
+            accelerator.scaler.load_state_dict(saved["scaler"])
     if rank["data"] is None:
         accelerator.print(
             f"warning: {folder} has no position of the data, whose loader had no state_dict; the data begins anew"
         )
     else:
-        trainer.batches.load_state_dict(rank["data"])
-    trainer.load_state_dict(saved["state"])
+        _load_data(trainer, rank["data"], folder)
+    trainer.load_state_dict(facts.state)
+    trainer.restored = facts.callbacks
     if same:
-        set_rng_state(rank["rng"])
+        with blamed(folder / f"rank{accelerator.process_index}.pt"):
+            set_rng_state(rank["rng"])
 
 
-def _read(folder):
-    from safetensors.torch import load_file
-
+def _load_data(trainer, state, folder):
     try:
-        saved = json.loads((folder / "trainer.json").read_text())
-        weights = {}
-        for part in sorted(folder.glob("*.safetensors")):
-            weights |= load_file(part)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"--resume {folder}: damaged ({error}); give an older checkpoint") from None
-    if not weights:
+        trainer.batches.load_state_dict(state)
+    except ValueError:  # the data's own words: it is other data, or was split otherwise
+        raise
+    except Exception as error:
         raise ValueError(
-            f"--resume {folder}: holds no model weights, so it is no checkpoint of this program; give another folder"
-        )
-    return saved, weights, _torch_load(folder / "optimizer.pt")
-
-
-def _torch_load(path):
-    try:
-        # tensors and plain values only: checkpoints come from the Hub too, and a pickle may hold any code
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # unpickling garbage can raise anything
-        reason = str(error).strip().splitlines()[:1]
-        raise ValueError(
-            f"--resume {path}: damaged, missing or not ours ({''.join(reason)}); give an older checkpoint"
+            f"--resume {folder}: the position of the data is damaged or not ours ({type(error).__name__}: {error}); "
+            "give an older checkpoint"
         ) from None
-
-
-def rng_state():
-    """States of Python's, numpy's and torch's generators, as tensors and plain values."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    name, keys, *rest = np.random.get_state()
-    numpy = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_rng_state(state):
-    """Undo `rng_state`."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _fsync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def prepare_folder(path):
-    """Make the output folder and prove that it can be written to; returns its Path. OSError where it cannot."""
-    folder = Path(path)
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"--output-dir {path}: cannot be written to ({error.strerror}); give a folder that can") from None
-    return folder

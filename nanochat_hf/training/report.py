@@ -1,6 +1,10 @@
 """What a finished run leaves to read: report.md, and curves.png from metrics.jsonl."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from nanochat_hf.machine.durable import write_whole
 
 from .tracking import read_metrics
 
@@ -11,7 +15,7 @@ CURVES = (
 )
 
 
-def curves(entries, path):
+def curves(entries: Sequence[Mapping[str, Any]], path: str | Path) -> bool:
     """Draw loss, bpb and lr over steps as a PNG; False when there is nothing to draw or no matplotlib."""
     series = [(label, [(e["step"], e[key]) for e in entries if e.get(key) is not None]) for key, label in CURVES]
     series = [(label, points) for label, points in series if points]
@@ -30,8 +34,11 @@ def curves(entries, path):
     return True
 
 
-def write_report(output_dir, title, settings, figures):
-    """Write report.md (and curves.png) into `output_dir`; `figures` and `settings` become tables. Returns the report's path."""
+def write_report(output_dir: str | Path, title: str, settings: Mapping[str, Any], figures: Mapping[str, Any]) -> Path:
+    """Write report.md (and curves.png) into `output_dir`; `figures` and `settings` become tables.
+
+    Returns the report's path.
+    """
     folder = Path(output_dir)
     metrics = folder / "metrics.jsonl"
     drawn = metrics.is_file() and curves(read_metrics(metrics), folder / "curves.png")
@@ -56,7 +63,7 @@ def write_report(output_dir, title, settings, figures):
         *(f"| {key} | {_shown(value)} |" for key, value in settings.items()),
     ]
     path = folder / "report.md"
-    path.write_text("\n".join(lines) + "\n")
+    write_whole(path, "\n".join(lines) + "\n")
     return path
 
 

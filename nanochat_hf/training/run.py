@@ -1,350 +1,274 @@
-"""A training run: model, optimizer, callbacks and trainer, put together from a TrainConfig."""
+"""A training run, once it is open: config, model, data and hooks → Run(…).fit() → RunResult."""
 
+import enum
+import json
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedTokenizerBase
 
-from nanochat_hf import kernels
-from nanochat_hf.config import SMALLER, dump, resolved
-from nanochat_hf.interop.folder import export
-from nanochat_hf.kernels import float8
-from nanochat_hf.kernels.lib import cudnn_attention
-from nanochat_hf.machine import cpu
-from nanochat_hf.machine.accelerator import Host, Tracking, build_accelerator, chose_float8, on_cuda
-from nanochat_hf.machine.attention import choose_attention, set_attention
-from nanochat_hf.machine.compiling import choose_compile, compile_prepared
-from nanochat_hf.machine.peaks import device_memory, peak_flops
-from nanochat_hf.machine.weights import whole_weights
-from nanochat_hf.machine.xla import enable_checkpointing
-from nanochat_hf.optim import MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
-from nanochat_hf.scaling import PLANNED_MFU, describe, flops_per_token, memory_per_gpu, shown_hours, training_hours
+from nanochat_hf.errors import say_error
+from nanochat_hf.machine.accelerator import chose_float8
+from nanochat_hf.machine.durable import write_whole
+from nanochat_hf.model import NanochatForCausalLM
+from nanochat_hf.optim import MuonAdamW, build_param_groups
+from nanochat_hf.scaling import flops_per_token
 from nanochat_hf.tokenizer import token_bytes
 
 from . import checkpoint
+from .callbacks.base import Callback, Measurement
 from .callbacks.evaluate import Evaluate
 from .callbacks.garbage import CollectGarbage
 from .callbacks.log import Log
-from .callbacks.push import attach
+from .callbacks.push import Pusher, attach
 from .callbacks.sample import Sample
 from .callbacks.save import Save
+from .config import TrainConfig
+from .equipment import equip
+from .exporting import export_model
+from .integrity import Diverged
+from .opening import Opened
+from .plan import announce, lines_of, warn_of_memory
 from .report import write_report
-from .resuming import changed_settings, measured_before, restore
-from .schedules import base_lr, muon_momentum
+from .resuming import changed_settings, in_force, restore
+from .saved import blamed
+from .schedules import Schedule
 from .stopping import StopSignal
-from .tracking import environment, read_metrics
+from .together import on_main
+from .trackers import describe
+from .tracking import environment
 from .trainer import Trainer
 
-
-def data_workers(wanted):
-    """Processes that tokenise while training runs: as asked, or as many as keep a GPU fed where there is one (a thread makes 0.35 M tokens/s)."""
-    return wanted if wanted is not None else 4 if on_cuda() else 0
+STOPPED = 143  # as of a process that SIGTERM ended
 
 
-def accelerate(config, accumulation, width=cpu.WIDTH):
-    """The Accelerator for `config` and a model `width` channels wide; transformers' own bars are silenced, since the run has its one.
+class RunStatus(enum.Enum):
+    """How a run ended."""
 
-    On a CPU a resumed run keeps the precision and the threads of its checkpoint: what a new measurement says may differ, and so would the sums.
+    FINISHED = "finished"
+    STOPPED = "stopped"  # by a signal; a checkpoint was written
+    PLANNED = "planned"  # --plan-only: nothing was trained
+    DIVERGED = "diverged"  # weights are not finite: nothing was exported
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came of a run. `folder` holds the final model where the run finished and writes one.
+
+    `bpb` is the validation's minimum.
     """
-    disable_progress_bar()
-    dtype, threads = measured_before(config.output_dir, config.resume)
-    accelerator = build_accelerator(
-        accumulation,
-        dtype=config.dtype or dtype,
-        host=Host(width, threads),
-        tracking=Tracking(None if config.report_to == "none" else config.report_to, config.output_dir),
-        seed=config.seed,
-        compile=bool(config.compile),
-    )
-    if config.report_to != "none" and not accelerator.log_with:  # Accelerate only warns
-        raise ValueError(
-            f"--report-to {config.report_to}: the package is not installed; pip install 'nanochat_hf[tracking]', "
-            "or leave the flag out"
-        )
-    if chose_float8(config.dtype):
-        able, reason = float8.capable(accelerator.device)
-        if not able:
+
+    status: RunStatus
+    folder: Path | None = None
+    step: int = 0
+    bpb: float = math.nan
+
+    @property
+    def exit_code(self) -> int:
+        """What the program leaves with."""
+        return {RunStatus.STOPPED: STOPPED, RunStatus.DIVERGED: 1}.get(self.status, 0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a command adds to the shared flags.
+
+    `settings` are its own flags, for config.json; `lr_scale` multiplies every learning rate; `decay_falls`: the weight
+    decay falls to 0; `prompts` are (text shown, ids) that --sample-every answers.
+    """
+
+    name: str
+    num_steps: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    lr_scale: float = 1.0
+    decay_falls: bool = False
+    prompts: Sequence[tuple[str, list[int]]] = ()
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is measured on.
+
+    `train` is endless batches with a state, `lines` what the plan says of them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Any
+    validation: Sequence[dict[str, torch.Tensor]]
+    lines: Mapping[str, str] = field(default_factory=dict)
+
+    def left_out(self) -> dict[str, Any]:
+        """What the report says of rows that could not be used, as far as they have been read."""
+        count, first = getattr(self.train, "bad", (0, ""))
+        return {"bad rows left out": count, "the first of them": first} if count else {}
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What else happens: more callbacks, and a pusher of what is saved."""
+
+    callbacks: Sequence[Callable] = ()
+    pusher: Pusher | None = None
+
+
+class Run:
+    """One training run. ValueError, before anything is trained, where model, data and flags do not fit together."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        opened: Opened,
+        model: NanochatForCausalLM,
+        data: Data,
+        stage: Stage,
+        hooks: Hooks | None = None,
+    ):
+        if len(data.tokenizer) != model.config.vocab_size:
             raise ValueError(
-                f"{'--dtype float8' if config.dtype else 'mixed_precision=fp8 of the launcher'}: {reason}; use bfloat16"
+                f"the tokenizer has {len(data.tokenizer)} tokens, the model {model.config.vocab_size}; "
+                "use the tokenizer it was made with"
             )
-    return accelerator
+        self.config, self.model, self.data = config, model, data
+        self.accelerator, self.resumed = opened.accelerator, opened.checkpoint
+        self.stage, self.hooks = stage, hooks or Hooks()
+        self.schedule = Schedule(stage.num_steps, config.schedule, stage.decay_falls)
+        self.output = config.run.output_dir if config.run.writes else None
 
+    def fit(self) -> RunResult:
+        """Print the plan, train (from the checkpoint that --resume names), evaluate, save and report."""
+        config, accelerator, stage = self.config, self.accelerator, self.stage
+        equipment = equip(config, accelerator, self.model, stage.num_steps)
+        lines = lines_of(config, accelerator, self.model, equipment, stage.num_steps)
+        announce(stage.name, lines | dict(self.data.lines), accelerator)
+        warn_of_memory(config, accelerator, self.model)
+        if config.run.plan_only:
+            return RunResult(RunStatus.PLANNED)
+        stop = StopSignal(accelerator)
+        trainer = self._trainer(stop)
+        try:
+            if self.resumed:
+                restore(trainer, self.data.tokenizer, self.resumed)
+            settings = self._settings(equipment.compiled)
+            describe(accelerator, settings)
+            log, evaluate = self._attach(trainer, settings)
+            push = attach(trainer, self.hooks.pusher if self.output else None, self.output)
+            self._measure_first(trainer, evaluate)
+            trainer.fit()
+            result = self._finish(trainer, evaluate, log, settings)
+        except Diverged as error:
+            return self._diverged(trainer, error)
+        finally:
+            stop.release()
+        push.finish(result.folder, step=result.step)
+        return result
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by Accelerate's names
-
-
-def install_kernels(config, accelerator, model):
-    """Give `model` the operations that fit flag and device; returns the lines of the plan that say which, and why."""
-    able, reason = kernels.available(accelerator.device)
-    wanted = chose_float8(config.dtype)
-    if config.kernels and not able:
-        raise ValueError(f"--kernels true: {reason}; leave it out")
-    if wanted and (config.kernels is False or not able):
-        raise ValueError(
-            f"float8 is made of kernels, which are off ({reason if not able else '--kernels false'}); turn them on, or use --dtype bfloat16"
+    def _trainer(self, stop) -> Trainer:
+        optim = self.config.optim
+        return Trainer(
+            self.accelerator,
+            self.model,
+            MuonAdamW(build_param_groups(self.model, optim.optimizer(self.stage.lr_scale))),
+            self.data.train,
+            num_steps=self.stage.num_steps,
+            schedule=self.schedule,
+            max_grad_norm=optim.max_grad_norm,
+            stop=stop,
+            norms_every=self.config.track.log_every,
         )
-    if config.kernels is False:
-        return "plain formulas (asked for)"
-    dtype = kernels.FLOAT8 if wanted else HALF.get(accelerator.mixed_precision, torch.float32)
-    model.model.training_ops, report = kernels.choose(model, accelerator.device, dtype)
-    return f"\n{'':<14}".join(kernels.table(report)) if able else f"plain formulas ({reason})"
 
+    def _settings(self, compiled) -> dict[str, Any]:
+        # everything that is in force, for config.json, trackers, checkpoints and the report
+        accelerator, stage = self.accelerator, self.stage
+        settings = self.config.settings() | dict(stage.settings)
+        settings |= {"num_steps": stage.num_steps, "stage": stage.name, "compiled": compiled}
+        settings |= environment(accelerator)
+        if accelerator.device.type == "cpu":
+            settings["cpu_threads"] = torch.get_num_threads()
+        if chose_float8(self.config.compute.dtype):
+            settings["mixed_precision"] += " with float8 products"
+        if self.resumed:
+            saved = checkpoint.settings_of(self.resumed)
+            accelerator.print(*(f"{line}\n" for line in changed_settings(saved, settings)), sep="", end="")
+            settings = in_force(saved, settings)
+        if self.output:
+            written = json.dumps(settings, indent=2, default=str) + "\n"
+            on_main(accelerator, lambda: write_whole(f"{self.output}/config.json", written))
+        return settings
 
-def announce(config, accelerator, model, description, num_steps, reason, details):
-    """Print the plan of the run, with the numbers of scripts.plan; returns FLOPs per token."""
-    rows, positions, processes = config.device_batch_size, config.max_seq_len, accelerator.num_processes
-    tokens = rows * positions * processes * accelerator.gradient_accumulation_steps
-    flops, peak = flops_per_token(model, positions), peak_flops(accelerator.device)
-    lines = describe(model, rows, positions, processes, tokens, num_steps)
-    if peak:
-        hours = training_hours(flops * tokens * num_steps, peak, processes, PLANNED_MFU)
-        lines["time"] = f"about {shown_hours(hours)} at {PLANNED_MFU:.0%} MFU"
-    # the estimate is calibrated on compiled bfloat16 training without recomputation
-    if accelerator.device.type != "cuda" or config.gradient_checkpointing:
-        del lines["memory"]
-    lines["machine"] = (
-        f"{accelerator.device}, {accelerator.distributed_type.value}, mixed precision {accelerator.mixed_precision}, "
-        f"attention {model.config._attn_implementation} ({reason})"
-    )
-    if accelerator.device.type == "cpu":
-        lines |= cpu_lines(config, accelerator, model.config.hidden_size, flops * tokens * num_steps / processes)
-    accelerator.print(
-        f"{description}:", *(f"  {name:<11} {text}" for name, text in (lines | details).items()), sep="\n"
-    )
-    if "memory" in lines and accelerator.distributed_type.value != "FSDP":
-        there, needed = device_memory(accelerator.device), memory_per_gpu(model, rows, positions, processes)["total"]
-        if needed > there:
-            accelerator.print(f"warning: about {needed:.0f} GiB are needed and the device has {there:.0f}; {SMALLER}")
-    return flops
+    def _attach(self, trainer, settings) -> tuple[Log, Evaluate]:
+        # the callbacks, in the order in which they are called, as they were in the checkpoint
+        config, tokenizer, output = self.config, self.data.tokenizer, self.output
+        flops = flops_per_token(self.model, config.run.max_seq_len)
+        log = Log(trainer, self.stage.name, flops, config.track.log_every, output, config.optim.max_skipped)
+        evaluate = Evaluate(config.evaluate, self.data.validation, token_bytes(tokenizer), tokenizer, output)
+        # saved before anything that could fail: evaluation and samples come after
+        callbacks: list[Callable] = [log]
+        if output:
+            callbacks.append(Save(config.save, output, tokenizer, settings))
+        callbacks.append(evaluate)
+        if self.stage.prompts and config.evaluate.sample_every:
+            callbacks.append(Sample(tokenizer, self.stage.prompts, config.evaluate.sample_every, output))
+        trainer.callbacks = [*callbacks, *self.hooks.callbacks, CollectGarbage()]
+        for callback in trainer.callbacks:
+            if self.resumed and isinstance(callback, Callback) and callback.name in trainer.restored:
+                with blamed(self.resumed / "trainer.json"):
+                    callback.load_state_dict(trainer.restored[callback.name])
+        return log, evaluate
 
+    def _measure_first(self, trainer, evaluate) -> None:
+        # before training; or, after a resume, what was due at the checkpoint's step, which was saved before it was
+        # measured
+        if not self.resumed:
+            if self.config.evaluate.eval_every:
+                evaluate.measure(trainer)
+            return
+        for callback in trainer.callbacks:
+            if isinstance(callback, Measurement) and callback.due(trainer, trainer.state.step):
+                callback.measure(trainer)
 
-def cpu_lines(config, accelerator, width, flops):
-    """Lines of the plan for a CPU: time for so many FLOPs of one process, precision and threads, each with what was measured."""
-    speed, threads = cpu.measure("cpu", width), cpu.set_threads(measured_before(config.output_dir, config.resume)[1])
-    chosen = {"no": "float32", "bf16": "bfloat16"}[accelerator.mixed_precision]
-    reason = speed.describe() if chosen == speed.best else f"{chosen}, as asked for; measured: {speed.describe()}"
-    lines = {
-        "time": f"about {shown_hours(cpu.training_seconds(flops, speed) / 3600)}",
-        "precision": reason,
-        "threads": threads.describe(),
-    }
-    return lines | ({"warning": cpu.too_slow(speed)} if cpu.too_slow(speed) else {})
-
-
-def build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay):
-    """Optimizer, schedule and Trainer."""
-    optimizer_config = OptimizerConfig(
-        embedding_lr=config.embedding_lr,
-        unembedding_lr=config.unembedding_lr,
-        matrix_lr=config.matrix_lr,
-        scalar_lr=config.scalar_lr,
-        weight_decay=config.weight_decay,
-        batch_lr_scale=lr_scale * config.init_lr_frac,
-        matrix_optimizer=config.matrix_optimizer,
-    )
-    optimizer = MuonAdamW(build_param_groups(model, optimizer_config))
-
-    def schedule(optimizer, step):
-        progress, warmup = step / num_steps, config.warmup_steps / num_steps
-        multiplier = base_lr(min(progress + 0.5 / num_steps, 1.0), warmup, config.warmdown_ratio, 0.0)
-        apply_schedule(
-            getattr(optimizer, "optimizer", optimizer), multiplier, muon_momentum(step), 1 - progress if decay else 1.0
-        )
-        return multiplier
-
-    return Trainer(
-        accelerator,
-        model,
-        optimizer,
-        batches,
-        num_steps=num_steps,
-        schedule=schedule,
-        max_grad_norm=config.max_grad_norm,
-        stop=StopSignal(accelerator),
-        norms_every=config.log_every,
-    )
-
-
-def equip(config, accelerator, model, num_steps):
-    """Give `model` its attention and kernels, and settle whether it will be compiled; returns the attention's reason, whether it is compiled, and
-    {"kernels": …, "compiled": "yes (asked for)"} for the plan."""
-    kernel, reason = choose_attention(
-        accelerator.device, config.attn, precision=accelerator.mixed_precision, cudnn=cudnn_attention
-    )
-    set_attention(model, kernel)
-    fused = install_kernels(config, accelerator, model)
-    if config.gradient_checkpointing:
-        enable_checkpointing(model, accelerator.device)
-    share = (
-        config.device_batch_size * config.max_seq_len * accelerator.gradient_accumulation_steps
-    )  # tokens of a process in a step
-    compiled, because = choose_compile(
-        accelerator.device,
-        config.compile,
-        num_steps,
-        flops_per_token(model, config.max_seq_len) * share,
-        config.dry_run,
-    )
-    compile_prepared(
-        accelerator, compiled, kernel == "flex_attention" or config.gradient_checkpointing, model.model.layers
-    )
-    return reason, compiled, {"kernels": fused, "compiled": f"{'yes' if compiled else 'no'} ({because})"}
-
-
-def run(
-    config,
-    accelerator,
-    model,
-    tokenizer,
-    batches,
-    validation,
-    num_steps,
-    *,
-    description,
-    settings=None,
-    lr_scale=1.0,
-    decay=False,
-    prompts=(),
-    plan=None,
-    pusher=None,
-    fetch=None,
-    callbacks=(),
-    figures=dict,
-):
-    """Train `model` on `batches` for `num_steps`, evaluate on `validation` (batches), save. `plan`: more lines of the printed plan;
-    `prompts`: see Sample; `pusher`: see callbacks.push; `fetch`: see restore; `callbacks`: more of them; `figures()`: more of them for the report.
-
-    Returns (final folder, Trainer, Evaluate); the folder is None when the run was stopped, and "" when there is nothing to write.
-    """
-    if len(tokenizer) != model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; use the tokenizer it was made with"
-        )
-    if config.warmup_steps + config.warmdown_ratio * num_steps > num_steps:
-        raise ValueError(
-            f"--warmup-steps {config.warmup_steps} and --warmdown-ratio {config.warmdown_ratio} overlap in a run of {num_steps} steps; "
-            f"lower --warmup-steps to at most {int(num_steps * (1 - config.warmdown_ratio))}"
-        )
-    reason, compiled, how = equip(config, accelerator, model, num_steps)
-    flops = announce(config, accelerator, model, description, num_steps, reason, how | (plan or {}))
-    if config.plan_only:
-        return "", None, None
-    output = None if config.dry_run else config.output_dir
-    trainer = build_trainer(config, accelerator, model, batches, num_steps, lr_scale, decay)
-    resume = restore(config, trainer, tokenizer, output, fetch)
-    settings = (
-        resolved(config) | (settings or {}) | {"num_steps": num_steps, "stage": description, "compiled": compiled}
-    )
-    if resume:
-        accelerator.print(*changed_settings(checkpoint.settings_of(resume), settings), sep="", end="")
-    settings |= environment(accelerator)
-    if accelerator.device.type == "cpu":
-        settings["cpu_threads"] = torch.get_num_threads()
-    if chose_float8(config.dtype):
-        settings["mixed_precision"] += " with float8 products"
-    if accelerator.is_main_process and output:
-        dump(f"{output}/config.json", settings)
-    if config.report_to != "none":
-        run_id = checkpoint.trackers_of(resume).get("wandb")
-        accelerator.init_trackers(
-            config.run_name,
-            config=flat(settings),
-            init_kwargs={"wandb": {"id": run_id, "resume": "allow"} if run_id else {}},
-        )
-    evaluate = Evaluate(
-        validation,
-        token_bytes(tokenizer),
-        tokenizer,
-        every=config.eval_every,
-        output_dir=output,
-        best_dir=f"{output}/best" if output and config.keep_best else None,
-    )
-    log = Log(
-        trainer,
-        description=description,
-        flops_per_token=flops,
-        every=config.log_every,
-        output_dir=output,
-        max_skipped=config.max_skipped,
-    )
-    if resume and output and Path(output, "metrics.jsonl").is_file() and accelerator.is_main_process:
-        evaluate.remember(
-            read_metrics(f"{output}/metrics.jsonl")
-        )  # behind Log, which forgets what was measured after the checkpoint
-    save = Save(output, tokenizer, settings, every=config.save_every, keep=config.keep, minutes=config.save_minutes)
-    samples = (
-        [Sample(tokenizer, prompts, every=config.sample_every, output_dir=output)]
-        if prompts and config.sample_every
-        else []
-    )
-    # saved before anything that could fail: evaluation and samples come after
-    trainer.callbacks = [log, *([save] if output else []), evaluate, *samples, *callbacks, CollectGarbage()]
-    if config.eval_every and not resume:
-        evaluate.run(trainer)
-    push = attach(trainer, pusher if output else None, output)
-    try:
-        trainer.fit()
-        folder = finish(config, trainer, evaluate, log, tokenizer, settings, description, output, figures())
-    finally:
-        trainer.stop.release()
-    push.finish(folder, step=trainer.state.step)
-    return folder, trainer, evaluate
-
-
-def divided(batches, rank, world_size):
-    """The share of one process in validation batches that all of them have made: the number must not depend on how many there are.
-
-    Each gets as many rows, since evaluation of split models is a collective: where they do not divide, some get a row without a target.
-    """
-    rows = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-    missing = -len(rows["input_ids"]) % world_size
-    if missing:
-        rows = {key: torch.cat((value, value[:1].expand(missing, -1))) for key, value in rows.items()}
-        rows["shift_labels"][-missing:] = -100
-    own = {key: value[rank::world_size] for key, value in rows.items()}
-    size = len(batches[0]["input_ids"])
-    return [
-        {key: value[start : start + size] for key, value in own.items()}
-        for start in range(0, len(own["input_ids"]), size)
-    ]
-
-
-def finish(config, trainer, evaluate, log, tokenizer, settings, description, output, more):
-    """Export, report, say goodbye; returns the final folder, "" for a dry run, None for a stopped one."""
-    accelerator, state = trainer.accelerator, trainer.state
-    if trainer.stopped and state.step < trainer.num_steps:
-        accelerator.print(f"stopped at step {state.step}; continue with --resume auto")
+    def _finish(self, trainer, evaluate, log, settings) -> RunResult:
+        # export, report, say goodbye
+        accelerator, state = trainer.accelerator, trainer.state
+        if trainer.stopped and state.step < trainer.num_steps:
+            accelerator.print(f"stopped at step {state.step}; continue with --resume auto")
+            accelerator.end_training()
+            return RunResult(RunStatus.STOPPED, step=state.step, bpb=evaluate.minimum)
+        figures, folder, where = self._figures(trainer, evaluate, log), None, "nothing written (dry run)"
+        if self.output:
+            output = Path(self.output)
+            folder, title = output / "final", f"{output.name}: {self.stage.name}"
+            export_model(trainer, self.data.tokenizer, folder)
+            on_main(accelerator, lambda: write_report(output, title, settings, figures))
+            where = f"model in {folder}, report in {output}/report.md"
+        accelerator.print(f"minimum validation bpb {evaluate.minimum:.4f}; {state.seconds:.0f} s of training; {where}")
+        accelerator.wait_for_everyone()
         accelerator.end_training()
-        return None
-    if math.isnan(evaluate.last):  # the run was already finished when resumed
-        evaluate.run(trainer)
-    folder = f"{output}/final" if output else ""
-    weights = whole_weights(trainer.raw_model)
-    figures = {
-        "steps": state.step,
-        "tokens": state.tokens,
-        "seconds of training": state.seconds,
-        "minimum validation bpb": evaluate.best,
-        "last validation bpb": evaluate.last,
-        "validation bpb before": evaluate.first,
-        "steps without targets": state.skipped,
-        "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps + state.overflowed,
-        **log.figures,
-        **more,
-    }
-    if accelerator.is_main_process and output:
-        export(trainer.raw_model, tokenizer, folder, weights)
-        write_report(output, f"{Path(output).name}: {description}", settings, figures)
-    where = f"model in {folder}, report in {output}/report.md" if output else "nothing written (dry run)"
-    accelerator.print(f"minimum validation bpb {evaluate.best:.4f}; {state.seconds:.0f} s of training; {where}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return folder
+        return RunResult(RunStatus.FINISHED, folder, state.step, evaluate.minimum)
 
+    def _diverged(self, trainer, error) -> RunResult:
+        # every process learned it at the same point
+        if self.hooks.pusher:
+            self.hooks.pusher.finish()
+        self.accelerator.end_training()
+        say_error(f"error: {error}")
+        return RunResult(RunStatus.DIVERGED, step=trainer.state.step)
 
-def flat(settings):
-    """Settings as trackers take them: scalars as they are, the rest as text."""
-    return {
-        key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
-    }
+    def _figures(self, trainer, evaluate, log) -> dict[str, Any]:
+        # the table of results in report.md
+        state = trainer.state
+        return {
+            "steps": state.step,
+            "tokens": state.tokens,
+            "seconds of training": state.seconds,
+            "minimum validation bpb": evaluate.minimum,
+            "last validation bpb": evaluate.last,
+            "validation bpb before": evaluate.first,
+            "steps without targets": state.skipped,
+            "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps + state.overflowed,
+            **log.figures,
+            **self.data.left_out(),
+        }

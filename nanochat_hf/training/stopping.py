@@ -4,27 +4,34 @@ import os
 import signal
 import threading
 
+from accelerate import Accelerator
+
 from nanochat_hf.machine.accelerator import agree, any_rank
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the running step; so does the launcher's death, where there is a launcher: a script that
-    a shell started by itself outlives the shell (nohup). Ranks agree through `agreed`."""
+    """SIGTERM and SIGINT ask for a stop after the running step.
 
-    def __init__(self, accelerator):
+    So does the launcher's death, where there is a launcher: a script that a shell started by itself outlives the shell
+    (nohup). Ranks agree through `agreed`.
+    """
+
+    def __init__(self, accelerator: Accelerator):
         self.accelerator, self.received, self.earlier = accelerator, 0, None
-        launched = (
-            accelerator.device.type == "xla" or "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ
-        )  # torchrun: RANK
+        # Accelerate's launcher sets the one, torchrun the other
+        named = "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ
+        launched = accelerator.device.type == "xla" or named
         self.parent = os.getppid() if launched else None
         self.handlers = {}
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # XLA's launcher trains in a thread, where Python takes no handlers
+        # XLA's launcher trains in a thread, where Python takes no handlers
+        if threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def release(self):
-        """Give the signals back to who had them, once there is no step left to finish: what comes later may end the program."""
+    def release(self) -> None:
+        """Give the signals back to who had them, once there is no step left to finish.
+
+        What comes later may end the program.
+        """
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
@@ -32,7 +39,7 @@ class StopSignal:
     def _receive(self, number, frame):
         self.received = number
 
-    def agreed(self):
+    def agreed(self) -> bool:
         """True on all ranks once any rank was asked to stop (one small collective when there are several).
 
         Several XLA devices learn it one step later, lest the host wait for the step that it has just sent off.

@@ -5,27 +5,63 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
+
+from nanochat_hf.config import at_least
+from nanochat_hf.machine.durable import write_whole
+
+TRACKERS = ("wandb", "trackio", "tensorboard")
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Where the numbers of a run go, and how often."""
+
+    _argument_group_name = "tracking"
+
+    report_to: str = field(
+        default="none", metadata={"help": "wandb, trackio, tensorboard, several with commas, or none"}
+    )
+    run_name: str = field(default="nanochat_hf", metadata={"help": "project name for the tracker"})
+    log_every: int = field(default=10, metadata={"help": "steps between log entries"})
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "log_every")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(
+                    f"--report-to {name} is unknown; choose wandb, trackio, tensorboard, several with commas, or none"
+                )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers' names: "wandb,tensorboard" → ("wandb", "tensorboard"), "none" → ()."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return () if names == ["none"] else tuple(dict.fromkeys(names))
 
 
 class Ema:
     """Exponential moving average, debiased: Ema(0.9).update(3.0) → 3.0."""
 
-    def __init__(self, beta=0.9):
+    def __init__(self, beta: float = 0.9):
         self.beta, self.value, self.weight = beta, 0.0, 0.0
 
-    def update(self, x):
+    def update(self, x: float) -> float:
         """Take x in; returns the debiased average."""
         self.value = self.beta * self.value + (1 - self.beta) * x
         self.weight = self.beta * self.weight + (1 - self.beta)
         return self.average
 
     @property
-    def average(self):
+    def average(self) -> float:
         """The debiased average, NaN before the first update."""
         return self.value / self.weight if self.weight else float("nan")
 
@@ -33,27 +69,42 @@ class Ema:
 class MetricsFile:
     """Appends one JSON object a line to `path`; None writes nothing."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path | None):
         self.path = Path(path) if path else None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, **values):
+    def write(self, **values: Any) -> None:
         """Append `values`."""
         if self.path:
-            with self.path.open("a") as handle:
-                handle.write(json.dumps(values) + "\n")
+            try:
+                with self.path.open("a") as handle:
+                    handle.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise OSError(
+                    f"{self.path} could not be written ({error.strerror}); checkpoints are whole: free space, "
+                    "then --resume auto"
+                ) from None
 
-    def truncate(self, step):
-        """Forget entries after `step`: a resumed run writes them again."""
-        if self.path and self.path.is_file():
-            kept = [entry for entry in read_metrics(self.path) if entry.get("step", 0) <= step]
-            shorter = self.path.with_suffix(".tmp")
-            shorter.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            shorter.replace(self.path)  # whole or as it was, whenever a kill comes
+    def rewind(self, step: int) -> None:
+        """Forget what a run that goes on from `step` will write again.
+
+        All entries after it, and at it what is measured after saving.
+
+        At 0, where a run starts, nothing stays.
+        """
+        if not self.path or not self.path.is_file():
+            return
+        kept = [entry for entry in read_metrics(self.path) if _stays(entry, step)]
+        write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
-def read_metrics(path):
+def _stays(entry, step):
+    at = entry.get("step", 0)
+    return at < step or (at == step and "train/loss" in entry)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """metrics.jsonl → list of dicts; a last line that a kill cut short is left out."""
     entries = []
     for line in Path(path).read_text().splitlines():
@@ -64,7 +115,7 @@ def read_metrics(path):
     return entries
 
 
-def say(accelerator, *lines):
+def say(accelerator: Accelerator, *lines: str) -> None:
     """Print lines on the main process, above the bar where there is one."""
     if accelerator.is_main_process:
         tqdm.write("\n".join(lines))
@@ -72,9 +123,12 @@ def say(accelerator, *lines):
 
 
 class Progress:
-    """On a terminal one bar with %, step, figures and ETA; elsewhere a plain line whenever there are new figures. Main process only."""
+    """On a terminal one bar with %, step, figures and ETA; elsewhere a plain line whenever there are new figures.
 
-    def __init__(self, accelerator, total, initial, description):
+    Main process only.
+    """
+
+    def __init__(self, accelerator: Accelerator, total: int, initial: int, description: str):
         self.total, self.description, self.shown = total, description, accelerator.is_main_process
         self.terminal = sys.stderr.isatty()
         self.start, self.initial = time.perf_counter(), initial
@@ -88,7 +142,7 @@ class Progress:
             mininterval=0.5,
         )
 
-    def update(self, step, fresh=False, **figures):
+    def update(self, step: int, figures: Mapping[str, str], fresh: bool = False) -> None:
         """Move to `step` and show the given figures; `fresh` says that they are new."""
         if self.terminal:
             self.bar.set_postfix(figures, refresh=False)
@@ -101,12 +155,12 @@ class Progress:
                 flush=True,
             )
 
-    def close(self):
+    def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()
 
 
-def environment(accelerator):
+def environment(accelerator: Accelerator) -> dict[str, Any]:
     """What else a number depends on: versions, git revision, hardware."""
     try:
         revision = (
@@ -127,11 +181,3 @@ def environment(accelerator):
         "mixed_precision": accelerator.mixed_precision,
         **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate")},
     }
-
-
-def wandb_run_id(accelerator):
-    """The id of the running W&B run, by which a resumed run continues it; None without one."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "wandb" and accelerator.is_main_process:
-            return tracker.tracker.id
-    return None

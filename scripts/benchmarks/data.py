@@ -15,7 +15,7 @@ import torch
 from nanochat_hf import NanochatForCausalLM
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.conversation import PlainEncoder, layout
-from nanochat_hf.data.documents import conversations
+from nanochat_hf.data.conversations import conversations
 from nanochat_hf.data.packing import plan_rows
 from nanochat_hf.data.planned import SFTBatches
 from nanochat_hf.data.sources import SourceConfig
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def chats(config, tokenizer):
     """Rows of the table for conversations: bare encoding, rendering, collating, and the whole loader."""
     source, encoder = SourceConfig(path=config.chats, rows=config.count), PlainEncoder(tokenizer)
-    said = list(conversations(source))
+    said = [converted.conversation for converted in conversations(source)]
     pieces = [piece for c in said for piece, special, _ in layout(c) if not special]
     bare = encoder.backend
     tokens = sum(len(e.ids) for e in bare.encode_batch_fast(pieces, add_special_tokens=False))

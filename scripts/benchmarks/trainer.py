@@ -103,7 +103,7 @@ def build(args, accelerator):
     folder = tempfile.mkdtemp()
     log = Log(
         trainer,
-        description="bench",
+        "bench",
         flops_per_token=flops_per_token(model, args.positions),
         every=args.log_every,
         output_dir=folder,

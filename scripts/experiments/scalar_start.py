@@ -20,12 +20,12 @@ from nanochat_hf import NanochatForCausalLM, kernels, scaling
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data.packing import pack_text
 from nanochat_hf.evals.bpb import evaluate_bpb
-from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine.accelerator import build_accelerator, on_cuda
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.optim import MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
 from nanochat_hf.tokenizer import load_tokenizer, token_bytes
-from nanochat_hf.training.schedules import base_lr, muon_momentum
+from nanochat_hf.training.schedules import falling, lr_multiplier, muon_momentum
 from nanochat_hf.training.trainer import Trainer, TrainState
 
 SCALARS = ("resid_lambdas", "x0_lambdas")
@@ -206,9 +206,8 @@ def prepared(config, model, rule, seed):
             group["eps"] = eps
 
     def schedule(wrapped, step):
-        progress = step / config.num_steps
-        multiplier = base_lr(min(progress + 0.5 / config.num_steps, 1.0), 0.0, 0.5, 0.0) * common_factor(step)
-        apply_schedule(wrapped.optimizer, multiplier, muon_momentum(step), 1 - progress)
+        multiplier = lr_multiplier(step, config.num_steps, warmdown_ratio=0.5) * common_factor(step)
+        apply_schedule(wrapped.optimizer, multiplier, muon_momentum(step), falling(step, config.num_steps))
         for group in wrapped.optimizer.param_groups:  # looked up here, since Accelerate's prepare makes new ones
             if group["name"] in SCALARS:
                 group["lr"] *= scalar_factor(step)

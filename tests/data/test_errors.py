@@ -3,7 +3,8 @@
 import pytest
 
 from nanochat_hf.data.planned import SFTBatches
-from nanochat_hf.data.sources import SourceConfig, load_source
+from nanochat_hf.data.loading import load_source
+from nanochat_hf.data.sources import SourceConfig
 from nanochat_hf.data.streamed import StreamedConversations, TextBatches
 from nanochat_hf.tokenizer import train_tokenizer
 
@@ -32,8 +33,8 @@ def tokenizer():
             {"converter": "alpaca"},
             "a.jsonl line 1: no column instruction for the form alpaca; it has prompt",
         ),
-        ("a.json", b'{"prompt": "x"\n', {}, "a.json: cannot be loaded .*not JSON, Expecting .*line 2"),
-        ("a.csv", b"x,y\n1,2\n", {"columns": {"prompt": "q"}}, "a.csv: no column 'q'; it has x, y"),
+        ("a.json", b'{"prompt": "x"\n', {}, "a.json: not JSON, Expecting .*line 2"),
+        ("a.csv", b"x,y\n1,2\n", {"columns": {"prompt": "q"}}, "a.csv line 2: no column 'q'; it has x, y"),
         ("a.csv", b"x,y\n1,2\n", {}, "columns x, y; need messages"),
         ("a.parquet", b"PAR1 and no more", {}, "a.parquet: no parquet file"),
         ("a.jsonl.gz", b"no gzip", {}, "a.jsonl.gz: cannot be read"),
@@ -152,7 +153,7 @@ def test_a_line_without_text_is_named(tokenizer, tmp_path, streaming):
         ({"path": "x", "repeat": 0}, "repeat=0 must be a whole number from 1"),
         ({"path": "x", "weight": 0}, "weight=0 must be above 0"),
         ({"path": "x", "weight": 2, "repeat": 2}, "say the same thing twice"),
-        ({"path": "x", "rows": 0}, "rows=0 is no range"),
+        ({"path": "x", "rows": 0}, "rows=0 must be a whole number from 1"),
         ({"path": "x", "converter": "y"}, "converter='y' is unknown; choose from messages"),
         ({"path": "x", "columns": ["y"]}, "must map new names"),
         ({"path": "x", "weigth": 1}, r"unknown keys weigth \(did you mean weight\?\); known are path"),

@@ -12,9 +12,12 @@ import torch
 
 from nanochat_hf.conversation import PlainEncoder, render
 from nanochat_hf.data.collate import PackingCollator
-from nanochat_hf.data.documents import conversations, cut, tokenise
+from nanochat_hf.data.conversations import conversations
+from nanochat_hf.data.loading import load_source
+from nanochat_hf.data.overlong import cut
 from nanochat_hf.data.planned import SFTBatches
-from nanochat_hf.data.sources import SourceConfig, load_source
+from nanochat_hf.data.sources import SourceConfig
+from nanochat_hf.data.tokenising import tokenise
 from nanochat_hf.data.workers import ahead
 from nanochat_hf.tokenizer import train_tokenizer
 
@@ -60,8 +63,8 @@ def make(sources, tokenizer, **changes):
 def test_tokenised_rows_equal_render_and_come_from_the_cache_the_second_time(tokenizer, chats, cache, monkeypatch):
     source = SourceConfig(path=chats)
     batches = make(chats, tokenizer)
-    for document, conversation in zip(batches.documents, conversations(source), strict=True):
-        ids, mask = render(tokenizer, conversation)
+    for document, converted in zip(batches.documents, conversations(source), strict=True):
+        ids, mask = render(tokenizer, converted.conversation)
         assert document["ids"].tolist() == ids and document["mask"].tolist() == mask
     files = sorted(cache.glob("nanochat_hf/*.arrow"))
     assert len(files) == 1

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_hf.data.packing import pack_text
-from nanochat_hf.data.readers import MapReader, StreamReader
-from nanochat_hf.data.sources import SourceConfig, load_source, load_stream
+from nanochat_hf.data.loading import load_shards, load_source
+from nanochat_hf.data.readers import Consumer, MapReader, StreamReader
+from nanochat_hf.data.sources import SourceConfig
 from nanochat_hf.data.streamed import StreamedConversations, TextBatches
 from nanochat_hf.tokenizer import train_tokenizer
 
@@ -67,40 +68,36 @@ def test_an_epoch_holds_every_document_once_over_ranks_and_workers(shards, world
 
 
 def epoch_of_consumer(source, kind, rank, world_size, worker, workers):
-    """The texts of a consumer's first epoch, in a DataLoader worker's surroundings."""
-    import torch.utils.data._utils.worker as surroundings
-
+    """The texts of a consumer's first epoch."""
     reader = (
         MapReader(load_source(source), "x", 0)
         if kind == "map"
-        else StreamReader(load_stream(source), source, 0, block=7)
+        else StreamReader(load_shards(source), source, 0, block=7)
     )
-    if workers > 1:
-        surroundings._worker_info = surroundings.WorkerInfo(id=worker, num_workers=workers, seed=0, dataset=None)
-    try:
-        rows, place = reader.open(rank, world_size, worker, workers)
-        texts = []
-        for row, _ in rows:
-            if place()["epoch"]:
-                return texts
-            texts.append(row["text"])
-    finally:
-        surroundings._worker_info = None
+    rows, place = reader.open(Consumer(rank, world_size, worker, workers))
+    texts = []
+    for row, _ in rows:
+        if place()["epoch"]:
+            return texts
+        texts.append(row.parsed()["text"])
 
 
 class OneByOne:
     """Packs nothing: a window is one document, and a row too, so that a batch's epoch is its document's."""
 
-    documents, characters, counts = 1, 1, {}
+    documents, characters = 1, 1
 
     def __init__(self, encoder):
         self.encoder = encoder
 
-    def size(self, row):
-        return 1
+    def read(self, row):
+        return row.parsed()["text"], 1
 
-    def __call__(self, waiting, rows):
-        return [[{"ids": ids}] for ids in self.encoder.encode([row["text"] for row in rows])], []
+    def __call__(self, waiting, items):
+        return [[{"ids": ids}] for ids in self.encoder.encode(items)], []
+
+    def news(self):
+        return {"report": []}
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -335,10 +332,9 @@ def test_too_few_documents_for_the_processes(tokenizer, tmp_path):
 
 
 def test_the_epoch_of_a_stream_is_shuffled_anew(shards):
-    rows, place = StreamReader(load_stream(SourceConfig(path=shards)), SourceConfig(path=shards), 0, block=10).open(
-        0, 1, 0, 1
-    )
-    epochs = [[next(rows)[0]["text"] for _ in range(DOCUMENTS)] for _ in range(3)]
+    source = SourceConfig(path=shards)
+    rows, _ = StreamReader(load_shards(source), source, 0, block=10).open(Consumer(0, 1, 0, 1))
+    epochs = [[next(rows)[0].parsed()["text"] for _ in range(DOCUMENTS)] for _ in range(3)]
     assert all(sorted(e) == sorted(epochs[0]) for e in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 

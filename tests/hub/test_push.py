@@ -1,4 +1,4 @@
-"""Pushing and fetching through huggingface_hub's real client, against a Hub on loopback (tests/support/hub_server.py). Xet is not covered."""
+"""Pushing and fetching through huggingface_hub's real client, against a Hub on loopback; Xet is not covered."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard, constants
 from nanochat_hf import NanochatForCausalLM
 from nanochat_hf.hub.card import KEEP_END, KEEP_START, CardFacts
 from nanochat_hf.hub.push import HubConfig, HubPusher, fetch_checkpoint, fetch_model
-from nanochat_hf.training import checkpoint
 from nanochat_hf.training.callbacks.push import Push
+from nanochat_hf.training.generators import rng_state
 from tests.support.hub import SETTINGS, TOKEN, push
 
 
@@ -264,7 +264,7 @@ def make_checkpoint(run, ranks):
     for path in folder.glob("rank*.pt"):
         path.unlink()
     (folder / "trainer.json").write_text("{}")
-    state = {"optimizer": {"m": torch.ones(3)}, "data": {"next_row": 7}, "rng": checkpoint.rng_state()}
+    state = {"optimizer": {"m": torch.ones(3)}, "data": {"next_row": 7}, "rng": rng_state()}
     for rank in range(ranks):
         torch.save(state, folder / f"rank{rank}.pt")
     return folder

@@ -14,7 +14,7 @@ from nanochat_hf.machine.accelerator import build_accelerator, chose_float8
 from nanochat_hf.machine.xla import enable_checkpointing
 from nanochat_hf.optim import MuonAdamW, build_param_groups
 from nanochat_hf.training.config import TrainConfig
-from nanochat_hf.training.run import accelerate, install_kernels
+from nanochat_hf.training.equipment import accelerate, install_kernels
 from tests.support.kernels import FLOAT8_DEVICES as DEVICES
 from tests.support.kernels import relative
 
@@ -190,10 +190,10 @@ def test_both_ways_to_choose_it_give_bfloat16_to_accelerate(monkeypatch, dtype, 
     assert accelerator.fp8_backend.value == "NO"
     monkeypatch.setattr(kernels, "available", lambda device: (True, "a test"))
     model = tiny(**FORMULAS)
-    assert "float8_mlp" in install_kernels(TrainConfig(output_dir="", dtype=dtype), accelerator, model)
+    assert "float8_mlp" in install_kernels(TrainConfig.of(output_dir="", dtype=dtype), accelerator, model)
     assert type(accelerator.prepare(model).model.layers[0].mlp.up_proj) is torch.nn.Linear
     with pytest.raises(ValueError, match="float8 is made of kernels, which are off"):
-        install_kernels(TrainConfig(output_dir="", dtype=dtype, kernels=False), accelerator, model)
+        install_kernels(TrainConfig.of(output_dir="", dtype=dtype, kernels=False), accelerator, model)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_errors(monkeypatch, dtype, launched, message):
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     with pytest.raises(ValueError, match=message):
-        accelerate(TrainConfig(output_dir="", dtype=dtype), 1)
+        accelerate(TrainConfig.of(output_dir="", dtype=dtype))
 
 
 def test_a_gpu_without_float8_is_named(monkeypatch):

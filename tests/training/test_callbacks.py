@@ -30,7 +30,10 @@ class Late:
 
 
 def entries(tmp_path, losses, *, late=False, every=1):
-    """metrics.jsonl of a run of `losses`, one a step (None: a step without a target), each step of 0.01 host seconds."""
+    """metrics.jsonl of a run of `losses`, one a step (None.
+
+    A step without a target), each step of 0.01 host seconds.
+    """
     optimizer = SimpleNamespace(param_groups=[], optimizer=SimpleNamespace(non_finite=lambda: (0, None)))
     trainer = SimpleNamespace(
         accelerator=Accelerator(cpu=True),
@@ -40,7 +43,7 @@ def entries(tmp_path, losses, *, late=False, every=1):
         batches=SimpleNamespace(epoch=0),
         overflows=0,
     )
-    log = Log(trainer, description="test", flops_per_token=1, every=every, output_dir=tmp_path)
+    log = Log(trainer, "test", flops_per_token=1, every=every, output_dir=tmp_path)
     for step, loss in enumerate(losses, 1):
         trainer.state.step, trainer.state.tokens = step, 8 * step
         trainer.state.seconds += 0.01

@@ -1,4 +1,7 @@
-"""Checkpoints as files: nothing in them can run, generators come back exactly, and a folder that cannot be written is said at once."""
+"""Checkpoints as files.
+
+Nothing in them can run, generators come back exactly, and a folder that cannot be written is said at once.
+"""
 
 import os
 import pickle
@@ -10,8 +13,10 @@ import pytest
 import torch
 
 from nanochat_hf.tokenizer import load_tokenizer
-from nanochat_hf.training import checkpoint
-from tests.support.processes import Run, on_ranks
+from nanochat_hf.training.generators import rng_state, set_rng_state
+from nanochat_hf.training.opening import claimed
+from nanochat_hf.training.saved import read_plain
+from tests.support.processes import on_ranks
 
 
 class Bomb:
@@ -29,22 +34,16 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path):
     torch.save({"data": Bomb(tmp_path / "ran")}, tmp_path / "rank1.pt")
     for name in ("rank0.pt", "rank1.pt", "missing.pt"):
         with pytest.raises(ValueError, match=f"{name}: damaged, missing or not ours .*older checkpoint") as caught:
-            checkpoint._torch_load(tmp_path / name)
+            read_plain(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
 
 
 def test_generators_come_back_exactly_from_a_file(tmp_path):
-    torch.save(checkpoint.rng_state(), tmp_path / "rng.pt")
+    torch.save(rng_state(), tmp_path / "rng.pt")
     drawn = random.random(), np.random.rand(), torch.rand(3).tolist(), random.gauss(0, 1), np.random.randn()
-    checkpoint.set_rng_state(checkpoint._torch_load(tmp_path / "rng.pt"))
+    set_rng_state(read_plain(tmp_path / "rng.pt"))
     assert drawn == (random.random(), np.random.rand(), torch.rand(3).tolist(), random.gauss(0, 1), np.random.randn())
-
-
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="--output-dir .*file/run: cannot be written to .*give a folder that can"):
-        checkpoint.prepare_folder(tmp_path / "file" / "run")
 
 
 def share(rank, world, folder, where):
@@ -54,8 +53,8 @@ def share(rank, world, folder, where):
     assert accelerator.num_processes == world
     os.chdir(Path(folder) / f"machine{rank}")  # a relative path is another folder on each "machine"
     try:
-        checkpoint.share_folder(accelerator, where)
-        said = "shared"
+        with claimed(accelerator, where):
+            said = "shared"
     except (OSError, ValueError) as error:
         said = str(error)
     (Path(folder) / f"{rank}.txt").write_text(said)
@@ -76,18 +75,6 @@ def test_a_folder_that_one_process_does_not_see_ends_all_of_them(tmp_path, where
     on_ranks(share, 2, str(tmp_path), where)
     for rank in range(2):
         assert (tmp_path / f"{rank}.txt").read_text().startswith(said[rank])
-
-
-def test_a_disk_that_is_full_at_any_file_is_an_oserror(tmp_path):
-    """In a process of its own, since the limit cannot be taken back."""
-    code = (
-        "import torch, pathlib, sys\nfrom nanochat_hf.training import checkpoint\n"
-        "try:\n    checkpoint._torch_save({'a': torch.zeros(1_000_000)}, pathlib.Path(sys.argv[1]))\n"
-        "except OSError as error:\n    print(error)"
-    )
-    (tmp_path / "full.py").write_text(code)
-    run = Run(str(tmp_path / "full.py"), [tmp_path / "optimizer.pt"], tmp_path / "log", limit=100_000)
-    assert run.wait() == [0] and run.text().startswith("optimizer.pt: "), run.text()
 
 
 def test_a_run_in_place_of_its_model_is_told_where_the_model_is(tmp_path):

@@ -1,7 +1,9 @@
-"""float16 with a loss scaler: Muon and AdamW see unscaled gradients, an overflow changes nothing, and training goes on as in float32.
+"""float16 with a loss scaler.
 
-Accelerate makes a scaler on GPUs only; here torch's CPU scaler is put in its place, so that the same path runs. Where there is a GPU, the script
-itself is tried as well.
+Muon and AdamW see unscaled gradients, an overflow changes nothing, and training goes on as in float32.
+
+Accelerate makes a scaler on GPUs only; here torch's CPU scaler is put in its place, so that the same path runs. Where
+there is a GPU, the script itself is tried as well.
 """
 
 import pytest

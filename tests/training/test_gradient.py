@@ -85,9 +85,10 @@ def gradients(chats, tmp_path_factory):
     return found
 
 
-# The residual scalars are sums over all positions and channels that cancel to a fiftieth and less of their terms (the norms behind them make the
-# model nearly indifferent to the scale of the residual stream), and the terms carry float32's rounding of every layer: the scalars are known to some
-# 1e-5, however they are summed (sums in float64 were tried, and left them there). In a float64 model they agree too: the split adds no error.
+# The residual scalars are sums over all positions and channels that cancel to a fiftieth and less of their terms (the
+# norms behind them make the model nearly indifferent to the scale of the residual stream), and the terms carry
+# float32's rounding of every layer: the scalars are known to some 1e-5, however they are summed (sums in float64 were
+# tried, and left them there). In a float64 model they agree too: the split adds no error.
 @pytest.mark.parametrize("dtype, matrices, scalars", [(torch.float32, 1e-6, 1e-4), (torch.float64, 1e-6, 1e-12)])
 def test_the_split_does_not_matter(gradients, dtype, matrices, scalars):
     expected = gradients["alone, (8, 1)", dtype]

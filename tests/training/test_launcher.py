@@ -1,4 +1,7 @@
-"""Under `accelerate launch`: a stop signal to the launcher and the launcher's death both save; its own launch types are refused."""
+"""Under `accelerate launch`: a stop signal to the launcher and the launcher's death both save.
+
+Its own launch types are refused.
+"""
 
 import contextlib
 import json

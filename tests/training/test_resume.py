@@ -1,4 +1,7 @@
-"""Training stopped, killed and resumed as users do it: no work is lost, it goes on exactly, and what cannot be is refused."""
+"""Training stopped, killed and resumed as users do it.
+
+No work is lost, it goes on exactly, and what cannot be is refused.
+"""
 
 import json
 import os
@@ -10,14 +13,17 @@ import time
 import pytest
 import torch
 
-from nanochat_hf import NanochatConfig, NanochatForCausalLM
+from nanochat_hf.training.integrity import seal
 from nanochat_hf.training.tracking import read_metrics
-from tests.support.training import STEPS, train, weights
+from tests.support.training import STEPS, here, train, weights
 
 
 def assert_near(ours, expected, limit=3e-2):
-    """Norm of the difference ÷ norm of the tensor. Muon's products are bfloat16 here, whose rounding the order of a gradient's sum can tip:
-    other rows in a step would show as 0.1 and more (test_optim_distributed.py compares in float32)."""
+    """Norm of the difference ÷ norm of the tensor.
+
+    Muon's products are bfloat16 here, whose rounding the order of a gradient's sum can tip: other rows in a step would
+    show as 0.1 and more (test_optim_distributed.py compares in float32).
+    """
     apart = {name: ((ours[name] - value).norm() / value.norm()).item() for name, value in expected.items()}
     assert max(apart.values()) < limit, apart
 
@@ -58,8 +64,8 @@ def test_two_processes_train_the_same_model_as_one(whole):
     losses = [
         [e["train/loss"] for e in read_metrics(whole / str(w) / "metrics.jsonl") if "train/loss" in e] for w in (1, 2)
     ]
-    # the step's loss, not the weights: bfloat16 products in Muon part them by a rounding or two, which matrices that start at zero magnify, from
-    # 2e-4 in the second step to some 3e-3 in the last
+    # the step's loss, not the weights: bfloat16 products in Muon part them by a rounding or two, which matrices that
+    # start at zero magnify, from 2e-4 in the second step to some 3e-3 in the last
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-3) and losses[0] == pytest.approx(
         losses[1], rel=1e-2
     ), losses
@@ -97,13 +103,14 @@ def test_minutes_between_checkpoints(start, tmp_path):
     assert names == [f"checkpoint-{step:06d}" for step in range(STEPS - 2, STEPS + 1)]
 
 
-def test_a_full_disk_is_one_line_and_older_checkpoints_stay(start, tmp_path):
-    assert train(start, tmp_path / "run", tmp_path / "log", num_steps=2).wait() == [0]
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_full_disk_is_one_line_and_older_checkpoints_stay(start, tmp_path, world):
+    assert here(start, tmp_path / "run", num_steps=2) == 0
     kept = sorted(p.name for p in (tmp_path / "run").iterdir())
     before = (tmp_path / "run" / "checkpoint-000002" / "model.safetensors").read_bytes()
-    run = train(start, tmp_path / "run", tmp_path / "log2", num_steps=4, resume="auto", limit=100_000)
-    assert run.wait() == [2], run.text()
-    assert "could not be written" in run.text() and "Traceback" not in run.text()
+    run = train(start, tmp_path / "run", tmp_path / "log", world, num_steps=4, resume="auto", limit=100_000)
+    assert run.wait() == [2] * world, run.text()
+    assert run.text().count("could not be written") == 1 and "Traceback" not in run.text(), run.text()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == kept
     assert (tmp_path / "run" / "checkpoint-000002" / "model.safetensors").read_bytes() == before
 
@@ -122,53 +129,44 @@ def test_checkpoints_of_another_run_in_the_folder_are_neither_mixed_nor_lost(sta
     assert run.wait() == [0] and "no checkpoint in" in run.text(), run.text()
 
 
-def test_what_a_resumed_run_does_otherwise_is_said(start, whole, tmp_path):
-    newest = whole / "1" / f"checkpoint-{STEPS:06d}"
-    run = train(
-        start,
-        tmp_path / "run",
-        tmp_path / "log",
-        resume=newest,
-        matrix_lr=0.01,
-        warmdown_ratio=0.5,
-        num_steps=STEPS + 1,
-    )
-    assert run.wait() == [0], run.text()
-    said = sorted(line for line in run.text().splitlines() if line.startswith("warning: resumed"))
+def test_what_a_resumed_run_does_otherwise_is_said_and_config_json_shows_what_is_in_force(start, tmp_path, capsys):
+    assert here(start, tmp_path / "first", num_steps=2) == 0
+    newest = tmp_path / "first" / "checkpoint-000002"
+    facts = json.loads((newest / "trainer.json").read_text())
+    facts["settings"]["mixed_precision"] = "bf16"
+    (newest / "trainer.json").write_text(json.dumps(facts))
+    seal(newest)
+    capsys.readouterr()
+    flags = {"matrix_lr": 0.01, "warmdown_ratio": 0.5, "num_steps": 3, "resume": newest}
+    assert here(start, tmp_path / "run", **flags) == 0
+    said = sorted(line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: resumed"))
     assert said == [
         "warning: resumed with matrix_lr 0.01, the checkpoint has 0.02; the checkpoint's optimizer holds that, so the flag does nothing",
-        "warning: resumed with num_steps 9, the checkpoint has 8",
+        "warning: resumed with mixed_precision no, the checkpoint has bf16",
+        "warning: resumed with num_steps 3, the checkpoint has 2",
         "warning: resumed with warmdown_ratio 0.5, the checkpoint has 0.2",
     ]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["matrix_lr"], config["warmdown_ratio"], config["mixed_precision"]) == (0.02, 0.5, "no")
     last = [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in e][-1]
-    assert last["lr/" + next(n[3:] for n in last if n.startswith("lr/matri"))] == pytest.approx(
-        0.02 * last["train/lr_multiplier"]
-    )
+    matrices = {value for name, value in last.items() if name.startswith("lr/matrix")}
+    assert matrices == {pytest.approx(config["matrix_lr"] * last["train/lr_multiplier"])}
 
 
-def test_damaged_and_foreign_checkpoints_are_named(start, whole, tmp_path):
-    newest = whole / "1" / f"checkpoint-{STEPS:06d}"
-    cases = {
-        "weights": "damaged",
-        "optimizer": "damaged",
-        "other": "another architecture",
-        "empty": "no whole checkpoint",
-    }
-    for case, reason in cases.items():
-        folder = tmp_path / case
-        shutil.copytree(newest, folder)
-        if case == "weights":
-            (folder / "model.safetensors").write_bytes(b"\0" * 50)
-        elif case == "optimizer":
-            (folder / "optimizer.pt").write_bytes(b"cut short")
-        elif case == "other":
-            NanochatForCausalLM(
-                NanochatConfig(vocab_size=280, hidden_size=128, num_hidden_layers=1, num_attention_heads=2)
-            ).save_pretrained(folder)
-        else:
-            (folder / "trainer.json").unlink()
-        run = train(start, tmp_path / "out", tmp_path / f"{case}.log", resume=folder)
-        assert run.wait() == [2] and reason in run.text() and "Traceback" not in run.text(), run.text()
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"matrix_optimizer": "adamw"}, "--matrix-optimizer adamw: the checkpoint was trained with muon; resume with"),
+        ({"num_steps": 1}, "--num-steps 1 is below the 2 steps of"),
+    ],
+)
+def test_flags_that_cannot_take_effect_are_refused(start, tmp_path, capsys, changed, reason):
+    assert here(start, tmp_path / "run", num_steps=2) == 0
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert here(start, tmp_path / "run", **{"num_steps": 4, "resume": "auto"} | changed) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"error: {reason}"), said
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
 def test_streams_on_two_processes_stop_together_and_resume_to_the_same_bits(start, tmp_path):

@@ -1,17 +1,67 @@
 """What callbacks share. Each is called with (trainer, StepInfo) after every step, and owns its cadence."""
 
 import contextlib
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from nanochat_hf.model import NanochatForCausalLM
+    from nanochat_hf.training.trainer import StepInfo, Trainer
 
-def due(step, every):
+
+def due(step: int, every: int) -> bool:
     """True when `step` is on the cadence `every` (0: never)."""
     return bool(every) and step % every == 0
 
 
+class Callback:
+    """Something that is done beside the steps. Any callable will do; this adds a state that checkpoints keep.
+
+    `name`: under which they keep it; None: there is none.
+    """
+
+    name: str | None = None
+
+    def __call__(self, trainer: "Trainer", info: "StepInfo") -> None:
+        """Called after every step."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know to show what the uninterrupted run shows; plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state_dict."""
+
+
+class Measurement(Callback):
+    """A callback that measures every `every` steps and at the end.
+
+    Checkpoints are saved before anything is measured, so a run that is resumed from one measures first what was due at
+    its step. A run that was asked to stop does not measure: the run that goes on will.
+    """
+
+    every: int = 0
+
+    def __call__(self, trainer: "Trainer", info: "StepInfo") -> None:
+        """Measure where it is due."""
+        stopping = trainer.stopped and info.step < trainer.num_steps
+        if self.due(trainer, info.step) and not stopping:
+            self.measure(trainer)
+
+    def due(self, trainer: "Trainer", step: int) -> bool:
+        """Whether to measure after `step`."""
+        return due(step, self.every) or step == trainer.num_steps
+
+    def measure(self, trainer: "Trainer") -> None:
+        """Measure now, at `trainer.state.step`."""
+        raise NotImplementedError
+
+
 @contextlib.contextmanager
-def evaluating(trainer):
+def evaluating(trainer: "Trainer") -> Generator["NanochatForCausalLM"]:
     """The raw model in evaluation mode, uncompiled, with an attention that takes any shape; afterwards as it was."""
     model, kernel = trainer.raw_model, trainer.raw_model.config._attn_implementation
     model.eval()

@@ -1,22 +1,30 @@
 """Python's garbage, collected between steps."""
 
-from .base import due
+import gc
+from typing import TYPE_CHECKING
+
+from .base import Callback, due
+
+if TYPE_CHECKING:
+    from nanochat_hf.training.trainer import StepInfo, Trainer
 
 
-class CollectGarbage:
-    """Stops Python's own collections, which pause a step at random, and collects every `every` steps; the reference found it useful."""
+class CollectGarbage(Callback):
+    """Stops Python's own collections, which pause a step at random, and collects every `every` steps.
 
-    def __init__(self, every=5000):
-        import gc
+    The reference found it useful.
+    """
 
-        self.gc, self.every = gc, every
+    def __init__(self, every: int = 5000):
+        self.every = every
         gc.collect()
         gc.freeze()
         gc.disable()
 
-    def __call__(self, trainer, info):
+    def __call__(self, trainer: "Trainer", info: "StepInfo") -> None:
+        """Collect where it is due; after the last step Python collects by itself again."""
         if due(info.step, self.every):
-            self.gc.collect()
+            gc.collect()
         if info.step == trainer.num_steps or trainer.stopped:
-            self.gc.enable()
-            self.gc.unfreeze()
+            gc.enable()
+            gc.unfreeze()

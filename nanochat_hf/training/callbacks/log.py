@@ -1,8 +1,9 @@
-"""What happens during training beside the steps. Each callback owns its cadence and is called with (trainer, StepInfo)."""
+"""The numbers of the steps: on the console, in the trackers and in metrics.jsonl."""
 
 import math
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,24 +11,52 @@ from nanochat_hf.machine.accelerator import sum_over_ranks
 from nanochat_hf.machine.peaks import peak_flops
 from nanochat_hf.training.tracking import Ema, MetricsFile, Progress, say
 
+from .base import Callback
+
+if TYPE_CHECKING:
+    from nanochat_hf.training.trainer import StepInfo, Trainer
+
 SETTLING_STEPS, ESTIMATE_AT = 3, 10  # the steps that compile, and the one after which the rest of the run is foretold
 
 
-class Log:
-    """Every step the bar; every `every` steps the trackers and metrics.jsonl. Ends the run when gradients stay non-finite."""
+class Log(Callback):
+    """Every step the bar; every `every` steps the trackers and metrics.jsonl.
 
-    def __init__(self, trainer, *, description, flops_per_token, every=10, output_dir=None, max_skipped=20):
+    Ends the run when gradients stay non-finite.
+    """
+
+    name = "log"
+
+    def __init__(
+        self,
+        trainer: "Trainer",
+        description: str,
+        flops_per_token: float,
+        every: int = 10,
+        output_dir: str | None = None,
+        max_skipped: int = 20,
+    ):
         self.every, self.flops, self.ema, self.max_skipped = every, flops_per_token, Ema(0.9), max_skipped
         self.peak = peak_flops(trainer.accelerator.device)
         self.main = trainer.accelerator.is_main_process
         self.metrics = MetricsFile(f"{output_dir}/metrics.jsonl" if output_dir and self.main else None)
-        self.metrics.truncate(trainer.state.step)
+        self.metrics.rewind(trainer.state.step)
         self.progress = Progress(trainer.accelerator, trainer.num_steps, trainer.state.step, description)
         self.clock, self.figures = time.perf_counter(), {}
         self.before = replace(trainer.state)  # as of the last entry
         self.first, self.settled, self.estimated = trainer.state.step, None, False
 
-    def __call__(self, trainer, info):
+    def state_dict(self) -> dict[str, Any]:
+        """The loss's moving average, and the figures that were shown last."""
+        return {"loss": self.ema.value, "weight": self.ema.weight, "figures": self.figures}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state_dict."""
+        self.ema.value, self.ema.weight = float(state["loss"]), float(state["weight"])
+        self.figures = {str(name): str(text) for name, text in state["figures"].items()}
+
+    def __call__(self, trainer: "Trainer", info: "StepInfo") -> None:
+        """Show the step; log where it is due."""
         done = info.step - self.first
         if done == SETTLING_STEPS:
             self.settled = time.perf_counter(), info.step
@@ -37,12 +66,12 @@ class Log:
             say(trainer.accelerator, f"{each:.3g} s a step, about {left / 60:.1f} min to go")
             self.estimated = True
         if info.step % self.every and info.step != trainer.num_steps:
-            self.progress.update(info.step, **self.figures)
+            self.progress.update(info.step, self.figures)
             return
         values = self._values(trainer, info)
         trainer.accelerator.log(values, step=info.step)
         self.metrics.write(step=info.step, **values)
-        self.progress.update(info.step, fresh=True, **self.figures)
+        self.progress.update(info.step, self.figures, fresh=True)
         if info.step == trainer.num_steps:
             self.progress.close()
         self._check(trainer, info, values["train/loss"] if values["train/targets"] else 0.0)
@@ -92,11 +121,13 @@ class Log:
             row, name = trainer.overflows, f"float16, at a loss scale of {trainer.accelerator.scaler.get_scale():.3g}"
         if row and row >= self.max_skipped:
             raise ValueError(
-                f"step {info.step}: gradients were not finite in {row} steps in a row, in {name or 'another rank'} at the last; "
+                f"step {info.step}: gradients were not finite in {row} steps in a row, "
+                f"in {name or 'another rank'} at the last; "
                 "lower --matrix-lr and --embedding-lr, or use --dtype bfloat16 or float32; the last checkpoint is whole"
             )
         if row or not math.isfinite(loss):
             say(
                 trainer.accelerator,
-                f"warning: step {info.step}: loss {loss:.4g}, {row} steps in a row skipped for non-finite gradients ({name or 'elsewhere'})",
+                f"warning: step {info.step}: loss {loss:.4g}, {row} steps in a row skipped "
+                f"for non-finite gradients ({name or 'elsewhere'})",
             )

@@ -1,0 +1,33 @@
+"""What planned, streamed and rolled-out batches share, so that the engine knows no kind."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from .collate import Batch
+from .reports import DataReport
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Endless micro-batches of this process, with exact state."""
+
+    report: DataReport
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from the present state on; each one handed out moves it, however many are made ahead."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the batches handed out, and what tells this data from other data."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue there; ValueError where the data is not the same."""
+
+
+def without_targets(batch: Batch, rows: int) -> None:
+    """Take the targets out of the last `rows` rows of a batch."""
+    if rows > 0:
+        batch["shift_labels"][-rows:] = -100

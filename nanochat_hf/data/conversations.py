@@ -1,0 +1,76 @@
+"""A row of a source → a conversation that can be rendered, with what it counts and what of the row was not used."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat_hf.files.data_file import Raw
+from nanochat_hf.messages import ConversationError, layout
+from nanochat_hf.tasks import get_task
+
+from .columns import renamed
+from .formats import convert_row, ignored, row_format
+from .loading import load_source
+from .sources import SourceConfig
+from .weights import Segments, turn_weights
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A valid conversation, the factors of its assistant's turns (None: all 1), and names of what was ignored."""
+
+    conversation: dict[str, Any]
+    weights: Segments | None = None
+    ignored: tuple[str, ...] = ()
+
+
+def convert(raw: Raw, source: SourceConfig) -> Converted:
+    """A raw row of `source` → Converted; ConversationError, or a ValueError for a line that is no JSON, begins with its place."""
+    row, where = raw.parsed(), str(raw.place)
+    try:
+        conversation, unused = _conversation(row, source, where)
+        check(conversation, where)
+        return Converted(conversation, turn_weights(conversation, where), unused)
+    except (TypeError, AttributeError, KeyError) as error:  # values of kinds that no form has
+        raise ConversationError(f"{where}: no conversation ({error}); correct or remove the row") from None
+
+
+def _conversation(row: Any, source: SourceConfig, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    if source.task:
+        try:
+            return get_task(source.task).to_conversation(row), ()
+        except ValueError as error:
+            raise ConversationError(f"{where}: {error}") from None
+    row = renamed(row, source.columns, where)
+    form = source.converter or row_format(row, where)
+    return convert_row(row, where, form), tuple(ignored(row, form))
+
+
+def check(conversation: Any, where: str) -> None:
+    """ConversationError, which begins with `where`, for what cannot be rendered: roles, contents, null parts, lone surrogates."""
+    messages = conversation.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list) and any(part is None for part in content):
+            raise ConversationError(f"{where}: a message has a part that is null; remove it or give it text")
+    for text, special, _ in layout(conversation, where):
+        if not special and (fault := surrogate(text)):
+            raise ConversationError(f"{where}: {fault}")
+
+
+def surrogate(text: str) -> str | None:
+    """What to say of a text with half of a character that UTF-16 writes in two, which no UTF-8 has; None where it has none."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"the text holds half a character, {text[error.start]!r}; write the whole character, or remove it"
+    return None
+
+
+def conversations(source: SourceConfig) -> Iterator[Converted]:
+    """The conversations of a source, in order; errors name the file and the row."""
+    rows = load_source(source)
+    for number in range(len(rows)):
+        yield convert(rows.raw(number), source)

@@ -1,0 +1,112 @@
+"""Text files → rows as lines of JSON (bytes), of whatever shape: JSON lines, JSON, CSV and TSV.
+
+A CSV's cells are text, whatever they look like. A row that cannot be is a line of its own kind, which `parse_line` turns
+into the error; so a reader that may leave bad rows out sees it as one of them.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+Numbered = tuple[bytes, int]  # a line of JSON, and the number by which messages name it
+FAULT = b"\0"  # begins a line that holds words about a faulty row instead of JSON
+
+
+def parse_line(line: bytes, where: str):
+    """One line of JSON → its value; ValueError begins with `where`."""
+    if line.startswith(FAULT):
+        raise ValueError(f"{where}: {line[1:].decode()}")
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON (nested too deeply); correct or remove it") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, and numbers of thousands of digits
+        raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error.args[-1])}); correct or remove it") from None
+
+
+def unpacked(file: BinaryIO, packing: str | None) -> BinaryIO:
+    """The bytes of an open file, unpacked while they are read."""
+    if packing == "zstd":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(file, "zstd"), 1 << 16)
+    openers = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+    return openers[packing](file, "rb") if packing else file
+
+
+def numbered_lines(file: BinaryIO, kind: str) -> Iterator[Numbered]:
+    """The rows of an open text file with their numbers: of lines for JSON lines and CSV, of elements for a JSON array."""
+    if kind == "lines":
+        return _lines(file)
+    if kind in ("csv", "tsv"):
+        return _cells(file, "," if kind == "csv" else "\t")
+    return _json(file)
+
+
+def unit(kind: str) -> str:
+    """What the numbers of a kind of file count."""
+    return "row" if kind in ("json", "parquet", "arrow") else "line"
+
+
+def _lines(file: BinaryIO) -> Iterator[Numbered]:
+    for number, line in enumerate(file, 1):
+        if line.strip() and line != b"\xef\xbb\xbf\n":
+            yield line, number
+
+
+def _json(file: BinaryIO) -> Iterator[Numbered]:
+    """A list is its elements, unless they are the messages of one conversation; another value is one row; lines of JSON stay lines."""
+    content = file.read()
+    if not content.strip():
+        return
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError("not JSON, nested too deeply") from None
+    except ValueError as error:
+        if "Extra data" not in str(error):
+            raise ValueError(f"not JSON, {error}") from None
+        yield from _lines(io.BytesIO(content))
+        return
+    is_conversation = isinstance(value, list) and value and all(isinstance(v, dict) and "role" in v for v in value)
+    rows = value if isinstance(value, list) and not is_conversation else [value]
+    for number, row in enumerate(rows, 1):
+        yield json.dumps(row).encode(), number
+
+
+def _cells(file: BinaryIO, delimiter: str) -> Iterator[Numbered]:
+    csv.field_size_limit(1 << 30)  # documents are longer than the 128 KiB that csv takes for a mistake
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        yield from _cell_rows(csv.reader(text, delimiter=delimiter))
+    finally:
+        text.detach()  # the file is closed by who opened it
+
+
+def _cell_rows(reader: Any) -> Iterator[Numbered]:
+    names: list[str] | None = None
+    before = 0
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}, {error}") from None
+        number, before = before + 1, reader.line_num
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if names is None:
+            names = cells
+            if doubled := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"line {number}, the column {doubled!r} is there twice")
+        elif len(cells) != len(names):
+            fault = f"{len(cells)} cells under {len(names)} columns; quote what holds a delimiter, or remove the line"
+            yield FAULT + fault.encode(), number
+        else:
+            yield json.dumps(dict(zip(names, cells, strict=True))).encode(), number

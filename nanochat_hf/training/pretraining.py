@@ -1,0 +1,196 @@
+"""What pretraining adds to a run: its flags, the sizes that follow from the depth, and text in full rows."""
+
+from dataclasses import dataclass, field, replace
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from nanochat_hf import scaling
+from nanochat_hf.data.loading import count_rows, is_remote, load_source
+from nanochat_hf.data.reports import check_policy
+from nanochat_hf.data.sources import SourceConfig
+from nanochat_hf.data.streamed import TextBatches
+from nanochat_hf.model import NanochatConfig
+
+from .callbacks.evaluate import EvalConfig, divided
+from .config import PARTS, OptimConfig, TrainConfig
+from .equipment import data_workers, step_tokens
+from .run import Data
+from .schedules import ScheduleConfig
+
+HELD_OUT = 1000  # documents, where no validation data is named
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Which model, on which text."""
+
+    _argument_group_name = "model and text"
+
+    tokenizer: str = field(metadata={"help": "folder or Hub name of the tokenizer"})
+    data: str = field(
+        default="karpathy/fineweb-edu-100b-shuffle",
+        metadata={"help": "a Hub name, a folder, a file, or a pattern of files with text"},
+    )
+    validation: str | None = field(
+        default=None,
+        metadata={
+            "help": "validation text, as --data (default: the first documents, a twentieth or 1000, are held out)"
+        },
+    )
+    split: str = field(default="train", metadata={"help": "split, for a Hub name"})
+    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    packing: str = field(
+        default="crop", metadata={"help": "crop: cut documents that do not fit; keep: put their rest into a later row"}
+    )
+    bad_rows: str = field(
+        default="error",
+        metadata={"help": "rows without text: error, or skip, which leaves out and counts up to half of them"},
+    )
+    streaming: bool | None = field(
+        default=None, metadata={"help": "read as a stream, without downloading first (default: the Hub's data, yes)"}
+    )
+    num_workers: int | None = field(
+        default=None, metadata={"help": "processes that tokenise and pack; 0: a thread (default: 4 on CUDA, else 0)"}
+    )
+    depth: int = field(default=12, metadata={"help": "layers; everything else follows from it"})
+    aspect_ratio: int = field(default=64, metadata={"help": "width per layer"})
+    head_dim: int = field(default=128, metadata={"help": "width of an attention head"})
+    window_pattern: str = field(
+        default="SSSL", metadata={"help": "attention windows, tiled over the layers: S half, L whole"}
+    )
+    scale_lr_to_batch: bool = field(
+        default=True,
+        metadata={
+            "help": "lrs × √(tokens of a step / 2^19), near which the rule was found; "
+            "false: as they are, for toy batches"
+        },
+    )
+    target_flops: float | None = field(
+        default=None, metadata={"help": "horizon in FLOPs, where --num-steps is not given"}
+    )
+    target_param_data_ratio: float = field(
+        default=10.5, metadata={"help": "horizon in tokens per matrix and head parameter, else"}
+    )
+
+    def __post_init__(self) -> None:
+        check_policy(self.bad_rows)
+
+
+@dataclass(frozen=True)
+class BaseOptim(OptimConfig):
+    """Pretraining decays the matrices."""
+
+    weight_decay: float = field(
+        default=0.2,
+        metadata={
+            "help": "cautious weight decay of the matrices at depth 12: × (12/depth)² (Muon), falls linearly to 0"
+        },
+    )
+
+
+@dataclass(frozen=True)
+class BaseSchedule(ScheduleConfig):
+    """Pretraining lowers its rates over half of the run."""
+
+    warmdown_ratio: float = field(default=0.5, metadata={"help": "last share of the run in which lr falls to 0"})
+
+
+@dataclass(frozen=True)
+class BaseEval(EvalConfig):
+    """Pretraining runs are long: less often, and with samples."""
+
+    eval_every: int = field(default=250, metadata={"help": "steps between evaluations of bpb; 0: only at the end"})
+    sample_every: int = field(
+        default=2000, metadata={"help": "steps between the seven prompts, also answered at the end; 0: none"}
+    )
+
+
+_OWN = {OptimConfig: BaseOptim, ScheduleConfig: BaseSchedule, EvalConfig: BaseEval}
+BASE_PARTS = tuple(_OWN.get(part, part) for part in PARTS)
+
+
+def model_config(base: BaseConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> NanochatConfig:
+    """The model that follows from --depth, for rows of `positions` tokens."""
+    return scaling.model_config(
+        base.depth,
+        len(tokenizer),
+        positions,
+        aspect_ratio=base.aspect_ratio,
+        head_dim=base.head_dim,
+        window_pattern=base.window_pattern,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def horizon(base: BaseConfig, config: TrainConfig, model: NanochatConfig, tokens: int) -> int:
+    """Steps of the run at `tokens` a step, from sizes alone: ValueError before a weight is made or a document read."""
+    skeleton = scaling.skeleton(model)
+    counts = scaling.parameter_counts(skeleton)
+    return scaling.training_horizon(
+        counts["matrix"] + counts["head"],
+        scaling.flops_per_token(skeleton, config.run.max_seq_len),
+        tokens,
+        num_steps=config.run.num_steps,
+        target_flops=base.target_flops,
+        ratio=base.target_param_data_ratio,
+    )
+
+
+def resolved(base: BaseConfig, config: TrainConfig) -> tuple[BaseConfig, TrainConfig]:
+    """Both with what they leave open decided: streaming, data workers, and the weight decay of this depth."""
+    source = SourceConfig(path=base.data, split=base.split)
+    streaming = is_remote(source) if base.streaming is None else base.streaming
+    base = replace(base, streaming=streaming, num_workers=data_workers(base.num_workers))
+    if config.optim.matrix_optimizer == "muon":  # the rule is Muon's; another optimizer takes the decay as it is given
+        decay = scaling.base_weight_decay(base.depth, config.optim.weight_decay)
+        config = replace(config, optim=replace(config.optim, weight_decay=decay))
+    return base, config
+
+
+def hold_out(base: BaseConfig) -> tuple[SourceConfig, SourceConfig]:
+    """The sources of training and of validation.
+
+    Without --validation the first documents are held out, a twentieth or `HELD_OUT`.
+    """
+    source = SourceConfig(path=base.data, split=base.split)
+    if base.validation:
+        return source, replace(source, path=base.validation)
+    if base.streaming:  # a long stream is not counted to its end
+        rows = count_rows(source, 2 * HELD_OUT)
+        rows = 20 * HELD_OUT if rows >= 2 * HELD_OUT else rows
+    else:
+        rows = len(load_source(source))
+    count = max(1, min(HELD_OUT, rows // 20))
+    if count >= rows:
+        raise ValueError(f"{base.data}: of {rows} documents none can be held out; give --validation")
+    return replace(source, start=count), replace(source, rows=count)
+
+
+def text_data(
+    base: BaseConfig, config: TrainConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase
+) -> Data:
+    """Full rows of text to train on, and held-out ones. `base` and `config` as `resolved` returns them."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    source, held_out = hold_out(base)
+    shape = {
+        "rows": config.run.device_batch_size,
+        "positions": config.run.max_seq_len,
+        "text_column": base.text_column,
+        "bad_rows": base.bad_rows,
+    }
+    made = {"mode": base.packing, "streaming": base.streaming, "num_workers": base.num_workers}
+    own = {"rank": rank, "world_size": processes, "seed": config.run.seed}
+    batches = TextBatches(source, tokenizer, **shape, **made, **own)
+    cropped = batches.outlook(step_tokens(config, accelerator))
+    lost = f"{cropped:.0%} of a step's tokens cropped away (--packing keep loses none)"
+    # every process packs the same held-out documents and takes its rows, so that each document counts once
+    streaming = base.streaming and not base.validation
+    validation = TextBatches(held_out, tokenizer, **shape, streaming=streaming).once(
+        config.evaluate.eval_batches * processes
+    )
+    told = f"{base.data}, packing {base.packing}: {lost if base.packing == 'crop' else 'no token lost'}"
+    lines = {"data": told} | ({"left out": batches.report.left_out} if batches.report.left_out else {})
+    return Data(tokenizer, batches, divided(validation, rank, processes), lines)
