@@ -69,7 +69,7 @@ def unread(source: SourceConfig) -> list[str]:
 
 
 def is_remote(source: SourceConfig) -> bool:
-    """Whether the path is a Hub name: is_remote(SourceConfig(path="karpathy/x")) → True."""
+    """Whether the path is a Hub name, as karpathy/x is where nothing of that name lies here."""
     return source.task is None and source.path is not None and not is_local(source.path)
 
 
@@ -92,7 +92,10 @@ def unreadable(source: SourceConfig, error: BaseException) -> ValueError:
 
 
 def _whole(source: SourceConfig) -> tuple[dict[str, Callable[[], Rows]], bool]:
-    """{split: a function that loads its rows}, and whether the names of the splits are only what a task was asked for."""
+    """{split.
+
+    A function that loads its rows}, and whether the names of the splits are only what a task was asked for.
+    """
     if source.task:
         return {part.name: functools.partial(_task_rows, source, part) for part in parse_split(source.split)}, True
     saved = _saved(source)
@@ -134,7 +137,8 @@ def _chosen(source: SourceConfig, splits: dict[str, Callable[[], Rows]], any_nam
     if not len(chosen):
         there = sum(len(rows) for rows, _ in loaded)
         raise ValueError(
-            f"{source.label}: no rows from {source.start} on in split {source.split!r}, which has {there}; check start and rows"
+            f"{source.label}: no rows from {source.start} on in split {source.split!r}, which has {there}; check "
+            "start and rows"
         )
     return chosen
 

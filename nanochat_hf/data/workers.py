@@ -19,7 +19,10 @@ class Stopped(BaseException):
 
 
 def check_stopped() -> None:
-    """Raise Stopped where the thread that runs this was told to stop: to be called in every loop that may run for long."""
+    """Raise Stopped where the thread that runs this was told to stop.
+
+    To be called in every loop that may run for long.
+    """
     asked = getattr(threading.current_thread(), "stopping", None)
     if asked is not None and asked.is_set():
         raise Stopped
@@ -75,7 +78,7 @@ def _stop_all() -> None:
 
 
 def pinned(item: Any) -> Any:
-    """Tensors of a (nested) dict, tuple or list in page-locked memory, so that `.to(device, non_blocking=True)` does not wait."""
+    """Tensors of a (nested) dict, tuple or list in page-locked memory, so that a copy to the GPU does not wait."""
     if isinstance(item, torch.Tensor):
         return item.pin_memory()
     if isinstance(item, dict):
@@ -84,7 +87,9 @@ def pinned(item: Any) -> Any:
 
 
 def ahead(items: Iterable, depth: int = 2, pin: bool | None = None) -> Generator:
-    """The items of a generator, made up to `depth` ahead by a thread and pinned where there is a GPU; depth 0: made when asked for.
+    """The items of a generator, made up to `depth` ahead by a thread and pinned where there is a GPU; depth 0.
+
+    Made when asked for.
 
     An exception of the generator is raised here, after the items before it.
 
@@ -144,7 +149,10 @@ def worker_loader(
 
 
 def plain_errors(loader: Iterable) -> Iterator:
-    """The items of a DataLoader; a worker's ValueError or OSError says its own line again, without the traceback that torch puts into it."""
+    """The items of a DataLoader.
+
+    A worker's ValueError or OSError says its own line again, without the traceback that torch puts into it.
+    """
     try:
         yield from loader
     except (ValueError, OSError) as error:

@@ -14,7 +14,7 @@ HUB = "hf://"
 
 
 class Place(NamedTuple):
-    """Where a row stands, in words only when they are asked for: str(Place("a.jsonl", "line", 3)) → "a.jsonl line 3"."""
+    """Where a row stands; words are made when they are asked for: str(Place("a", "line", 3)) → "a line 3"."""
 
     name: str
     unit: str
@@ -72,7 +72,7 @@ class DataFile:
             raise ValueError(f"{self.name}: cannot be read ({error.strerror or error}); give a file") from None
 
     def rows(self, first: int = 0) -> Iterator[Raw]:
-        """The rows from number `first` (from 0) on. ValueError names the file, and of a damaged one what is left of it."""
+        """The rows from number `first` (from 0) on. ValueError names the file, and the damaged rows of a table."""
         if self.is_table:
             with self.open() as file:
                 for number, row in enumerate(tables.rows(file, self.kind, self.name, first), first + 1):

@@ -64,7 +64,7 @@ def _place(bound: str | None, count: int | None) -> int | None:
         share = Decimal(bound[:-1].replace("_", ""))
         if not -100 <= share <= 100:
             raise ValueError(f"{bound} lies outside of the data; percentages go from -100 to 100")
-        place = int(round(share * (count or 0) / 100))  # as datasets rounds: to the closest row
+        place = round(share * (count or 0) / 100)  # as datasets rounds: to the closest row
     else:
         place = int(bound)
     return max(0, place + (count or 0)) if bound.startswith("-") else place
