@@ -18,8 +18,8 @@
    >>> converted.ignored
    ('score',)
 
-3. `tokenising` renders conversations to ids and a mask of the targets, once (`code_key` tells when it must be done again);
-   `overlong` cuts those that are longer than a row; `documents` holds them. `texts` is the same for plain text.
+3. `tokenising` renders conversations to ids and a mask of the targets, once (`code_key` tells when it must be done
+   again); `overlong` cuts those that are longer than a row; `documents` holds them. `texts` is the same for plain text.
 
    >>> from nanochat_hf.conversation import PlainEncoder
    >>> from nanochat_hf.tokenizer import train_tokenizer

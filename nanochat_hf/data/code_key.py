@@ -13,8 +13,8 @@ SIMPLE = (str, bytes, int, float, bool, type(None))
 def code_key(functions: Iterable[Callable], modules: Iterable[types.ModuleType] = ()) -> str:
     """A digest that changes with what the functions do, and with the files of `modules`.
 
-    Functions and constants that a function finds in its own module count too. Where code stands in a file, and what it is
-    called, does not matter for functions.
+    Functions and constants that a function finds in its own module count too. Where code stands in a file, and what it
+    is called, does not matter for functions.
     """
     digest = hashlib.sha256()
     for module in modules:

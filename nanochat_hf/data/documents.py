@@ -154,7 +154,7 @@ class Documents(Sequence):
     def __len__(self) -> int:
         return len(self.spans)
 
-    def __getitem__(self, index: Any) -> Document:
+    def __getitem__(self, index: Any) -> Any:
         number, row, start, stop = self.spans[index]
         columns = self.columns[number]
         ids, mask = columns.row(row)

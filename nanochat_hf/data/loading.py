@@ -179,7 +179,7 @@ def _from_hub(source: SourceConfig, split: str, error: Exception | None = None) 
     from datasets import load_dataset
 
     try:
-        return TableRows(load_dataset(source.path, source.name, split=split), source.label)
+        return TableRows(load_dataset(str(source.path), source.name, split=split), source.label)
     except Exception:
         if error is not None:
             raise error from None
@@ -197,7 +197,7 @@ def _saved(source: SourceConfig) -> dict[str, Any] | None:
         saved = load_from_disk(str(folder))
     except Exception as error:  # as in _chosen
         raise unreadable(source, error) from error
-    return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+    return {"train": saved} if isinstance(saved, Dataset) else {str(name): saved[name] for name in saved}
 
 
 def saved_files(source: SourceConfig) -> dict[str, list[DataFile]] | None:

@@ -85,7 +85,6 @@ class SFTBatches(Reported):
             told = self.documents.add(source, tokens, form, unread(source))
             if progress:
                 print(told, flush=True)
-        self.report = DataReport(self.documents.reports)
         if not len(self.documents):
             raise self.report.nothing(positions)
         lengths = self.documents.lengths
@@ -95,6 +94,11 @@ class SFTBatches(Reported):
         self.planned = PlannedRows(self.documents, self.plan, seed)
         self.collate = PackingCollator(positions, tokenizer.pad_token_id, isolate, self.documents.weighted)
         self.next_row = 0
+
+    @property
+    def report(self) -> DataReport:
+        """What became of the rows, for an epoch."""
+        return DataReport(self.documents.reports)
 
     @property
     def epoch(self) -> float:

@@ -66,7 +66,7 @@ class MapReader:
                 f"{self.label}: {len(self.rows)} documents cannot be dealt to {consumers} consumers; use fewer "
                 "processes"
             )
-        place = dict(state or {"epoch": 0, "position": 0})
+        place: State = dict(state or {"epoch": 0, "position": 0})
 
         def rows() -> Iterator[tuple[Raw, float]]:
             while True:
@@ -134,7 +134,7 @@ class StreamReader:
         `state` is the place where the block begins, a shard's position in the epoch and a row of it, and how many rows
         of the block are out.
         """
-        place = dict(state or {"epoch": 0, "block": [0, 0], "number": 0, "position": 0})
+        place: State = dict(state or {"epoch": 0, "block": [0, 0], "number": 0, "position": 0})
 
         def rows() -> Iterator[tuple[Raw, float]]:
             while True:

@@ -152,7 +152,10 @@ class DataReport(Sequence):
 class Reported:
     """What planned and streamed batches say of their data, all of it from `report`."""
 
-    report: DataReport
+    @property
+    def report(self) -> DataReport:
+        """What became of the rows."""
+        raise NotImplementedError
 
     @property
     def reports(self) -> list[SourceReport]:

@@ -98,7 +98,8 @@ class SourceConfig:
         if unknown:
             raise ValueError(f"data source: unknown keys {guessed(unknown, known)}; known are {', '.join(known)}")
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        return cls(**{key: defaults[key] if value is None else value for key, value in entry.items()})
+        given: dict[str, Any] = {key: defaults[key] if value is None else value for key, value in entry.items()}
+        return cls(**given)
 
     @classmethod
     def from_recipe_list(cls, entries: Any, key: str = "train_data") -> list["SourceConfig"]:

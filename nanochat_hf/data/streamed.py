@@ -70,7 +70,7 @@ class _Windows(Reported):
             yield batch
 
     @property
-    def report(self) -> DataReport:  # type: ignore[override]
+    def report(self) -> DataReport:
         """What became of the rows read so far, since the start or the resume."""
         return DataReport.merged(counts["report"] for counts in self.counts)
 

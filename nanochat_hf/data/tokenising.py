@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def tokenise(
     the task and of the conversion. Processes that start together wait for the first, without a collective that could
     time out.
     """
-    import datasets
+    import datasets.config
     from filelock import FileLock
 
     with bars(progress):
@@ -183,7 +183,7 @@ def tokenise(
 
 
 @contextmanager
-def bars(shown: bool) -> Iterator[None]:
+def bars(shown: bool) -> Generator[None]:
     """The progress bars of datasets, shown where asked for and somebody looks.
 
     In a log file a bar is a page of noise.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+STOPPING = "nanochat_hf_stopping"  # the attribute of a thread that holds the event it is told by
 _running: "weakref.WeakSet[_Ahead]" = weakref.WeakSet()
 
 
@@ -23,7 +24,7 @@ def check_stopped() -> None:
 
     To be called in every loop that may run for long.
     """
-    asked = getattr(threading.current_thread(), "stopping", None)
+    asked = getattr(threading.current_thread(), STOPPING, None)
     if asked is not None and asked.is_set():
         raise Stopped
 
@@ -36,7 +37,7 @@ class _Ahead:
         self.queue: queue.Queue = queue.Queue(depth)
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.stopping = self.stopping  # type: ignore[attr-defined]  # where check_stopped looks
+        setattr(self.thread, STOPPING, self.stopping)
         _running.add(self)
         self.thread.start()
 
@@ -51,8 +52,9 @@ class _Ahead:
         except BaseException as error:  # raised again where the items are taken
             self._put((None, error))
         finally:
-            if hasattr(self.items, "close"):
-                self.items.close()
+            close = getattr(self.items, "close", None)
+            if close is not None:
+                close()
 
     def _put(self, entry: tuple) -> bool:
         while not self.stopping.is_set():
@@ -134,7 +136,7 @@ def worker_loader(
     prefetch: int = 2,
 ) -> Iterable:
     """A DataLoader of `num_workers` processes that each keep `prefetch` batches ready, pinned where there is a GPU."""
-    batching = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
+    batching: dict[str, Any] = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
     return torch.utils.data.DataLoader(
         dataset,
         **batching,

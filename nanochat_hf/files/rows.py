@@ -148,11 +148,12 @@ def joined(parts: Sequence[Rows], label: str) -> Rows:
     """Several parts one after the other."""
     if len(parts) == 1:
         return parts[0]
-    if all(isinstance(part, TableRows) for part in parts):
+    as_tables = [part for part in parts if isinstance(part, TableRows)]
+    if len(as_tables) == len(parts):
         from datasets import concatenate_datasets
 
-        sizes = [(part.label, len(part)) for part in parts]
-        return TableRows(concatenate_datasets([part.dataset for part in parts]), label, sizes)
+        sizes = [(table.label, len(table)) for table in as_tables]
+        return TableRows(concatenate_datasets([table.dataset for table in as_tables]), label, sizes)
     lines, places = [], []
     for part in parts:
         raws = [part.raw(i) for i in range(len(part))]

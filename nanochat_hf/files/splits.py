@@ -88,7 +88,7 @@ def within(ranges: list[Range], start: int, rows: int | None) -> list[Range]:
             stop = first + left
         if stop is None or stop > first:
             kept.append((first, stop))
-        if left is not None:
+        if left is not None and stop is not None:
             left -= stop - first
             if left <= 0:
                 break

@@ -108,9 +108,10 @@ def _strip(feature: Any) -> Strip | None:
     items = feature.feature if isinstance(feature, List) or hasattr(feature, "feature") else None
     if isinstance(feature, list):
         items = feature[0]
-    strip = _strip(items) if items is not None else None
-    if strip is None:
+    inside = _strip(items) if items is not None else None
+    if inside is None:
         return None
+    strip: Strip = inside
 
     def listed(value: Any) -> Any:
         if isinstance(value, dict):  # a sequence of structs may be read as a struct of lists

@@ -35,7 +35,7 @@ def unpacked(file: BinaryIO, packing: str | None) -> BinaryIO:
         import pyarrow as pa
 
         return io.BufferedReader(pa.CompressedInputStream(file, "zstd"), 1 << 16)
-    openers = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+    openers: dict[str, Any] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
     return openers[packing](file, "rb") if packing else file
 
 

@@ -1,4 +1,4 @@
-"""Which files a path names: existing ones first, patterns, folders by split; what is said of those that cannot be read."""
+"""Which files a path names: existing ones first, patterns, folders by split; and what is said of the unreadable."""
 
 import pytest
 
