@@ -112,6 +112,7 @@ class PackConversations:
         return (number, converted), len(str(raw.value))
 
     def __call__(self, waiting: list[Document], items: list[tuple[int, Converted]]) -> tuple[list[Row], list[Document]]:
+        """As Packer."""
         documents = waiting + self.rendered(items)
         aged = set(range(len(waiting)))
         packed, rest = pack_window([len(d["ids"]) for d in documents], self.fit.capacity, aged)
