@@ -22,7 +22,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ty check
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -q -c constraints.txt mkdocs-material
+	$(VENV)/bin/python -m pip install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 # the site, in build/site; a broken link is an error

@@ -46,7 +46,7 @@ def model_config(
         raise ValueError(f"depth={depth} must be at least 1")
     width = math.ceil(depth * aspect_ratio / head_dim) * head_dim
     heads = width // head_dim
-    settings = dict(num_key_value_heads=heads) | overrides
+    settings: dict[str, Any] = {"num_key_value_heads": heads} | overrides
     return NanochatConfig(
         vocab_size=vocab_size,
         hidden_size=width,

@@ -74,7 +74,8 @@ def shaken(**settings):
 
 
 text = st.text(max_size=30).filter(lambda t: not any(s in t for s in SPECIAL_TOKENS))
-# transformers marks by character: a part that ends in a character of several tokens loses all but the first of them, so parts are ASCII here
+# transformers marks by character: a part that ends in a character of several tokens loses all but the first of them, so
+# parts are ASCII here
 ascii_text = st.text(st.characters(max_codepoint=127), max_size=30).filter(
     lambda t: not any(s in t for s in SPECIAL_TOKENS)
 )

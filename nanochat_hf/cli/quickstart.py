@@ -50,9 +50,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output-dir", default="runs/quickstart", help="folder for everything (default: %(default)s)")
     root = Path(parser.parse_args(argv).output_dir)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    prepare(root)
-    stages = plan(root)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        prepare(root)
+        run_all(plan(root), root)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_all(stages: Sequence[Stage], root: Path) -> None:
+    """The text, the stages and three answers; SystemExit as `main`."""
     if not all(stage.done for stage in stages):
         print(*outlook([stage for stage in stages if not stage.done], speed()), sep="\n", flush=True)
     processes = Processes(PRELOAD)
@@ -123,7 +130,8 @@ def model_config() -> NanochatConfig:
 
 
 def speed() -> cpu.Speed:
-    """How fast this CPU is at products of that model's shape."""
+    """How fast this CPU is at products of that model's shape, with as many threads as help now."""
+    cpu.set_threads()
     return cpu.measure("cpu", model_config().hidden_size)
 
 
@@ -170,7 +178,15 @@ def outlook(stages: Sequence[Stage], speed: cpu.Speed) -> list[str]:
     seconds = sum(stage.steps * each + stage.seconds * each / REFERENCE_STEP for stage in stages)
     told = f"{', '.join(stage.name for stage in stages)}: {shown(seconds)} on this CPU ({speed.gflops:.3g} GFLOP/s)"
     slow = cpu.too_slow(speed)
-    return [told, f"warning: {slow}; a machine with a faster processor does this in minutes"] if slow else [told]
+    remedy = "end the other programs" if busy() else "a machine with a faster processor does this in minutes"
+    return [told, f"warning: {slow}; {remedy}"] if slow else [told]
+
+
+def busy() -> float:
+    """How many programs more than there are cores want to run, of late; 0 where all have a core."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    more = load - cpu.available_cores()
+    return more if more > 0.5 else 0.0
 
 
 def shown(seconds: float) -> str:
@@ -256,9 +272,8 @@ class Forecast:
 def why_so_long(name: str, seconds: float, speed: cpu.Speed) -> str:
     """One line: why a stage takes so long on this machine, and what would make it shorter."""
     cores, causes = cpu.available_cores(), []
-    busy = os.getloadavg()[0] - cores if hasattr(os, "getloadavg") else 0
-    if busy > 0.5:
-        causes.append((f"{busy:.1f} programs too many share {cores} cores", "end the others"))
+    if more := busy():
+        causes.append((f"{more:.1f} programs too many share {cores} cores", "end the others"))
     if lacks():
         causes.append((f"training is not compiled for want of {lacks()}", "install it: about twice as fast"))
     if speed.gflops < SLOW_PRODUCTS or not causes:

@@ -9,8 +9,9 @@ A weight that takes part has these attributes, and its `grad` is its sum:
 - `joint_half`: on the same weight, those weights in half precision, as they were at the last `refresh`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,8 @@ class GradientSums:
     """Sums and rounded copies of the weights of groups of layers."""
 
     def __init__(self, groups: list[list[nn.Module]], dtype: torch.dtype | None):
-        self.groups = [[layer.weight for layer in group] for group in groups]
+        # Any, because the weights carry the attributes above
+        self.groups: list[list[Any]] = [[layer.weight for layer in group] for group in groups]
         self.rounded: list[torch.Tensor] = []  # a copy of each weight, part of its group's
         for weights in self.groups:
             shape, sizes = (sum(map(len, weights)), *weights[0].shape[1:]), [len(weight) for weight in weights]
@@ -46,12 +48,14 @@ class GradientSums:
 
 
 def _fits(group: list[nn.Module]) -> bool:
-    weights = [layer.weight for layer in group]
+    weights: list[Any] = [layer.weight for layer in group]
     return all(w.dtype == torch.float32 and type(w.data) is torch.Tensor and w.grad is None for w in weights)
 
 
 @contextmanager
-def gradient_sums(groups: Iterable[list[nn.Module]], dtype: torch.dtype | None = None) -> Iterator[GradientSums | None]:
+def gradient_sums(
+    groups: Iterable[list[nn.Module]], dtype: torch.dtype | None = None
+) -> Generator[GradientSums | None, None, None]:
     """While this lasts, the weights of `groups` that are float32 and whole have sums; it yields None if there are none.
 
     `dtype` is the half precision to round weights to, None for no copies. Within it, zero gradients after a step

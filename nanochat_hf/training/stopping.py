@@ -18,14 +18,13 @@ class StopSignal:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.received, self.earlier = accelerator, 0, None
-        launched = (
-            accelerator.device.type == "xla" or "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ
-        )  # torchrun: RANK
+        # Accelerate's launcher sets the one, torchrun the other
+        named = "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ
+        launched = accelerator.device.type == "xla" or named
         self.parent = os.getppid() if launched else None
         self.handlers = {}
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # XLA's launcher trains in a thread, where Python takes no handlers
+        # XLA's launcher trains in a thread, where Python takes no handlers
+        if threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def release(self) -> None:

@@ -39,16 +39,15 @@ class TrainState:
 class StepInfo:
     """One finished step: loss (0-d tensor on the device: this rank's share), valid targets of all ranks, lr multiplier.
 
-    `targets` is a 0-d tensor on several XLA devices, whose host never waits for it.
+    `targets` is a 0-d tensor on several XLA devices, whose host never waits for it. `grad_norms` are those of each
+    parameter group before clipping, on the steps that `norms_every` asks for.
     """
 
     step: int
     loss: torch.Tensor
     targets: int | torch.Tensor
     lr_multiplier: float
-    grad_norms: dict[str, torch.Tensor] | None = (
-        None  # of each parameter group, before clipping; only on the steps that are asked for
-    )
+    grad_norms: dict[str, torch.Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -132,13 +131,12 @@ class Trainer:
             return local
         count = torch.tensor([local], dtype=torch.float64 if self.accelerator.device.type == "cpu" else torch.float32)
         count = self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum")
-        # the host of an XLA device runs ahead of it: the number stays there, and a step without a target becomes one of
-        # zero gradients
+        # an XLA device's host runs ahead of it, so the number stays there; without a target the gradients are then zero
         return count[0].clamp(min=1) if self.accelerator.device.type == "xla" else int(count.item())
 
     def _accumulate(self, micro_batches, targets):
+        # forward and backward of all micro-batches, then the update; returns the loss and the gradients' norms
         device, total, norms = self.accelerator.device, 0.0, None
-        observed = self.norms_every and (self.state.step + 1) % self.norms_every == 0
         # backward() divides by the accumulation, DDP by the processes: undo both
         scale = as_input(self.accumulation * self.accelerator.num_processes / targets, device)
         targets = as_input(targets, device)
@@ -149,28 +147,30 @@ class Trainer:
             borders = self.raw_model.base_model.document_borders(batch.get("position_ids"), device)
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()} | borders
             with self.accelerator.accumulate(self.model):
-                # a sum, divided outside: a compiled model would be compiled anew for every other number of targets
+                # a sum, divided outside: otherwise each new number of targets would compile the model again
                 loss = self.model(**batch, num_items_in_batch=1).loss
                 self.accelerator.backward(loss * scale)
                 total = total + loss.detach() / targets
-                mark_step(
-                    device
-                )  # programs of XLA: each micro-batch, then the update, so that a change in one compiles one
-                if (
-                    self.accelerator.sync_gradients
-                ):  # on XLA the optimizer's wrapper reduces whenever it is called, complete or not
-                    reduce_gradients(self.accelerator, self.optimizer)
-                    if observed:
-                        scaled = (
-                            1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-                        )  # until step() unscales
-                        norms = {name: norm / scaled for name, norm in gradient_norms(self.optimizer).items()}
-                    if self.max_grad_norm:
-                        self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad(set_to_none=not self.sums)
-                    mark_step(device)
+                # XLA gets one program for each micro-batch and one for the update, so a change in one compiles only it
+                mark_step(device)
+                if self.accelerator.sync_gradients:
+                    norms = self._update()
         return total, norms
+
+    def _update(self):
+        # reached with whole gradients only: on XLA the optimizer's wrapper reduces whenever it is called
+        norms = None
+        reduce_gradients(self.accelerator, self.optimizer)
+        if self.norms_every and (self.state.step + 1) % self.norms_every == 0:
+            scaler = self.accelerator.scaler
+            scaled = 1.0 if scaler is None else scaler.get_scale()  # until step() unscales
+            norms = {name: norm / scaled for name, norm in gradient_norms(self.optimizer).items()}
+        if self.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.sums)
+        mark_step(self.accelerator.device)
+        return norms
 
     def state_dict(self) -> dict[str, int | float]:
         """The loop's own state, JSON-able."""

@@ -5,6 +5,7 @@ python -m scripts.bench train --depth 12 --depth 20 [--rows 32] [--attn auto] [-
 
 import argparse
 import gc
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -88,22 +89,27 @@ def passed(start, end):
     return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
 
 
+def build(depth, args, device):
+    """The model, with attention and kernels as training would choose them, and the name of its attention."""
+    attention, _ = choose_attention(device, args.attn, cudnn=cudnn_attention)
+    with device:
+        model = NanochatForCausalLM(model_config(depth, args.vocab_size, args.positions))
+    set_attention(model, attention)
+    if args.kernels:
+        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": kernels.FLOAT8}
+        model.model.training_ops, _ = kernels.choose(model, device, dtypes.get(args.dtype, torch.float32))
+    return model, attention
+
+
 def measure(depth, rows, args):
-    """One configuration → a dict of figures."""
+    """The figures of one configuration by name."""
     accelerator = build_accelerator(
         accumulation_steps(args.total_batch_size, rows, args.positions, 1), dtype=args.dtype, compile=args.compile
     )
     device = accelerator.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    attention, _ = choose_attention(device, args.attn, cudnn=cudnn_attention)
-    config = model_config(depth, args.vocab_size, args.positions)
-    with device:
-        model = NanochatForCausalLM(config)
-    set_attention(model, attention)
-    if args.kernels:
-        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": kernels.FLOAT8}
-        model.model.training_ops, _ = kernels.choose(model, device, dtypes.get(args.dtype, torch.float32))
+    model, attention = build(depth, args, device)
     optimizer = MuonAdamW(build_param_groups(model))
 
     def schedule(wrapped, step):
@@ -111,9 +117,8 @@ def measure(depth, rows, args):
         return 1.0
 
     batches = RandomTokens(args.vocab_size, rows, args.positions, args.document, device.type == "cuda")
-    update = Timed(
-        optimizer, "step", device
-    )  # before Accelerate wraps it, whose scaler calls the method that it finds then
+    # before Accelerate wraps the optimizer, because its scaler calls the method that it finds then
+    update = Timed(optimizer, "step", device)
     trainer = Trainer(accelerator, model, optimizer, batches, num_steps=args.steps + 2, schedule=schedule)
     start, first, marks = time.perf_counter(), [], []
 
@@ -168,9 +173,8 @@ def profile(trainer, batches, depth):
     on_device = [
         e for e in run.key_averages() if e.self_device_time_total and e.device_type != torch.autograd.DeviceType.CPU
     ]
-    kernels_run = [
-        e for e in on_device if not e.is_user_annotation
-    ]  # the optimizer's is the sum of kernels counted already
+    # the optimizer's annotation is the sum of kernels that are counted already
+    kernels_run = [e for e in on_device if not e.is_user_annotation]
     total = sum(e.self_device_time_total for e in kernels_run)
     print(f"one step of depth {depth}: {total / 1e3:.1f} ms of kernels")
     for event in sorted(kernels_run, key=lambda e: -e.self_device_time_total)[:40]:
@@ -178,8 +182,8 @@ def profile(trainer, batches, depth):
         print(f"  {event.self_device_time_total / 1e3:8.2f} ms {share:6.1%} {event.count:6d} ×  {event.key[:110]}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, and print the table."""
+def flags() -> argparse.ArgumentParser:
+    """The flags of this benchmark."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench train", description=__doc__)
     parser.add_argument(
         "--depth", type=int, action="append", help="layers; give it several times for several models (default 4)"
@@ -214,10 +218,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--json", help="also write the figures there")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
+    parser = flags()
     args = parser.parse_args(argv)
     if args.device == "cpu":
-        import os
-
         os.environ["ACCELERATE_USE_CPU"] = "1"
     if args.compile is None:
         args.compile = args.device == "auto" and torch.cuda.is_available()

@@ -20,7 +20,7 @@ from nanochat_hf import NanochatForCausalLM, kernels, scaling
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data.packing import pack_text
 from nanochat_hf.evals.bpb import evaluate_bpb
-from nanochat_hf.kernels import cudnn_attention
+from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine.accelerator import build_accelerator, on_cuda
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.optim import MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups

@@ -59,6 +59,9 @@ def test_nothing_imports_torch_xla_where_it_is_absent():
         if "kernels" not in path.parts:  # most of them need triton
             modules.append(path.relative_to(root).with_suffix(""))
     names = [".".join(path.parts) for path in modules if path.name != "__init__"]
-    code = f"import sys, importlib; sys.modules['torch_xla'] = None\nfor name in {names}: importlib.import_module(name)\nprint(len(sys.modules))"
+    code = (
+        "import sys, importlib; sys.modules['torch_xla'] = None\n"
+        f"for name in {names}: importlib.import_module(name)\nprint(len(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

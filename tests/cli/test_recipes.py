@@ -1,4 +1,4 @@
-"""The recipes that ship: the reference's mixture under its Hub names, from a Hub on loopback that lays its data sets out as the real one does."""
+"""The recipes that ship: the reference's mixture under its Hub names, from a Hub on loopback."""
 
 import io
 import json
@@ -89,7 +89,7 @@ def data_hub():
 
 @pytest.fixture
 def work(tmp_path):
-    """A working folder with the recipe's own identity.jsonl, and the recipe with few of the generated rows (nothing else is changed)."""
+    """A working folder with the recipe's identity.jsonl, and the recipe with fewer generated rows."""
     lines = [
         [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": f"A model, number {i}."}]
         for i in range(6)

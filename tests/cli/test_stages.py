@@ -99,7 +99,7 @@ sys.exit(143)"""
     screen = Screen(tmp_path / "log", terminal=False)
 
     def press(pressed=[]):  # noqa: B006  remembers that it was pressed
-        if not pressed and "ready" in (tmp_path / "log").read_text():
+        if not pressed and screen.log.is_file() and "ready" in screen.log.read_text():
             pressed.append(True)
             raise KeyboardInterrupt
 

@@ -99,7 +99,7 @@ def own_command(words: list[str]) -> tuple[str, list[str]] | None:
     ('chat_sft', ['--model', 'newest'])
     """
     for place, word in enumerate(words[:-1]):
-        name = re.fullmatch(r"(?:scripts|nanochat_hf\.cli)\.(\w+)", words[place + 1])
+        name = re.fullmatch(r"(?:scripts|nanochat_hf\.cli)\.([\w.]+)", words[place + 1])
         if word == "-m" and name:
             return name[1], words[place + 2 :]
     return None

@@ -6,9 +6,14 @@ import importlib
 import io
 import re
 import shlex
+import sys
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from nanochat_hf.tasks.base import pair
 
 from .pages import PAGES, ROOT, blocks, commands, exists, links, own_command, paths, text_of
 
@@ -55,14 +60,23 @@ def test_examples_of_the_architecture_run():
     assert tried >= 9 and failed == 0
 
 
+def run(name, arguments):
+    """Run a command of the package, or a module of scripts: what it prints, and its exit code."""
+    package = "nanochat_hf.cli" if (ROOT / f"nanochat_hf/cli/{name}.py").is_file() else "scripts"
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *arguments])
+        try:
+            importlib.import_module(f"{package}.{name}").main()
+        except SystemExit as end:
+            return said.getvalue(), end.code or 0
+    return said.getvalue(), 0
+
+
 @cache
 def help_of(name):
-    """What a command prints for --help; its module must exist, below the package or below scripts."""
-    package = "nanochat_hf.cli" if (ROOT / f"nanochat_hf/cli/{name}.py").is_file() else "scripts"
-    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as end:
-        importlib.import_module(f"{package}.{name}").main(["--help"])
-    assert end.value.code in (0, None)
-    return said.getvalue()
+    said, code = run(name, ["--help"])
+    assert code == 0, name
+    return said
 
 
 def flags_of(name):
@@ -78,9 +92,11 @@ def test_commands_and_flags_exist(page):
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             wrong += [f"make {word}" for word in words[1:] if word not in targets]
         found = own_command(words)
-        if found is None or found[0] in ("bench", "experiments"):
+        if found is None:
             continue
         name, arguments = found
+        if name == "bench":  # the name of a benchmark, then its flags
+            name, arguments = f"benchmarks.{arguments[0]}", arguments[1:]
         given = {word.partition("=")[0] for word in arguments if re.match(r"--?[a-z]", word) and "*" not in word}
         wrong += [f"{name} {flag}" for flag in sorted(given - flags_of(name)) if not flag.endswith("-")]
     assert wrong == []
@@ -109,13 +125,33 @@ def _runnable():
                         yield pytest.param(line, id=f"{page.name}: {line.strip()[:60]}")
 
 
-@pytest.mark.parametrize("line", _runnable())
-def test_what_needs_nothing_runs(line, capsys, monkeypatch):
+@pytest.mark.parametrize("line", list(_runnable()))
+def test_what_needs_nothing_runs(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    name, arguments = own_command(shlex.split(line, comments=True))
-    package = "nanochat_hf.cli" if (ROOT / f"nanochat_hf/cli/{name}.py").is_file() else "scripts"
-    try:
-        importlib.import_module(f"{package}.{name}").main(arguments)
-    except SystemExit as end:
-        assert end.code in (0, None), capsys.readouterr().err
-    assert capsys.readouterr().out
+    said, code = run(*own_command(shlex.split(line, comments=True)))
+    assert said and code == 0
+
+
+def python_block(page, containing):
+    """What a page's Python block that contains a text defines."""
+    (text,) = [b.text for b in blocks(ROOT / page) if b.language == "python" and containing in b.text]
+    defined = {}
+    exec(text, defined)
+    return defined
+
+
+def test_task_of_the_page_is_one():
+    task = python_block("docs/howto/task.md", "BACKWARDS = ")["BACKWARDS"]
+    conversation = task.to_conversation(task.load("train", limit=1)[0])
+    assert conversation == pair("Write stone backwards.", "enots")
+    assert task.grade(conversation, "enots\n") and not task.grade(conversation, "stone")
+
+
+def test_callback_of_the_page_is_one():
+    said = []
+    accelerator = SimpleNamespace(is_main_process=True, print=lambda *words: said.append(words))
+    trainer = SimpleNamespace(accelerator=accelerator, raw_model=torch.nn.Linear(1, 1, bias=False))
+    callback = python_block("docs/howto/callback.md", "def say_scalars")["say_scalars"]
+    for step in (99, 100):
+        callback(trainer, SimpleNamespace(step=step))
+    assert said == [(100, "weight", trainer.raw_model.weight.item())]

@@ -1,4 +1,7 @@
-"""Whole ways over a Hub on loopback, in processes of their own: train and push, resume elsewhere, load without the package, data sets."""
+"""Whole ways over a Hub on loopback, in processes of their own.
+
+Train and push, resume elsewhere, load without the package, publish data sets.
+"""
 
 import json
 import re
@@ -272,7 +275,8 @@ import sys
 from nanochat_hf.data.loading import load_source
 from nanochat_hf.data.sources import SourceConfig
 rows = load_source(SourceConfig(path="user/texts"))
-print("FOUND", len(rows), rows[2]["text"], rows[2]["input_ids"][0] == int(sys.argv[1]), rows[2]["input_ids"].count(int(sys.argv[1])))
+ids, first = rows[2]["input_ids"], int(sys.argv[1])
+print("FOUND", len(rows), rows[2]["text"], ids[0] == first, ids.count(first))
 """
     bos = load_tokenizer(str(run / "final")).bos_token_id
     said = python(hub, tmp_path / "there", written(tmp_path / "read.py", code), str(bos))

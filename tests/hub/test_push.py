@@ -1,4 +1,4 @@
-"""Pushing and fetching through huggingface_hub's real client, against a Hub on loopback (tests/support/hub_server.py). Xet is not covered."""
+"""Pushing and fetching through huggingface_hub's real client, against a Hub on loopback; Xet is not covered."""
 
 import hashlib
 import json

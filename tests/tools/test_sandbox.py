@@ -100,7 +100,7 @@ def test_only_a_program_that_reaches_its_end_passes(namespaces, source, error):
 def test_endless_programs_and_fork_bombs_end_with_the_time_and_leave_nothing(namespaces, source):
     start = time.monotonic()
     outcome = run(source, limits(namespaces, seconds=1))
-    assert not outcome.passed and time.monotonic() - start < 8
+    assert not outcome.passed and time.monotonic() - start < 30  # of programs that would go on for a minute or for ever
     assert none_left() if LINUX else True
 
 

@@ -1,4 +1,4 @@
-"""Tests of training on XLA's CPU device, in the venv of `make test-xla`; every run of a script is a process of its own, as a user's is."""
+"""Tests of training on XLA's CPU device, in the venv of `make test-xla`; each run is a process of its own."""
 
 import json
 import os
@@ -10,10 +10,13 @@ from pathlib import Path
 # before torch_xla is imported. The programs are the same at LLVM's level 0, and compile three times as fast
 os.environ |= {"PJRT_DEVICE": "CPU", "XLA_FLAGS": "--xla_backend_optimization_level=0", "OMP_NUM_THREADS": "1"}
 
-import pytest  # noqa: E402
+import pytest
 
 ROOT = Path(__file__).parents[2]
-WORDS = "the cat sat on a mat and the dog ran far away from a house with one red door while birds sang songs over green hills".split()
+WORDS = (
+    "the cat sat on a mat and the dog ran far away from a house with one red door "
+    "while birds sang songs over green hills"
+).split()
 LAUNCH = (
     str(Path(sys.executable).parent / "accelerate"),
     "launch",
@@ -24,7 +27,7 @@ LAUNCH = (
 
 
 def run(*command, xla=True, timeout=600):
-    """Run `python *command` from the repository on XLA, or plainly on the CPU; returns what it printed, and fails if it fails."""
+    """Run `python *command` from the repository, on XLA or plainly on the CPU; returns its output."""
     command = command if command[0] == LAUNCH[0] else (sys.executable, *command)
     done = subprocess.run(
         [str(part) for part in command],
@@ -101,7 +104,7 @@ def sft_flags(data, base):
 
 @pytest.fixture(scope="session")
 def launched(data, sft_flags):
-    """The folder of a fine-tuning run in bfloat16, started by Accelerate's launcher with accelerate_configs/tpu.yaml."""
+    """The folder of a fine-tuning run in bfloat16, launched with accelerate_configs/tpu.yaml."""
     printed = run(*LAUNCH, "scripts.chat_sft", *sft_flags, *flags(output_dir=data / "launched"))
     assert "xla:0, XLA, mixed precision bf16" in printed
     return data / "launched"

@@ -1,4 +1,4 @@
-"""python exact_products.py MODULE ARGUMENTS: a training script whose Muon multiplies in float32, so that two devices' curves can be compared closely."""
+"""python exact_products.py MODULE ARGUMENTS: train with Muon in float32, to compare two devices' curves."""
 
 import functools
 import runpy

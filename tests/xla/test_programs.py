@@ -63,7 +63,7 @@ def batches(rows_each=2):
 
 
 def test_nothing_compiles_after_the_warm_up(data, sft_flags, monkeypatch, tmp_path):
-    """30 steps of the script with accumulation, evaluation and logging every 5: from step 10 on every program is an old one."""
+    """30 steps with accumulation, and evaluation and logging every 5: from step 10 on no program is new."""
     from nanochat_hf.cli import chat_sft
 
     before, after, step = {}, {}, Trainer.step
@@ -113,7 +113,7 @@ def test_accumulation_may_change_without_compiling():
 
 
 def test_counts_and_the_stop_are_reduced_on_the_device(monkeypatch):
-    """As on two replicas, of which this device is the only one: the values stay on the device, and the stop comes a step later."""
+    """As on two replicas, though there is one: the values stay on the device, and the stop comes a step later."""
     accelerator, model, optimizer = small_model()
     trainer = Trainer(accelerator, model, optimizer, batches(), num_steps=1, schedule=lambda *_: 1.0)
     stop = StopSignal(accelerator)
@@ -185,7 +185,7 @@ def test_masks_are_those_of_transformers():
 
 
 def test_the_flash_kernel_gets_documents_as_segments(monkeypatch):
-    """The kernel itself needs a TPU; a stand-in of its documented meaning takes its place, and the result must be SDPA's."""
+    """The kernel needs a TPU; a stand-in with its documented meaning takes its place, and the result is SDPA's."""
     from torch_xla.experimental import custom_kernel
 
     calls = []
@@ -251,7 +251,8 @@ def test_saves_with_prepared_and_unprepared_loaders(prepared, data, tmp_path):
 
 CHECKPOINTED = """
 import os, sys
-os.environ["XLA_FLAGS"] += f" --xla_cpu_enable_concurrency_optimized_scheduler=false --xla_dump_to={sys.argv[2]} --xla_dump_hlo_as_text"
+os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ["XLA_FLAGS"] += f" --xla_dump_to={sys.argv[2]} --xla_dump_hlo_as_text"
 import torch
 from nanochat_hf import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.machine.accelerator import build_accelerator
@@ -259,13 +260,15 @@ from nanochat_hf.machine import xla
 from nanochat_hf.machine.xla import enable_checkpointing, mark_step
 torch.manual_seed(0)
 accelerator = build_accelerator(1, dtype="float32")
-model = NanochatForCausalLM(NanochatConfig(vocab_size=64, hidden_size=64, num_hidden_layers=6, num_attention_heads=2, max_position_embeddings=128))
+sizes = dict(vocab_size=64, hidden_size=64, num_hidden_layers=6, num_attention_heads=2, max_position_embeddings=128)
+model = NanochatForCausalLM(NanochatConfig(**sizes))
 if sys.argv[1] == "checkpointed":
     enable_checkpointing(model, accelerator.device)
 model = accelerator.prepare(model).train()
 ids = torch.randint(0, 64, (8, 128)).to(accelerator.device)
 mark_step(accelerator.device)
-model(input_ids=ids, shift_labels=ids, position_ids=torch.arange(128).expand(8, 128).contiguous().to(accelerator.device)).loss.backward()
+positions = torch.arange(128).expand(8, 128).contiguous().to(accelerator.device)
+model(input_ids=ids, shift_labels=ids, position_ids=positions).loss.backward()
 mark_step(accelerator.device)
 torch.save({name: p.grad.cpu() for name, p in model.named_parameters()}, sys.argv[2] + "/gradients.pt")
 """

@@ -1,4 +1,4 @@
-"""Base training and fine-tuning on XLA give the CPU's losses, save, go on exactly, and export models that load anywhere."""
+"""Training on XLA gives the CPU's losses, saves, resumes exactly, and exports models that load anywhere."""
 
 import os
 import signal
@@ -82,7 +82,8 @@ def test_bfloat16_stays_within_its_noise(data, launched, sft_flags, cpu_exact):
     run("-m", "scripts.chat_sft", *sft_flags, *flags(output_dir=data / "cpu-bf16", dtype="bfloat16"), xla=False)
     noise, ours = (apart(losses(folder), losses(cpu_exact)) for folder in (data / "cpu-bf16", launched))
     print(
-        f"from float32 on the CPU: bfloat16 on the CPU {noise.mean():.1e}, on XLA {ours.mean():.1e} (mean), {ours.max():.1e} (most)"
+        f"from float32 on the CPU: bfloat16 on the CPU {noise.mean():.1e}, "
+        f"on XLA {ours.mean():.1e} (mean), {ours.max():.1e} (most)"
     )
     assert 0 < ours.mean() < 3 * noise.mean() and ours.max() < 0.05
 
@@ -125,7 +126,7 @@ def test_the_export_generates_here_and_in_a_plain_venv(launched, tmp_path):
 
 
 def test_a_dead_launcher_stops_the_run_with_a_checkpoint(data, sft_flags, tmp_path):
-    """The launcher trains in a thread of a child, where Python takes no signal handlers: the child sees that its parent is gone."""
+    """The launcher trains in a child's thread, where Python takes no signal handlers: the child sees its parent go."""
     command = [*LAUNCH, "scripts.chat_sft", *sft_flags, *flags(output_dir=tmp_path / "run")]
     command[command.index("--num-steps") + 1] = "5000"
     with open(tmp_path / "log", "w") as log:
