@@ -38,7 +38,7 @@ def load_shards(source: SourceConfig) -> list[Shard]:
         splits = saved_files(source) or listed(source).splits
         shards: list[Shard] = []
         for name, part in _parts(source, splits):
-            files = [file for file in splits[name] if not is_local(file.path) or file.count(1)]
+            files = [file for file in splits[name] if file.is_remote or file.count(1)]
             count = sum(file.count() for file in files) if part.counted else None
             shards += shards_of(files, [part.range(count)])
         if source.start or source.rows is not None:
@@ -165,7 +165,7 @@ def _parts(source: SourceConfig, splits: dict[str, Any]) -> list[tuple[str, Spli
 
 
 def _from_files(source: SourceConfig, split: str, files: list[DataFile]) -> Rows:
-    if all(is_local(file.path) for file in files):
+    if not any(file.is_remote for file in files):
         return load_files(files, source.label)
     if len({file.kind for file in files}) == 1 and files[0].is_table:
         return _from_hub(source, split)  # kept by datasets under the name, so that it is there without a connection

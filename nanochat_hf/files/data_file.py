@@ -49,6 +49,11 @@ class DataFile:
         return self.kind in TABLES
 
     @property
+    def is_remote(self) -> bool:
+        """Whether the file lies on the Hub."""
+        return self.path.startswith(HUB)
+
+    @property
     def name(self) -> str:
         """What messages call the file: its path, or its name on the Hub."""
         return self.path.removeprefix(f"{HUB}datasets/")
@@ -61,7 +66,7 @@ class DataFile:
     def open(self) -> BinaryIO:
         """The file's bytes as they lie there; ValueError where there is none."""
         try:
-            if self.path.startswith(HUB):
+            if self.is_remote:
                 from huggingface_hub import HfFileSystem
 
                 return HfFileSystem().open(self.path, "rb")

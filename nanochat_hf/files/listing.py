@@ -95,7 +95,7 @@ def list_hub(path: str, name: str | None = None) -> Listing:
 
 def download(file: DataFile) -> DataFile:
     """A file of the Hub as a local one, fetched where it is not in the cache; a local file as it is."""
-    if not file.path.startswith(HUB):
+    if not file.is_remote:
         return file
     from huggingface_hub import hf_hub_download
 
