@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
 WORKERS ?= 2
-.PHONY: drill test test-kernels test-xla quickstart quickstart-clean lint docs
+.PHONY: drill test test-clients test-kernels test-xla quickstart quickstart-clean lint docs
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ test: lint
 test-kernels: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q triton
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/kernels tests/optim/test_gradient_sums.py
+
+# a saved folder in other programs, each in a venv of its own; docs/clients.md has the table
+test-clients: $(VENV)/.installed
+	PYTHON=$(VENV)/bin/python scripts/clients/vllm.sh .venv-vllm
 
 test-xla: $(VENV)/.installed $(XLA)/.installed
 	PLAIN_PYTHON=$(VENV)/bin/python $(XLA)/bin/python -m pytest -o timeout=1200 tests/xla

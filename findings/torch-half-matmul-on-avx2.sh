@@ -3,7 +3,7 @@
 # picks bfloat16.
 #
 # Expected: half the bytes make it faster, or at worst as fast as a conversion to float32 and back.
-# Seen: 7 to 60 times slower with AVX2 alone, by the size of the product and what else the machine does; float16
+# Seen: 7 to 100 times slower with AVX2 alone, by the size of the product and what else the machine does; float16
 #   likewise. To cast both operands to float32, multiply and cast back is several times faster than the product
 #   itself.
 # Matters: `torch.autocast("cpu")` means bfloat16, and small runs and tests on laptops and CI machines are mostly of

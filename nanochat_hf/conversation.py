@@ -29,17 +29,17 @@ __all__ = [
     "validate",
 ]
 
-# The file's lines are joined without their indentation, so that none of it reaches the model. In it, ns.run collects what
-# the assistant says and marks it in one piece, which ends in a special token wherever it can: transformers marks by
-# characters, and of a last character that takes several tokens it marks only the first.
+# The file's lines are joined without their indentation, so that none of it reaches the model. In it, ns.run collects
+# what the assistant says and marks it in one piece, which ends in a special token wherever it can: transformers marks
+# by characters, and of a last character that takes several tokens it marks only the first.
 CHAT_TEMPLATE = "".join(
     line.strip() for line in Path(__file__).with_name("chat_template.jinja").read_text("utf-8").splitlines()
 )
 
-# An answer → a message with tool_calls, for `tokenizer.parse_response` and `transformers serve`. The first pattern is a
-# call of a declared tool, NAME{ARGUMENTS}. The second is the calculator's bare code: its name is the "python" within the
-# token itself, and its arguments are the code as a string, since a response template has no way to wrap it. It waits for
-# a letter that no name has, or a streamed NAME{ would be taken for code.
+# An answer → a message with tool_calls, for `tokenizer.parse_response` and `transformers serve`. The first pattern is
+# a call of a declared tool, NAME{ARGUMENTS}. The second is the calculator's bare code: its name is the "python" within
+# the token itself, and its arguments are the code as a string, since a response template has no way to wrap it. It
+# waits for a letter that no name has, or a streamed NAME{ would be taken for code.
 RESPONSE_TEMPLATE: dict[str, Any] = {
     "defaults": {"role": "assistant"},
     "start_anchor": ["<|assistant_start|>", "<|output_end|>"],
@@ -76,7 +76,7 @@ def render(
 ) -> tuple[list[int], list[int]]:
     """A conversation → (ids, mask), equally long; mask is 1 on the tokens that the assistant is to learn, its own.
 
-    conversation: {"messages": […], "tools": […] or absent}, see messages.py. ConversationError for what cannot be written.
+    It is {"messages": […], "tools": […] or absent}, see messages.py. ConversationError for what cannot be written.
     """
     ids, mask = _encode(tokenizer, layout(conversation))
     return ids[:max_tokens], mask[:max_tokens]
@@ -116,7 +116,7 @@ class PlainEncoder:
             backend.no_padding()
         self.backend.encode_special_tokens, self.joined.encode_special_tokens = True, False
         self.strings = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
-        self.prefix = commonprefix(self.strings)  # one search instead of nine
+        self.prefix = commonprefix(self.strings)  # noqa: RUF071  of characters: one search instead of nine
 
     def __getstate__(self) -> dict[str, Any]:
         return {"special": self.special, "text": self.backend.to_str()}
@@ -127,15 +127,15 @@ class PlainEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of all that decides which ids and mask a conversation gets: it changes with vocabulary and template."""
+        """Hex digest of what decides a conversation's ids and mask: it changes with vocabulary and template."""
         return hashlib.sha256(json.dumps([self.backend.to_str(), CHAT_TEMPLATE, self.special]).encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """encode(["hi", "you"]) → a list of ids for each text, without special tokens."""
+        """A list of ids for each text, without special tokens."""
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def render(self, conversations: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Many conversations → (ids int32, mask uint8, lengths int64): `render` of each, one after the other, in flat arrays.
+        """Many conversations → (ids int32, mask uint8, lengths int64): `render` of each, in flat arrays.
 
         A conversation is encoded as one string whose special tokens the tokenizer cuts out itself, a third faster than
         piece by piece. Where a text holds the string of a special token, it goes piece by piece.
@@ -153,14 +153,14 @@ class PlainEncoder:
         return self.prefix in text and any(s in text for s in self.strings)
 
     def _mask(self, ids: np.ndarray) -> np.ndarray:
-        """uint8 (T,): learned are the tokens after an assistant_start, up to assistant_end, but for a tool's outputs.
+        """What is learned, uint8 (T,): tokens after assistant_start, up to assistant_end, but for a tool's outputs.
 
         A conversation may end within a turn, after a call or its output; the next one's bos then ends the turn.
         """
         positions = np.arange(len(ids), dtype=np.int64)
 
         def latest(*names: str) -> np.ndarray:
-            """For each position, the last one at or before it that holds one of these tokens; -1 where there is none."""
+            """For each position, the last one up to it that holds one of these tokens; -1 where there is none."""
             here = np.isin(ids, [self.special[name] for name in names])
             return np.maximum.accumulate(np.where(here, positions, -1)) if len(ids) else positions
 

@@ -1,7 +1,7 @@
-"""What a conversation may be, and the order of its pieces: messages → (special token or text, is it special, is it learned).
+"""What a conversation may be, and its pieces in order: (special token or text, is it special, is it learned).
 
-Messages are OpenAI's: system or developer first, then user, assistant and tool; `tools` (JSON schemas) stand beside them.
-An assistant's content may also be parts, in which the built-in calculator's calls and answers have their own types.
+Messages are OpenAI's: system or developer first, then user, assistant and tool; `tools`, JSON schemas, stand beside
+them. An assistant's content may also be parts, in which the calculator's calls and answers have their own types.
 chat_template.jinja says the same to transformers; tests hold the two together, token by token.
 """
 
@@ -21,12 +21,13 @@ SPECIAL_TOKENS = [
     "<|output_end|>",
 ]
 
-# The kinds of an assistant's parts, and the special tokens around each
-PARTS = {
-    "text": None,
+# The special tokens around a call and a tool's output
+MARKS: dict[str, tuple[str, str]] = {
     "python": ("<|python_start|>", "<|python_end|>"),
     "python_output": ("<|output_start|>", "<|output_end|>"),
 }
+# The kinds of an assistant's parts, and the special tokens around each
+PARTS: dict[str, tuple[str, str] | None] = {"text": None, **MARKS}
 
 # Tools whose argument is itself code. A call of one of them, alone in its message and not declared in `tools`, is the
 # built-in calculator's: bare code, answered within the turn.
@@ -107,7 +108,7 @@ def layout(conversation: Any, where: str = "conversation") -> Iterator[Piece]:
 
 
 def prompt_pieces(conversation: Any, where: str = "conversation") -> list[Piece]:
-    """The pieces of a conversation that an assistant is to go on with; its last assistant message, if any, is dropped."""
+    """The pieces of what an assistant is to go on with; the last assistant message, if any, is dropped."""
     validate(conversation, where)
     messages = conversation["messages"]
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -142,7 +143,8 @@ def _function(tool: Any, where: str) -> Mapping[str, Any]:
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ConversationError(
-            f"{where}: the tool {tool!r:.80} has no name; give {{'type': 'function', 'function': {{'name', 'parameters'}}}}"
+            f"{where}: the tool {tool!r:.80} has no name; "
+            "give {'type': 'function', 'function': {'name', 'parameters'}}"
         )
     return function
 
@@ -209,7 +211,7 @@ def _said(message: Message, has_calls: bool, at: str) -> Iterator[Piece]:
 def _marked(kind: str, text: str) -> Iterator[Piece]:
     """A call or an output between its special tokens; what a tool says is not learned."""
     learned = int(kind != "python_output")
-    start, end = PARTS[kind]
+    start, end = MARKS[kind]
     yield start, True, learned
     yield text, False, learned
     yield end, True, learned

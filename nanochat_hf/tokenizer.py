@@ -71,7 +71,7 @@ def as_transformers(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerF
 
 
 def with_templates(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokenizer, with the chat template that says what `conversation.render` says, and the one of its answers."""
+    """The same tokenizer, with the chat template that agrees with `conversation.render`, and the one for answers."""
     tokenizer.chat_template, tokenizer.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
     return tokenizer
 
@@ -91,7 +91,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 
 
 def load_tokenizer(folder: str | PathLike[str]) -> PreTrainedTokenizerFast:
-    """The tokenizer saved in `folder` or under a Hub name; ValueError where there is none or it lacks the special tokens.
+    """The tokenizer saved in `folder` or under a Hub name; ValueError where it is missing or lacks the special tokens.
 
     It gets the templates of this version, since the trainer renders by them, whatever the folder was saved with.
     """
@@ -101,6 +101,8 @@ def load_tokenizer(folder: str | PathLike[str]) -> PreTrainedTokenizerFast:
         inner = Path(folder) / "final"
         remedy = f"did you mean {inner}, the run's model?" if inner.is_dir() else "train one with scripts.tok_train"
         raise ValueError(f"tokenizer {folder}: cannot be loaded ({str(error).splitlines()[0]}); {remedy}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer {folder}: is no fast tokenizer; use one made by scripts.tok_train")
     missing = [t for t in SPECIAL_TOKENS if t not in tokenizer.get_vocab()]
     if missing:
         raise ValueError(f"tokenizer {folder}: lacks {', '.join(missing)}; use one made by scripts.tok_train")

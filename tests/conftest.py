@@ -1,7 +1,9 @@
 """Tests never reach for the Hub and use one thread, so that they fit beside each other on two cores."""
 
 import os
+import sys
 
+import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,3 +12,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, where it is installed at all
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """Forget compiled functions after each test: they count towards dynamo's limit, and a later test would meet it by its order."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

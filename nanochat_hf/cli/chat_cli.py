@@ -1,4 +1,6 @@
-"""Talk to a model: python -m scripts.chat_cli --model DIR [-p "one question"]
+"""Talk to a model in the terminal.
+
+python -m scripts.chat_cli --model DIR [-p "one question"]
 
 Ctrl-C stops an answer, Ctrl-D or /quit leaves. What the calculator was asked and said stands in brackets.
 """
@@ -30,10 +32,10 @@ HELP = """\
 
 
 def printable(pieces: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """(kind, text) … with � in place of every control character but tab and line feed.
+    r"""(kind, text) … with � in place of every control character but tab and line feed.
 
-    >>> list(printable([("text", "\\x1b[2J\\n")]))
-    [('text', '�[2J\\n')]
+    >>> list(printable([("text", "\x1b[2J\n")]))
+    [('text', '�[2J\n')]
     """
     return ((kind, text.translate(CONTROLS)) for kind, text in pieces)
 
@@ -57,7 +59,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_chat(args: argparse.Namespace) -> Chat:
-    """A Chat from the flags; ValueError before anything is loaded for settings that cannot be, and for what is no model."""
+    """A Chat from the flags; ValueError for settings that cannot be, before anything is loaded, and for no model."""
     settings = dict(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
     )
@@ -73,7 +75,7 @@ def load_chat(args: argparse.Namespace) -> Chat:
         raise ValueError(f"--model {args.model}: holds no config.json, so no model; {remedy}")
     disable_progress_bar()
     tokenizer = load_tokenizer(args.model)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
     if device.type == "cpu":
         cpu.set_threads()
     dtype = args.dtype or cpu.best_dtype(device)

@@ -1,4 +1,6 @@
-"""Talk to a model in the browser: python -m scripts.chat_web --model DIR. Needs the extra: pip install 'nanochat_hf[web]'
+"""Talk to a model in the browser.
+
+python -m scripts.chat_web --model DIR    (needs the extra: pip install 'nanochat_hf[web]')
 
 The page is on this machine alone unless --host or --share says otherwise. What the calculator was asked and said stands
 in brackets. Answers are shown as plain text, nothing can be uploaded, and pictures of other hosts are not loaded.
@@ -8,7 +10,7 @@ import argparse
 import contextlib
 import os
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ App = Callable[[Scope, Callable[..., Awaitable], Callable[..., Awaitable]], Awai
 
 
 class Answers:
-    """Finds the conversation that an earlier answer left. The page knows texts only, and a tool call is more than its text."""
+    """Finds the conversation that an earlier answer left: the page knows texts only, and a tool call is more."""
 
     def __init__(self) -> None:
         self.after: OrderedDict[tuple[str, ...], tuple[list, list]] = OrderedDict()
@@ -69,7 +71,7 @@ class Page:
 
     def respond(
         self, message: str, history: Sequence[Mapping[str, Any]], temperature: float, top_k: float
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Yield the answer so far, again and again. ValueError for what cannot be asked."""
         turns = tuple(map(text_of, history))
         self._check_size(message, turns)
@@ -98,7 +100,7 @@ class Page:
 
 
 class Guard:
-    """ASGI middleware: no uploads and no files, no large bodies, and a policy by which browsers load nothing from elsewhere."""
+    """ASGI middleware: no uploads, no files, no large bodies; browsers are told to load nothing from elsewhere."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -198,7 +200,7 @@ def build_page(argv: list[str] | None = None) -> tuple[Any, dict[str, Any], Page
 
 
 def _interface(gradio: Any, page: Page, args: argparse.Namespace) -> Any:
-    """gradio's ChatInterface: one answer at a time, WAITING questions in the queue, texts shown as they are."""
+    """A ChatInterface: one answer at a time, WAITING questions in the queue, texts shown as they are."""
 
     def respond(*inputs: Any) -> Iterator[str]:
         try:

@@ -1,4 +1,7 @@
-"""Publish a data set as training uses it: python -m scripts.push_dataset --hub-dataset-id org/chats --data chats.jsonl --tokenizer DIR"""
+"""Publish a data set as training uses it.
+
+Python -m scripts.push_dataset --hub-dataset-id org/chats --data chats.jsonl --tokenizer DIR
+"""
 
 import sys
 import tempfile
@@ -16,7 +19,10 @@ from nanochat_hf.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class PublishConfig:
-    """Which data, tokenised by what, and where to. A recipe (--config) may list several sources as train_data and validation_data."""
+    """Which data, tokenised by what, and where to.
+
+    A recipe (--config) may list several sources as train_data and validation_data.
+    """
 
     hub_dataset_id: str = field(metadata={"help": "repository: org/name, or name in your own namespace"})
     data: str | None = field(default=None, metadata={"help": "a Hub name or a file"})
@@ -41,7 +47,10 @@ class PublishConfig:
 
 
 def sources(config, lists):
-    """{"train": [SourceConfig, …], "validation": […]}, without empty splits; ValueError where there is nothing to train on."""
+    """{"train": [SourceConfig, …], "validation": […]}, without empty splits.
+
+    ValueError where there is nothing to train on.
+    """
     found = {
         split: SourceConfig.from_recipe_list(lists.get(f"{split}_data"), f"{split}_data")
         for split in ("train", "validation")

@@ -122,7 +122,7 @@ class Processes:
         Ctrl-C is passed on, once: training then finishes its step and saves. A second one ends the process.
         """
         reader, writer = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=_child, args=(module, list(argv), writer))
+        process = self.context.Process(target=_child, args=(module, list(argv), reader, writer))
         process.start()
         writer.close()
         asked = 0
@@ -145,7 +145,8 @@ class Processes:
         return 130 if asked or process.exitcode is None else process.exitcode
 
 
-def _child(module, argv, writer):
+def _child(module, argv, reader, writer):
+    # `reader` stays open here, so that writing fails at no moment after the parent's end: training still has to save
     os.setpgrp()  # a terminal's Ctrl-C reaches the parent alone, which passes it on
     for number in (1, 2):
         os.dup2(writer.fileno(), number)
@@ -153,11 +154,15 @@ def _child(module, argv, writer):
     sys.argv = [module, *argv]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     importlib.import_module(module).main(argv)
+    del reader
 
 
 def _end_with_parent():
     if parent := multiprocessing.parent_process():
         parent.join()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -1,4 +1,7 @@
-"""Bytes per token on several kinds of text, beside other tokenizers: python -m scripts.tok_eval --tokenizer DIR [--data FILES]"""
+"""Bytes per token on several kinds of text, beside other tokenizers.
+
+Python -m scripts.tok_eval --tokenizer DIR [--data FILES]
+"""
 
 import base64
 import gzip
@@ -71,7 +74,10 @@ def measure(kind, texts, encoders):
 
 
 def load(path):
-    """A path or Hub name → (name, (function from texts to numbers of tokens, size of the vocabulary)). ValueError says what is missing."""
+    """A path or Hub name → (name, (function from texts to numbers of tokens, size of the vocabulary)).
+
+    ValueError says what is missing.
+    """
     place = Path(path)
     if ".tiktoken" in place.suffixes:
         return place.name.split(".")[0], tiktoken_file(place)

@@ -1,14 +1,15 @@
 """The way of a row from a data set to a batch, in stops. One conversation is carried through all of them.
 
-1. `sources` says which rows of which data set; `loading` reads them, by way of `nanochat_hf.files`, each with its place.
+1. `sources` says which rows of which data set; `loading` reads them by way of `nanochat_hf.files`, each with its place.
 
    >>> from nanochat_hf.files.data_file import Place, Raw
    >>> from nanochat_hf.data.sources import SourceConfig
    >>> source = SourceConfig(path="chats.jsonl", columns={"completion": "answer"})
-   >>> raw = Raw(b'{"prompt": "hi", "answer": "yes", "score": 5}', Place("chats.jsonl", "line", 1))
+   >>> line = b'{"prompt": "hi", "answer": "yes", "score": 5}'
+   >>> raw = Raw(line, Place("chats.jsonl", "line", 1))
 
-2. `formats` (with `columns`, `tool_calls` and `weights`) makes messages of a row; `conversations` checks them and says what of
-   the row was not used.
+2. `formats` (with `columns`, `tool_calls` and `weights`) makes messages of a row; `conversations` checks them and says
+   what of the row was not used.
 
    >>> from nanochat_hf.data.conversations import convert
    >>> converted = convert(raw, source)
@@ -17,8 +18,8 @@
    >>> converted.ignored
    ('score',)
 
-3. `tokenising` renders conversations to ids and a mask of the targets, once (with `code_key`, which tells when it must be
-   done again); `overlong` cuts those that are longer than a row; `documents` holds them. `texts` is the same for plain text.
+3. `tokenising` renders conversations to ids and a mask of the targets, once (`code_key` tells when it must be done
+   again); `overlong` cuts those that are longer than a row; `documents` holds them. `texts` is the same for plain text.
 
    >>> from nanochat_hf.conversation import PlainEncoder
    >>> from nanochat_hf.tokenizer import train_tokenizer
@@ -47,8 +48,9 @@
    >>> [tokenizer.decode([label]) for label in batch["shift_labels"][0].tolist() if label >= 0]
    ['y', 'e', 's', '<|assistant_end|>']
 
-6. `batches` says what the engine sees of it: endless batches with exact state and a report. `planned` (6a) has whole epochs
-   planned before the first step, `streamed` (6b) packs what `readers` deal out, window by window; `workers` make batches ahead.
+6. `batches` says what the engine sees of it: endless batches with exact state and a report. `planned` (6a) has whole
+   epochs planned before the first step, `streamed` (6b) packs what `readers` deal out, window by window; `workers` make
+   batches ahead.
 
 `reports` counts what was cut, left out and ignored at every stop; `identity` tells data sets apart on resuming.
 """

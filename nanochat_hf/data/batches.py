@@ -11,7 +11,9 @@ from .reports import DataReport
 class Batches(Protocol):
     """Endless micro-batches of this process, with exact state."""
 
-    report: DataReport
+    @property
+    def report(self) -> DataReport:
+        """What became of the rows of each source."""
 
     @property
     def epoch(self) -> float:

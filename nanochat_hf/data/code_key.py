@@ -11,8 +11,11 @@ SIMPLE = (str, bytes, int, float, bool, type(None))
 
 
 def code_key(functions: Iterable[Callable], modules: Iterable[types.ModuleType] = ()) -> str:
-    """A digest that changes with the functions, with the functions and constants of their modules that they use, and with
-    the files of `modules`. Where code stands in a file, and what it is called, does not matter for functions."""
+    """A digest that changes with what the functions do, and with the files of `modules`.
+
+    Functions and constants that a function finds in its own module count too. Where code stands in a file, and what it
+    is called, does not matter for functions.
+    """
     digest = hashlib.sha256()
     for module in modules:
         digest.update(Path(str(module.__file__)).read_bytes())
@@ -24,7 +27,10 @@ def code_key(functions: Iterable[Callable], modules: Iterable[types.ModuleType] 
 
 
 def _parts(value: Any, seen: set[int]) -> Iterable[str]:
-    """Text for all that decides what a function does; other values by their repr where that does not hold an address."""
+    """Text for all that decides what a function does.
+
+    Other values by their repr where that does not hold an address.
+    """
     while hasattr(value, "__wrapped__"):
         value = value.__wrapped__
     if inspect.ismethod(value):

@@ -13,14 +13,16 @@ Batch = dict[str, torch.Tensor]
 class PackingCollator:
     """Lays rows of documents {"ids", "mask"} out as {input_ids, shift_labels, position_ids}, int64 (B, positions).
 
-    A row holds up to positions + 1 tokens, as inputs [:-1] and targets [1:]. Targets with mask 0, and padding, are −100; mask
-    None trains all. With `isolate`, position_ids restart per document, so that documents cannot see each other. Padding is a
-    document of its own: it attends to itself and nothing real attends to it. ValueError for a row that is too long.
+    A row holds up to positions + 1 tokens, as inputs [:-1] and targets [1:]. Targets with mask 0, and padding, are
+    −100; mask None trains all. With `isolate`, position_ids restart per document, so that documents cannot see each
+    other. Padding is a document of its own: it attends to itself and nothing real attends to it. ValueError for a row
+    that is too long.
 
-    Where a document has "factors", or always with `weighted`, there is loss_weights too, float32 (B, positions): what each
-    target's loss is multiplied by. A target whose factor is 0 is none.
+    Where a document has "factors", or always with `weighted`, there is loss_weights too, float32 (B, positions): what
+    each target's loss is multiplied by. A target whose factor is 0 is none.
 
-    >>> made = PackingCollator(5, pad_token_id=9)([[{"ids": [1, 2, 3], "mask": [0, 1, 1]}, {"ids": [1, 4], "mask": [0, 1]}]])
+    >>> row = [{"ids": [1, 2, 3], "mask": [0, 1, 1]}, {"ids": [1, 4], "mask": [0, 1]}]
+    >>> made = PackingCollator(5, pad_token_id=9)([row])
     >>> made["input_ids"].tolist(), made["shift_labels"].tolist(), made["position_ids"].tolist()
     ([[1, 2, 3, 1, 4]], [[2, 3, -100, 4, -100]], [[0, 1, 2, 0, 1]])
     """
@@ -29,8 +31,10 @@ class PackingCollator:
         self.positions, self.pad_token_id, self.isolate, self.weighted = positions, pad_token_id, isolate, weighted
 
     def __call__(self, rows: Sequence[Sequence[Document]]) -> Batch:
+        """The batch of some rows of documents."""
         width = self.positions + 1
-        # numpy, and whole rows at a time: a torch call costs microseconds, and a document holds only some hundred tokens
+        # numpy, and whole rows at a time: a torch call costs microseconds, and a document holds only some hundred
+        # tokens
         ids = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
         labels = np.full((len(rows), width), -100, dtype=np.int64)
         places = np.zeros((len(rows), width), dtype=np.int64)

@@ -8,8 +8,10 @@ from nanochat_hf.messages import ConversationError
 
 
 def renamed(row: Any, columns: Mapping[str, str] | None, where: str = "row") -> Any:
-    """The row with its columns renamed, {new name: name in the data}. What had a new name before is set aside under a name
-    that says so, and counts as ignored. ConversationError names a column that is not there.
+    """The row with its columns renamed, {new name: name in the data}.
+
+    What had a new name before is set aside under a name that says so, and counts as ignored. ConversationError names a
+    column that is not there.
 
     >>> renamed({"q": "a", "answer": "b", "better": "c"}, {"answer": "better"})
     {'q': 'a', 'answer (replaced by better)': 'b', 'answer': 'c'}
@@ -29,10 +31,14 @@ def renamed(row: Any, columns: Mapping[str, str] | None, where: str = "row") -> 
 
 
 def as_list(value: Any, where: str, column: str) -> Any:
-    """A list of structs, however a column holds it: JSON text, a list of JSON texts, or a struct of lists. Else the value itself.
+    """A list of structs, however a column holds it: JSON text, a list of JSON texts, or a struct of lists.
 
-    >>> as_list('[{"role": "user"}]', "row", "messages"), as_list({"role": ["user"], "content": ["hi"]}, "row", "messages")
-    ([{'role': 'user'}], [{'role': 'user', 'content': 'hi'}])
+    Else the value itself.
+
+    >>> as_list('[{"role": "user"}]', "row", "messages")
+    [{'role': 'user'}]
+    >>> as_list({"role": ["user"], "content": ["hi"]}, "row", "messages")
+    [{'role': 'user', 'content': 'hi'}]
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         value = _json(value, where, column)
@@ -49,7 +55,11 @@ def as_list(value: Any, where: str, column: str) -> Any:
 
 
 def as_mapping(value: Any) -> Any:
-    """The pairs of a map as a dict; else the value itself: as_mapping([("city", "Oslo")]) → {"city": "Oslo"}."""
+    """The pairs of a map as a dict, else the value itself.
+
+    >>> as_mapping([("city", "Oslo")])
+    {'city': 'Oslo'}
+    """
     is_pairs = isinstance(value, list) and value and all(isinstance(v, tuple) and len(v) == 2 for v in value)
     return dict(value) if is_pairs else value
 

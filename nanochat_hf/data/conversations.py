@@ -25,7 +25,10 @@ class Converted:
 
 
 def convert(raw: Raw, source: SourceConfig) -> Converted:
-    """A raw row of `source` → Converted; ConversationError, or a ValueError for a line that is no JSON, begins with its place."""
+    """A raw row of `source` → Converted.
+
+    ConversationError, or a ValueError for a line that is no JSON, begins with its place.
+    """
     row, where = raw.parsed(), str(raw.place)
     try:
         conversation, unused = _conversation(row, source, where)
@@ -47,7 +50,10 @@ def _conversation(row: Any, source: SourceConfig, where: str) -> tuple[dict[str,
 
 
 def check(conversation: Any, where: str) -> None:
-    """ConversationError, which begins with `where`, for what cannot be rendered: roles, contents, null parts, lone surrogates."""
+    """ConversationError, which begins with `where`, for what cannot be rendered.
+
+    Roles, contents, null parts, lone surrogates.
+    """
     messages = conversation.get("messages")
     for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, dict) else None
@@ -59,7 +65,10 @@ def check(conversation: Any, where: str) -> None:
 
 
 def surrogate(text: str) -> str | None:
-    """What to say of a text with half of a character that UTF-16 writes in two, which no UTF-8 has; None where it has none."""
+    """What to say of a text with half of a character that UTF-16 writes in two, which no UTF-8 has.
+
+    None where it has none.
+    """
     if text.isascii():
         return None
     try:

@@ -1,4 +1,8 @@
-"""Stop 3: the tokenised conversations of a mixture as documents, over-long ones treated by a named policy, read as views of a file."""
+"""Stop 3.
+
+The tokenised conversations of a mixture as documents, over-long ones treated by a named policy, read as views of a
+file.
+"""
 
 import hashlib
 from collections import Counter
@@ -18,7 +22,10 @@ Document = dict[
 
 
 class TokenColumns:
-    """Views into the Arrow file of a tokenised source: no copy, no Python list. `lengths` and `trained` count tokens per conversation."""
+    """Views into the Arrow file of a tokenised source: no copy, no Python list.
+
+    `lengths` and `trained` count tokens per conversation.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -147,7 +154,7 @@ class Documents(Sequence):
     def __len__(self) -> int:
         return len(self.spans)
 
-    def __getitem__(self, index: Any) -> Document:
+    def __getitem__(self, index: Any) -> Any:
         number, row, start, stop = self.spans[index]
         columns = self.columns[number]
         ids, mask = columns.row(row)

@@ -36,7 +36,10 @@ ANSWER_KEYS = {"tool_call_id", "name"}  # of a tool's message
 
 @dataclass(frozen=True)
 class Form:
-    """How rows of one kind become messages: the columns they need, those that are used where they are there, and the function."""
+    """How rows of one kind become messages.
+
+    The columns they need, those that are used where they are there, and the function.
+    """
 
     convert: Callable[[Any, str], Any]
     needs: tuple[str, ...] = ()
@@ -57,15 +60,17 @@ def row_format(row: Any, where: str = "row") -> str:
         if form.needs and all(column in row for column in form.needs):
             return name
     raise ConversationError(
-        f"{where}: columns {', '.join(map(str, row))}; need messages, conversations, prompt+completion or instruction+output"
+        f"{where}: columns {', '.join(map(str, row))}; need messages, conversations, prompt+completion or "
+        "instruction+output"
     )
 
 
 def convert_row(row: Any, where: str = "row", form: str | None = None) -> dict[str, Any]:
     """A row as messages, a bare list of messages, ShareGPT, prompt/completion or Alpaca → a conversation.
 
-    `form` names one of FORMATS; None takes the first that the columns fit. A `system` column becomes the system message,
-    `tools` go along with the messages. Calls of tools that are not declared become python parts, see tool_calls.
+    `form` names one of FORMATS; None takes the first that the columns fit. A `system` column becomes the system
+    message, `tools` go along with the messages. Calls of tools that are not declared become python parts, see
+    tool_calls.
 
     >>> convert_row({"instruction": "hi", "output": "yes", "history": [["a", "b"]]})["messages"][1]
     {'role': 'assistant', 'content': 'b'}

@@ -1,4 +1,7 @@
-"""What tells one data set from another without reading it, in words: for the state of a stream, which says how much was read."""
+"""What tells one data set from another without reading it, in words.
+
+For the state of a stream, which says how much was read.
+"""
 
 import hashlib
 import os
@@ -11,8 +14,10 @@ from .sources import SourceConfig
 
 
 def identity(source: SourceConfig, reader: Reader | None = None) -> str:
-    """Names and sizes of files, for they may lie elsewhere on resuming: "chats.jsonl (5,120 bytes)"; of a Hub name its split, and
-    the shards or rows that `reader` has."""
+    """Names and sizes of files, for they may lie elsewhere on resuming: "chats.jsonl (5,120 bytes)".
+
+    Of a Hub name its split, and the shards or rows that `reader` has.
+    """
     files = _files(source)
     if files:
         sizes = [(path.name, path.stat().st_size) for path in files]
@@ -35,7 +40,10 @@ def identity(source: SourceConfig, reader: Reader | None = None) -> str:
 
 
 def _files(source: SourceConfig) -> list[Path]:
-    """The local files of a source, a folder's with those that say how to read it; [] for a Hub name and what code makes."""
+    """The local files of a source, a folder's with those that say how to read it.
+
+    [] for a Hub name and what code makes.
+    """
     if source.path is None:
         return []
     if os.path.isdir(source.path):

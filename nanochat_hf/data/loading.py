@@ -38,7 +38,7 @@ def load_shards(source: SourceConfig) -> list[Shard]:
         splits = saved_files(source) or listed(source).splits
         shards: list[Shard] = []
         for name, part in _parts(source, splits):
-            files = [file for file in splits[name] if not is_local(file.path) or file.count(1)]
+            files = [file for file in splits[name] if file.is_remote or file.count(1)]
             count = sum(file.count() for file in files) if part.counted else None
             shards += shards_of(files, [part.range(count)])
         if source.start or source.rows is not None:
@@ -69,7 +69,7 @@ def unread(source: SourceConfig) -> list[str]:
 
 
 def is_remote(source: SourceConfig) -> bool:
-    """Whether the path is a Hub name: is_remote(SourceConfig(path="karpathy/x")) → True."""
+    """Whether the path is a Hub name, as karpathy/x is where nothing of that name lies here."""
     return source.task is None and source.path is not None and not is_local(source.path)
 
 
@@ -92,7 +92,10 @@ def unreadable(source: SourceConfig, error: BaseException) -> ValueError:
 
 
 def _whole(source: SourceConfig) -> tuple[dict[str, Callable[[], Rows]], bool]:
-    """{split: a function that loads its rows}, and whether the names of the splits are only what a task was asked for."""
+    """{split.
+
+    A function that loads its rows}, and whether the names of the splits are only what a task was asked for.
+    """
     if source.task:
         return {part.name: functools.partial(_task_rows, source, part) for part in parse_split(source.split)}, True
     saved = _saved(source)
@@ -134,7 +137,8 @@ def _chosen(source: SourceConfig, splits: dict[str, Callable[[], Rows]], any_nam
     if not len(chosen):
         there = sum(len(rows) for rows, _ in loaded)
         raise ValueError(
-            f"{source.label}: no rows from {source.start} on in split {source.split!r}, which has {there}; check start and rows"
+            f"{source.label}: no rows from {source.start} on in split {source.split!r}, which has {there}; check "
+            "start and rows"
         )
     return chosen
 
@@ -161,7 +165,7 @@ def _parts(source: SourceConfig, splits: dict[str, Any]) -> list[tuple[str, Spli
 
 
 def _from_files(source: SourceConfig, split: str, files: list[DataFile]) -> Rows:
-    if all(is_local(file.path) for file in files):
+    if not any(file.is_remote for file in files):
         return load_files(files, source.label)
     if len({file.kind for file in files}) == 1 and files[0].is_table:
         return _from_hub(source, split)  # kept by datasets under the name, so that it is there without a connection
@@ -175,7 +179,7 @@ def _from_hub(source: SourceConfig, split: str, error: Exception | None = None) 
     from datasets import load_dataset
 
     try:
-        return TableRows(load_dataset(source.path, source.name, split=split), source.label)
+        return TableRows(load_dataset(str(source.path), source.name, split=split), source.label)
     except Exception:
         if error is not None:
             raise error from None
@@ -193,7 +197,7 @@ def _saved(source: SourceConfig) -> dict[str, Any] | None:
         saved = load_from_disk(str(folder))
     except Exception as error:  # as in _chosen
         raise unreadable(source, error) from error
-    return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+    return {"train": saved} if isinstance(saved, Dataset) else {str(name): saved[name] for name in saved}
 
 
 def saved_files(source: SourceConfig) -> dict[str, list[DataFile]] | None:

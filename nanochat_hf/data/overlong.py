@@ -45,9 +45,9 @@ class Fit:
 def cut(length: int, turns: list[int], capacity: int, policy: str) -> list[Span]:
     """The parts of an over-long conversation that are kept.
 
-    `turns` are the places where a user's message begins, the first being 0. "split" cuts before a user's message, so that
-    no answer loses its question, and every later part gets a bos of its own; a single turn that is too long is truncated.
-    "truncate" keeps the beginning, "drop" nothing.
+    `turns` are the places where a user's message begins, the first being 0. "split" cuts before a user's message, so
+    that no answer loses its question, and every later part gets a bos of its own; a single turn that is too long is
+    truncated. "truncate" keeps the beginning, "drop" nothing.
 
     >>> cut(10, turns=[0, 4, 7], capacity=7, policy="split")
     [(0, 7), (7, 10)]

@@ -37,15 +37,16 @@ def plan_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def plan(lengths: np.ndarray, capacity: int) -> Plan:
     """Best fit, longest first: each length (int, (n,)) goes to the fullest row that has room for it, else to a new one.
 
-    Documents of one length are placed together. The row with the least space s that fits takes s // length of them before
-    another row is fuller, so a group of rows of equal space is filled by one array operation: O(capacity²) of these at most,
-    whatever the number of documents, and a sort. ValueError names the first length that has no place.
+    Documents of one length are placed together. The row with the least space s that fits takes s // length of them
+    before another row is fuller, so a group of rows of equal space is filled by one array operation: O(capacity²) of
+    these at most, whatever the number of documents, and a sort. ValueError names the first length that has no place.
     """
     wrong = np.flatnonzero((lengths <= 0) | (lengths > capacity))
     if len(wrong):
         first = wrong[0]
         raise ValueError(
-            f"lengths[{first}]={lengths[first]} must be between 1 and the row's capacity {capacity}; cut or drop it first"
+            f"lengths[{first}]={lengths[first]} must be between 1 and the row's capacity {capacity}; cut or drop it "
+            "first"
         )
     # radix sort of 16 bits, where they suffice, is three times as fast
     keys = (capacity - lengths).astype(np.uint16 if capacity < 1 << 16 else np.int64)
@@ -72,7 +73,10 @@ class _Rooms:
         self.existing = 0  # an integer whose bits say which spaces there are
 
     def fill(self, length: int, row_of: np.ndarray) -> int:
-        """Place documents of `length` into rows of one space, or new ones; writes their rows, returns how many were placed."""
+        """Place documents of `length` into rows of one space, or new ones.
+
+        Writes their rows, returns how many were placed.
+        """
         fitting = self.existing >> length
         space = length + (fitting & -fitting).bit_length() - 1 if fitting else self.capacity
         each = space // length  # documents that one row takes, one after the other
@@ -105,9 +109,10 @@ class _Rooms:
 def pack_text(documents: Sequence[Any], capacity: int, mode: str, bos: int) -> tuple[list[list[Any]], list[Any]]:
     """Full rows from a window of documents: best fit; where nothing fits, the shortest document is cut to fill the row.
 
-    `mode` "crop" drops the rest of a cut document, as the reference; "keep" puts it back behind a `bos`, and loses no token.
-    Rows are made until what is left would not fill one, so no document waits longer than to the next window. Returns (rows,
-    rest). Documents may be any sequences with a length and slices. Searching a place takes O(log n) of n documents.
+    `mode` "crop" drops the rest of a cut document, as the reference; "keep" puts it back behind a `bos`, and loses no
+    token. Rows are made until what is left would not fill one, so no document waits longer than to the next window.
+    Returns (rows, rest). Documents may be any sequences with a length and slices. Searching a place takes O(log n) of n
+    documents.
 
     >>> pack_text([[0, 1, 2], [0, 3, 4, 5]], 5, "keep", 0)
     ([[[0, 3, 4, 5], [0]]], [[0, 1, 2]])
@@ -141,8 +146,8 @@ def pack_window(
 ) -> tuple[list[list[int]], list[int]]:
     """Rows of a window of a stream, each index once → (rows, indices that wait for the next window).
 
-    A row filled less than `full` waits, so that the next window's documents can complete it; but at most a quarter of the
-    rows, and none that holds an index in `aged`, which waited before.
+    A row filled less than `full` waits, so that the next window's documents can complete it; but at most a quarter of
+    the rows, and none that holds an index in `aged`, which waited before.
 
     >>> pack_window([5, 4, 1, 2], 5, set())
     ([[0], [1, 2]], [3])

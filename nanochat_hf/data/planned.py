@@ -1,4 +1,7 @@
-"""Stop 6a: conversations whose whole epochs are planned before the first step → micro-batches of this rank, with exact state."""
+"""Stop 6a.
+
+Conversations whose whole epochs are planned before the first step → micro-batches of this rank, with exact state.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +23,10 @@ from .workers import ahead, first, plain_errors, worker_loader
 
 
 class PlannedRows:
-    """The rows of all epochs: row g of the run is row g % n of epoch g // n, whose order the seed and the epoch decide."""
+    """The rows of all epochs.
+
+    Row g of the run is row g % n of epoch g // n, whose order the seed and the epoch decide.
+    """
 
     def __init__(self, documents: Documents, plan: Plan, seed: int) -> None:
         self.documents, self.plan, self.seed = documents, plan, seed
@@ -36,12 +42,15 @@ class PlannedRows:
 
 
 class SFTBatches(Reported):
-    """Endless micro-batches of packed conversations. All rows of an epoch are planned before the first step; the state is the
-    number of the run's next row, and holds on any number of processes.
+    """Endless micro-batches of packed conversations.
 
-    `overlong` is truncate, split (before a user's message) or drop; `bad_rows` error, or skip, which leaves out and counts
-    rows that are no conversation. `num_workers` processes collate; with 0 a thread does, `prefetch` batches ahead (0: none).
-    `num_proc` processes tokenise. ValueError for whatever is wrong with the data, before the first batch.
+    All rows of an epoch are planned before the first step; the state is the number of the run's next row, and holds on
+    any number of processes.
+
+    `overlong` is truncate, split (before a user's message) or drop; `bad_rows` error, or skip, which leaves out and
+    counts rows that are no conversation. `num_workers` processes collate; with 0 a thread does, `prefetch` batches
+    ahead (0: none). `num_proc` processes tokenise. ValueError for whatever is wrong with the data, before the first
+    batch.
     """
 
     def __init__(  # noqa: PLR0913 - the flags of a run, each by its name
@@ -76,7 +85,6 @@ class SFTBatches(Reported):
             told = self.documents.add(source, tokens, form, unread(source))
             if progress:
                 print(told, flush=True)
-        self.report = DataReport(self.documents.reports)
         if not len(self.documents):
             raise self.report.nothing(positions)
         lengths = self.documents.lengths
@@ -88,12 +96,20 @@ class SFTBatches(Reported):
         self.next_row = 0
 
     @property
+    def report(self) -> DataReport:
+        """What became of the rows, for an epoch."""
+        return DataReport(self.documents.reports)
+
+    @property
     def epoch(self) -> float:
         """Epochs gone by."""
         return self.next_row / self.num_rows
 
     def steps(self, epochs: float, accumulation: int) -> int:
-        """Optimizer steps of `accumulation` micro-batches on every process that come closest to so many epochs; at least one."""
+        """Optimizer steps of `accumulation` micro-batches on every process that come closest to so many epochs.
+
+        At least one.
+        """
         return max(1, round(epochs * self.num_rows / self.rows_per_step(accumulation)))
 
     def passes(self, steps: int, accumulation: int) -> float:
@@ -131,8 +147,10 @@ class SFTBatches(Reported):
         return first(self, count)
 
     def once(self, count: int) -> list[Batch]:
-        """The first `count` micro-batches of an epoch, fewer where it has fewer: a validation set in which no row counts twice.
-        What fills up the last one has no target."""
+        """The first `count` micro-batches of an epoch, fewer where it has fewer.
+
+        A validation set in which no row counts twice. What fills up the last one has no target.
+        """
         batches = first(self, min(count, -(-self.num_rows // self.rows)))
         without_targets(batches[-1], len(batches) * self.rows - self.num_rows)
         return batches
@@ -155,7 +173,8 @@ class SFTBatches(Reported):
             )
         if state.get("seed", self.planned.seed) != self.planned.seed:
             raise ValueError(
-                f"the checkpoint's rows are shuffled by seed {state['seed']}, this run's by {self.planned.seed}; give that seed"
+                f"the checkpoint's rows are shuffled by seed {state['seed']}, this run's by {self.planned.seed}; "
+                "give that seed"
             )
         place = state["next_row"]
         if not isinstance(place, int) or isinstance(place, bool) or place < 0:

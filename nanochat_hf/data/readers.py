@@ -1,7 +1,7 @@
 """Readers hand out the raw rows of a source, each consumer its share, with a state to go on from.
 
-A *consumer* is one worker of one rank. The rows of a source are chosen first and dealt out then, so every row is read by
-exactly one consumer in an epoch, and a row that `start` or `rows` leaves out by none, however many there are.
+A *consumer* is one worker of one rank. The rows of a source are chosen first and dealt out then, so every row is read
+by exactly one consumer in an epoch, and a row that `start` or `rows` leaves out by none, however many there are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,10 @@ class Reader(Protocol):
     def open(
         self, consumer: Consumer, state: State | None = None
     ) -> tuple[Iterator[tuple[Any, float]], Callable[[], State]]:
-        """Endless (row, epochs gone by) of one consumer, from `state`; and a function that returns the state after the last row."""
+        """Endless (row, epochs gone by) of one consumer, from `state`.
+
+        And a function that returns the state after the last row.
+        """
 
 
 class MapReader:
@@ -60,9 +63,10 @@ class MapReader:
         number, consumers = consumer.rank * consumer.workers + consumer.worker, consumer.world_size * consumer.workers
         if number >= len(self.rows):
             raise ValueError(
-                f"{self.label}: {len(self.rows)} documents cannot be dealt to {consumers} consumers; use fewer processes"
+                f"{self.label}: {len(self.rows)} documents cannot be dealt to {consumers} consumers; use fewer "
+                "processes"
             )
-        place = dict(state or {"epoch": 0, "position": 0})
+        place: State = dict(state or {"epoch": 0, "position": 0})
 
         def rows() -> Iterator[tuple[Raw, float]]:
             while True:
@@ -80,7 +84,10 @@ class MapReader:
 
 @dataclass(frozen=True)
 class Share:
-    """The part of an epoch that one consumer reads: whole `shards` (numbers, in order), or of each every `stride`-th row."""
+    """The part of an epoch that one consumer reads.
+
+    Whole `shards` (numbers, in order), or of each every `stride`-th row.
+    """
 
     shards: list[int]
     stride: int = 1
@@ -88,7 +95,9 @@ class Share:
 
 
 def share_of(order: Sequence[int], consumer: Consumer) -> Share:
-    """Whole shards for each process where they divide by the processes; else every process reads all and takes its rows.
+    """Whole shards for each process where they divide by the processes.
+
+    Else every process reads all and takes its rows.
 
     The workers of a process divide its shards. With 4 shards on 2 processes, the second has share_of([2, 0, 3, 1],
     Consumer(1, 2, 0, 1)) → shards [0, 1]; with 3 on 2 it reads all of them and takes rows 1, 3, ….
@@ -100,23 +109,32 @@ def share_of(order: Sequence[int], consumer: Consumer) -> Share:
 
 
 class StreamReader:
-    """Rows of files that are read while training runs: every epoch the shards in another order, and the rows of each block of
-    `block` shuffled. On resuming the block is read again."""
+    """Rows of files that are read while training runs.
+
+    Every epoch the shards in another order, and the rows of each block of `block` shuffled. On resuming the block is
+    read again.
+    """
 
     def __init__(self, shards: Sequence[Shard], source: SourceConfig, seed: int, block: int = 1000) -> None:
         self.sharded, self.source, self.label, self.seed, self.block = list(shards), source, source.label, seed, block
 
     def shares(self, wanted: int, world_size: int) -> int:
-        """At most as many workers as a process has shards: its part of them where they divide by the processes, else all."""
+        """At most as many workers as a process has shards.
+
+        Its part of them where they divide by the processes, else all.
+        """
         shards = len(self.sharded)
         return max(1, min(wanted, shards if shards % world_size else shards // world_size))
 
     def open(
         self, consumer: Consumer, state: State | None = None
     ) -> tuple[Iterator[tuple[Raw, float]], Callable[[], State]]:
-        """As Reader.open. `state` is the place where the block begins, a shard's position in the epoch and a row of it, and how
-        many rows of the block are out."""
-        place = dict(state or {"epoch": 0, "block": [0, 0], "number": 0, "position": 0})
+        """As Reader.open.
+
+        `state` is the place where the block begins, a shard's position in the epoch and a row of it, and how many rows
+        of the block are out.
+        """
+        place: State = dict(state or {"epoch": 0, "block": [0, 0], "number": 0, "position": 0})
 
         def rows() -> Iterator[tuple[Raw, float]]:
             while True:
@@ -135,7 +153,8 @@ class StreamReader:
                     place.update(block=following, number=place["number"] + 1, position=0)
                 if empty:
                     raise ValueError(
-                        f"{self.label}: no document for process {consumer.rank}, worker {consumer.worker}; use fewer processes or workers"
+                        f"{self.label}: no document for process {consumer.rank}, worker {consumer.worker}; use "
+                        "fewer processes or workers"
                     )
                 place.update(epoch=place["epoch"] + 1, block=[0, 0], number=0, position=0)
 
@@ -146,7 +165,7 @@ class StreamReader:
         return share_of(order.tolist(), consumer)
 
     def _from(self, share: Share, position: int, skip: int) -> Iterator[tuple[Raw, int, int]]:
-        """(row, the position of its shard, how many rows of it are behind it) from the row after `skip` of shard `position` on."""
+        """(row, the position of its shard, rows of the shard read so far), from row `skip` of shard `position` on."""
         for number in range(position, len(share.shards)):
             turn = (share.offset + number) % share.stride  # so that no process has the longer part of every shard
             for index, row in self.sharded[share.shards[number]].rows(skip):
@@ -163,8 +182,10 @@ class StreamReader:
 
 
 class MixedReader:
-    """Several readers in fixed proportion: the next row comes from the reader furthest behind its weight. An epoch is over when
-    each of them has had one."""
+    """Several readers in fixed proportion: the next row comes from the reader furthest behind its weight.
+
+    An epoch is over when each of them has had one.
+    """
 
     def __init__(self, readers: Sequence[Reader], weights: Sequence[float]) -> None:
         self.readers, self.weights = list(readers), list(weights)

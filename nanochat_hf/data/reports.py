@@ -1,6 +1,7 @@
 """What became of the rows: counted for each source, the same way for planned and streamed data, and said in the plan.
 
-And what becomes of rows that are no conversation: an error, or left out and counted; more than half of them is an error either way.
+And what becomes of rows that are no conversation: an error, or left out and counted; more than half of them is an error
+either way.
 """
 
 from collections import Counter
@@ -21,8 +22,11 @@ TREATED = {
 
 @dataclass
 class SourceReport:
-    """One source: documents and tokens as they will be trained on in an epoch (of a stream: so far), and how many rows were
-    treated how. `seen` counts rows, `bad` those that are none, `ignored` rows by column that was not used, `unread` files."""
+    """One source.
+
+    Documents and tokens as they will be trained on in an epoch (of a stream: so far), and how many rows were treated
+    how. `seen` counts rows, `bad` those that are none, `ignored` rows by column that was not used, `unread` files.
+    """
 
     label: str
     form: str = ""
@@ -51,7 +55,8 @@ class SourceReport:
         """ValueError where more than half of the rows are bad."""
         if 2 * self.bad > self.seen:
             raise ValueError(
-                f"{self.label}: {self.bad:,} of {self.seen:,} rows are bad, more than half; correct the data (the first: {self.first_bad})"
+                f"{self.label}: {self.bad:,} of {self.seen:,} rows are bad, more than half; correct the data (the "
+                f"first: {self.first_bad})"
             )
 
     def __str__(self) -> str:
@@ -64,7 +69,11 @@ class SourceReport:
 
 
 def counted(numbers: dict[str, int]) -> str:
-    """counted({"score": 5, "url": 1200}) → "url (1,200 rows), score (5 rows)"."""
+    """Numbers of rows in words, the largest first.
+
+    >>> counted({"score": 5, "url": 1200})
+    'url (1,200 rows), score (5 rows)'
+    """
     ordered = sorted(numbers.items(), key=lambda entry: (-entry[1], entry[0]))
     return ", ".join(f"{name} ({number:,} rows)" for name, number in ordered)
 
@@ -115,7 +124,8 @@ class DataReport(Sequence):
         """The error of data that gives no document to train on."""
         each = ", ".join(f"{r.untrained} without a target, {r.dropped} dropped in {r.label}" for r in self.sources)
         return ValueError(
-            f"no conversation has an assistant turn that fits the row of {positions} positions; nothing could be trained on ({each})"
+            f"no conversation has an assistant turn that fits the row of {positions} positions; nothing could be "
+            f"trained on ({each})"
         )
 
     def state(self) -> list[dict[str, Any]]:
@@ -142,7 +152,10 @@ class DataReport(Sequence):
 class Reported:
     """What planned and streamed batches say of their data, all of it from `report`."""
 
-    report: DataReport
+    @property
+    def report(self) -> DataReport:
+        """What became of the rows."""
+        raise NotImplementedError
 
     @property
     def reports(self) -> list[SourceReport]:

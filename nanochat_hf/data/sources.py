@@ -17,10 +17,10 @@ from .formats import FORMATS
 class SourceConfig:
     """One data set of a mixture: a Hub name, local file(s) or a folder in `path`, or a `task`.
 
-    `split` as datasets writes it ("train[:90%]"), and of that rows `start` to `start + rows`, `repeat` times; or `weight`
-    times: 0.5 takes a seeded half, 1.5 all and a half once more. `name` is the configuration of a Hub data set or a folder.
-    `columns` renames: {prompt: question, completion: answer}. `converter` fixes the form of the rows, one of formats.FORMATS.
-    Numbers may be text, as YAML has "1e3". ValueError says which key is wrong, and what it may be.
+    `split` as datasets writes it ("train[:90%]"), and of that rows `start` to `start + rows`, `repeat` times; or
+    `weight` times: 0.5 takes a seeded half, 1.5 all and a half once more. `name` is the configuration of a Hub data set
+    or a folder. `columns` renames: {prompt: question, completion: answer}. `converter` fixes the form of the rows, one
+    of formats.FORMATS. Numbers may be text, as YAML has "1e3". ValueError says which key is wrong, and what it may be.
     """
 
     path: str | None = None
@@ -98,7 +98,8 @@ class SourceConfig:
         if unknown:
             raise ValueError(f"data source: unknown keys {guessed(unknown, known)}; known are {', '.join(known)}")
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        return cls(**{key: defaults[key] if value is None else value for key, value in entry.items()})
+        given: dict[str, Any] = {key: defaults[key] if value is None else value for key, value in entry.items()}
+        return cls(**given)
 
     @classmethod
     def from_recipe_list(cls, entries: Any, key: str = "train_data") -> list["SourceConfig"]:
@@ -111,7 +112,10 @@ class SourceConfig:
 
 
 def _number(value: Any) -> float | None:
-    """A number, or what a flag would read as one; None for anything else (booleans too, which YAML makes of yes and on)."""
+    """A number, or what a flag would read as one.
+
+    None for anything else (booleans too, which YAML makes of yes and on).
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -23,7 +23,10 @@ from .workers import ahead, first, plain_errors, worker_loader
 
 @dataclass(frozen=True)
 class Shape:
-    """How batches of windows are made: `rows` a batch for this `rank` of `world_size`, by how many workers and how far ahead."""
+    """How batches of windows are made.
+
+    `rows` a batch for this `rank` of `world_size`, by how many workers and how far ahead.
+    """
 
     rows: int
     rank: int = 0
@@ -67,7 +70,7 @@ class _Windows(Reported):
             yield batch
 
     @property
-    def report(self) -> DataReport:  # type: ignore[override]
+    def report(self) -> DataReport:
         """What became of the rows read so far, since the start or the resume."""
         return DataReport.merged(counts["report"] for counts in self.counts)
 
@@ -89,7 +92,8 @@ class _Windows(Reported):
         ):
             if state[name] != own:
                 raise ValueError(
-                    f"the checkpoint's stream is split over {state[name]} {what}, this run has {own}; resume with {state[name]}"
+                    f"the checkpoint's stream is split over {state[name]} {what}, this run has {own}; resume with "
+                    f"{state[name]}"
                 )
         for name, value in self.settings.items():
             theirs = state["settings"].get(name, "error" if name == "bad_rows" else None)  # as older checkpoints mean
@@ -100,7 +104,8 @@ class _Windows(Reported):
         for theirs, own in zip(state.get("data", self.data), self.data, strict=True):  # checkpoints of before have none
             if theirs != own:
                 raise ValueError(
-                    f"the checkpoint's stream is of {theirs}, this run's of {own}; resume with the former, or begin anew without --resume"
+                    f"the checkpoint's stream is of {theirs}, this run's of {own}; resume with the former, or begin "
+                    "anew without --resume"
                 )
         for held in state["states"]:
             _check_place(held["reader"] if held else None)
@@ -112,16 +117,20 @@ def _check_place(place: Any) -> None:
     for part in place.get("readers", [place]) if place else ():
         if isinstance(part, dict) and not isinstance(part.get("block", []), list):
             raise ValueError(
-                "the checkpoint's place in the stream is of an older version; begin anew without --resume, or use that version"
+                "the checkpoint's place in the stream is of an older version; begin anew without --resume, or use "
+                "that version"
             )
 
 
 class TextBatches(_Windows):
-    """Endless micro-batches of plain text in full rows: best fit from a window; when nothing fits, the shortest document is cut.
+    """Endless micro-batches of plain text in full rows: best fit from a window.
 
-    `mode` "crop" drops the rest of a cut document, "keep" puts it back for a later row. `streaming` reads without downloading
-    first. Each document goes to one process (and worker) an epoch. ValueError for data without `text_column`, before the
-    first batch; rows without text are one too, or with `bad_rows` "skip" left out and counted.
+    When nothing fits, the shortest document is cut.
+
+    `mode` "crop" drops the rest of a cut document, "keep" puts it back for a later row. `streaming` reads without
+    downloading first. Each document goes to one process (and worker) an epoch. ValueError for data without
+    `text_column`, before the first batch; rows without text are one too, or with `bad_rows` "skip" left out and
+    counted.
     """
 
     def __init__(  # noqa: PLR0913 - the flags of a run, each by its name
@@ -163,8 +172,11 @@ class TextBatches(_Windows):
         )
 
     def once(self, count: int) -> list[Batch]:
-        """The first `count` micro-batches of one pass over all documents, in order, whatever the rank: a validation set in which
-        no document counts twice. Fewer where the documents fill fewer; what fills up the last one has no target."""
+        """The first `count` micro-batches of one pass over all documents, in order, whatever the rank.
+
+        A validation set in which no document counts twice. Fewer where the documents fill fewer; what fills up the last
+        one has no target.
+        """
         pack, wanted = self._fresh_pack(), count * self.shape.rows
         packed: list[Row] = []
         waiting: list[Any] = []
@@ -186,7 +198,9 @@ class TextBatches(_Windows):
         return batches
 
     def outlook(self, tokens: int) -> float:
-        """The share of tokens that cropping drops, from the first documents that hold `tokens` tokens; 0 in mode "keep".
+        """The share of tokens that cropping drops, from the first documents that hold `tokens` tokens.
+
+        0 in mode "keep".
 
         ValueError where the whole data holds fewer: a step would meet its documents twice.
         """
@@ -218,8 +232,11 @@ class TextBatches(_Windows):
 
 
 class StreamedConversations(_Windows):
-    """Endless micro-batches of conversations that are read as a stream: nothing is downloaded or planned first, so there is no
-    number of rows and no epoch's end, and each source counts by its weight (or repeat). Sources that are tasks are read whole."""
+    """Endless micro-batches of conversations that are read as a stream.
+
+    Nothing is downloaded or planned first, so there is no number of rows and no epoch's end, and each source counts by
+    its weight (or repeat). Sources that are tasks are read whole.
+    """
 
     def __init__(  # noqa: PLR0913 - the flags of a run, each by its name
         self,
@@ -273,6 +290,7 @@ def _reader(source: SourceConfig, seed: int, world_size: int) -> Reader:
 def _tell_uneven(source: SourceConfig, shards: int, world_size: int) -> None:
     if shards % world_size:
         print(
-            f"{source.label}: {shards} shards do not divide by {world_size} processes, so each reads all of them and takes its share",
+            f"{source.label}: {shards} shards do not divide by {world_size} processes, so each reads all of them "
+            "and takes its share",
             flush=True,
         )

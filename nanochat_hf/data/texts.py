@@ -27,10 +27,12 @@ def text_of(raw: Raw, column: str) -> str:
 
 
 class Texts:
-    """The texts of a source, in order, as often as they are iterated. `streaming` reads them without loading all of them first.
+    """The texts of a source, in order, as often as they are iterated.
 
-    With `bad_rows` "skip" rows without text are left out and counted in `report`, up to half of them; with "error" the first
-    one is a ValueError: of a source that is not streamed now, for all of its rows, of a stream for the first.
+    `streaming` reads them without loading all of them first.
+
+    With `bad_rows` "skip" rows without text are left out and counted in `report`, up to half of them; with "error" the
+    first one is a ValueError: of a source that is not streamed now, for all of its rows, of a stream for the first.
     """
 
     def __init__(
@@ -74,7 +76,10 @@ class Texts:
         return ValueError(f"{self.source.label}: no text in {self.column!r}, all is empty; give another column or data")
 
     def _check(self) -> None:
-        """ValueError before training for what can be known: the column, its type and its nulls, and every line of a text file."""
+        """ValueError before training for what can be known.
+
+        The column, its type and its nulls, and every line of a text file.
+        """
         first = next(self.raws(), None)
         if first is None:
             raise ValueError(f"{self.source.label}: no rows there; check the data, and the rows left out at its start")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,12 @@ SEPARATOR = "\x1f"  # between the names of ignored columns
 
 
 class Render:
-    """The function that datasets.map calls with a batch of rows. It gives, a row a conversation, `ids` (int32 lists), `mask`
-    (uint8 lists, 1 where a token is a target), `factors` (float32 lists, empty where all are 1), `ignored` (names of columns)
-    and `bad`: "" or, with `skip`, why the row is no conversation (then the lists are empty)."""
+    """The function that datasets.map calls with a batch of rows.
+
+    It gives, a row a conversation, `ids` (int32 lists), `mask` (uint8 lists, 1 where a token is a target), `factors`
+    (float32 lists, empty where all are 1), `ignored` (names of columns) and `bad`: "" or, with `skip`, why the row is
+    no conversation (then the lists are empty).
+    """
 
     def __init__(
         self, encoder: PlainEncoder, source: SourceConfig, skip: bool, place: Callable | None, strip: Callable | None
@@ -51,6 +54,7 @@ class Render:
         self.encoder, self.source, self.skip, self.place, self.strip = encoder, source, skip, place, strip
 
     def __call__(self, batch: Any, indices: list[int]) -> Any:
+        """A pyarrow.Table of the batch's rows."""
         import pyarrow as pa
 
         converted: list[Converted] = []
@@ -111,10 +115,7 @@ def raw_rows(rows: Rows) -> tuple[Any, str]:
 
     if isinstance(rows, TableRows):
         return rows.dataset, rows.dataset._fingerprint
-    if isinstance(rows, LineRows):
-        lines = rows.lines
-    else:
-        lines = [json.dumps(row).encode() for row in rows]
+    lines = rows.lines if isinstance(rows, LineRows) else [json.dumps(row).encode() for row in rows]
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line)
@@ -146,10 +147,11 @@ def tokenise(
 ) -> tuple[Any, str]:
     """All conversations of a source, rendered: (Dataset with the columns of Render, the form of its rows).
 
-    Kept under a key of all that makes a row: the content, the tokenizer and the template, the settings, and the code of the
-    task and of the conversion. Processes that start together wait for the first, without a collective that could time out.
+    Kept under a key of all that makes a row: the content, the tokenizer and the template, the settings, and the code of
+    the task and of the conversion. Processes that start together wait for the first, without a collective that could
+    time out.
     """
-    import datasets
+    import datasets.config
     from filelock import FileLock
 
     with bars(progress):
@@ -181,8 +183,11 @@ def tokenise(
 
 
 @contextmanager
-def bars(shown: bool) -> Iterator[None]:
-    """The progress bars of datasets, shown where asked for and somebody looks: in a log file a bar is a page of noise."""
+def bars(shown: bool) -> Generator[None]:
+    """The progress bars of datasets, shown where asked for and somebody looks.
+
+    In a log file a bar is a page of noise.
+    """
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     before = are_progress_bars_disabled()

@@ -1,9 +1,9 @@
 """OpenAI's tool calls → what a conversation is rendered from.
 
-Where a row declares its tools they stand in the prompt, and calls are kept as they are: they are written as clients of the
-model write and read them (`declared_calls`). Where it does not, a call becomes the Python call that it describes, within one
-turn (`merge_tools`): [user, assistant with tool_calls, tool, assistant] → [user, assistant with text, python, python_output
-and text parts].
+Where a row declares its tools they stand in the prompt, and calls are kept as they are: they are written as clients of
+the model write and read them (`declared_calls`). Where it does not, a call becomes the Python call that it describes,
+within one turn (`merge_tools`): [user, assistant with tool_calls, tool, assistant] → [user, assistant with text,
+python, python_output and text parts].
 """
 
 import json
@@ -31,8 +31,10 @@ def has_tools(messages: Any) -> bool:
 
 
 def merge_tools(messages: list[Message], where: str = "row") -> list[Message]:
-    """OpenAI's messages → ours: developer is system, content lists of text are text, and an assistant's calls, the tools'
-    answers and the assistant's next words are parts of one turn. ConversationError for what has no text form.
+    """OpenAI's messages → ours.
+
+    Developer is system, content lists of text are text, and an assistant's calls, the tools' answers and the
+    assistant's next words are parts of one turn. ConversationError for what has no text form.
 
     A part keeps the `weight` and `train` of its message, since several messages may become one turn.
     """
@@ -67,8 +69,11 @@ def merge_tools(messages: list[Message], where: str = "row") -> list[Message]:
 
 
 def declared_calls(messages: Any, where: str = "row") -> Any:
-    """Messages beside declared tools, in OpenAI's present form: function_call is one of tool_calls, function is tool, and what
-    a column holds as text or as a struct of lists is a list again. What is malformed is left to `validate`."""
+    """Messages beside declared tools, in OpenAI's present form.
+
+    Function_call is one of tool_calls, function is tool, and what a column holds as text or as a struct of lists is a
+    list again. What is malformed is left to `validate`.
+    """
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return messages
     found = []
@@ -111,7 +116,10 @@ def _calls(message: Message, where: str) -> list[Call]:
 
 
 def _answered(calls: list[Call], message: Message, where: str) -> str:
-    """Take the call that a tool's message answers out of the open ones, by its id, else the oldest; returns its Python."""
+    """Take the call that a tool's message answers out of the open ones, by its id, else the oldest.
+
+    Returns its Python.
+    """
     if not calls:
         raise ConversationError(
             f"{where}: a {message['role']} message answers no call; put it behind an assistant's tool_calls"
@@ -124,7 +132,10 @@ def _answered(calls: list[Call], message: Message, where: str) -> str:
 
 
 def _call(call: Any, where: str) -> Call:
-    """A tool call → (its id, Python text): calculator(expression="2*3") → "2*3"; look_up(city="Rome") → "look_up(city='Rome')"."""
+    """A tool call → (its id, Python text): calculator(expression="2*3") → "2*3".
+
+    Look_up(city="Rome") → "look_up(city='Rome')".
+    """
     function = call.get("function") if isinstance(call, dict) else None
     function = function if isinstance(function, dict) else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -166,7 +177,10 @@ def _parts(content: Any, marks: Message) -> list:
 
 
 def plain_text(content: Any, where: str) -> Any:
-    """The text of a message's content, of parts joined; anything else is left to `validate`. ConversationError for other parts."""
+    """The text of a message's content, of parts joined; anything else is left to `validate`.
+
+    ConversationError for other parts.
+    """
     if isinstance(content, list):
         if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
             raise ConversationError(f"{where}: a message has a part that is not text; only text can be trained on")

@@ -14,10 +14,12 @@ Segments = list[list[float]]  # of each assistant's turn, the factor of its part
 def turn_weights(conversation: Mapping[str, Any], where: str = "row") -> Segments | None:
     """The factors of a valid conversation's assistant turns; None where all of them are 1, as without any mark.
 
-    A turn within which tools answer has one factor before each answer and one after the last, since its parts may come from
-    several messages. ConversationError for a weight that is no number from 0, or a train that is neither true nor false.
+    A turn within which tools answer has one factor before each answer and one after the last, since its parts may come
+    from several messages. ConversationError for a weight that is no number from 0, or a train that is neither true nor
+    false.
 
-    >>> turn_weights({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]})
+    >>> said = {"role": "assistant", "content": "a", "weight": 0}
+    >>> turn_weights({"messages": [{"role": "user", "content": "q"}, said]})
     [[0.0]]
     """
     declared = frozenset(_name(tool) for tool in conversation.get("tools") or ())

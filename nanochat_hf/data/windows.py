@@ -1,8 +1,8 @@
 """Stop 4 for streams: endless packed batches from documents that are read, tokenised and packed window by window.
 
 A consumer's state is taken where a window begins: the reader's place, the documents left over, and how many rows of the
-window are out. The window itself is made again on resuming, by the same pure steps, so the state stays small whatever the
-window holds, and a resumed run is exact.
+window are out. The window itself is made again on resuming, by the same pure steps, so the state stays small whatever
+the window holds, and a resumed run is exact.
 """
 
 from collections.abc import Callable, Iterator
@@ -63,6 +63,7 @@ class PackText:
         return text, len(text or "")
 
     def __call__(self, waiting: list[Document], items: list[str]) -> tuple[list[Row], list[Document]]:
+        """As Packer."""
         bos = self.encoder.special["<|bos|>"]
         encoded = self.encoder.encode(items)
         documents = [d["ids"] for d in waiting] + [[bos, *ids] for ids in encoded if ids]
@@ -111,6 +112,7 @@ class PackConversations:
         return (number, converted), len(str(raw.value))
 
     def __call__(self, waiting: list[Document], items: list[tuple[int, Converted]]) -> tuple[list[Row], list[Document]]:
+        """As Packer."""
         documents = waiting + self.rendered(items)
         aged = set(range(len(waiting)))
         packed, rest = pack_window([len(d["ids"]) for d in documents], self.fit.capacity, aged)
@@ -152,8 +154,11 @@ def _plain(document: Document) -> Document:
 
 
 class PackedStream(torch.utils.data.IterableDataset):
-    """Endless (batch, consumer's news): news are (worker, state where the window begins or None, rows of the window that are
-    out, epoch, what the packer counted)."""
+    """Endless (batch, consumer's news).
+
+    News are (worker, state where the window begins or None, rows of the window that are out, epoch, what the packer
+    counted).
+    """
 
     def __init__(
         self, reader: Reader, pack: Packer, collate: Callable, *, rows: int, seed: int, share: tuple[int, int, int]

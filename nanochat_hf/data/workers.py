@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+STOPPING = "nanochat_hf_stopping"  # the attribute of a thread that holds the event it is told by
 _running: "weakref.WeakSet[_Ahead]" = weakref.WeakSet()
 
 
@@ -19,8 +20,11 @@ class Stopped(BaseException):
 
 
 def check_stopped() -> None:
-    """Raise Stopped where the thread that runs this was told to stop: to be called in every loop that may run for long."""
-    asked = getattr(threading.current_thread(), "stopping", None)
+    """Raise Stopped where the thread that runs this was told to stop.
+
+    To be called in every loop that may run for long.
+    """
+    asked = getattr(threading.current_thread(), STOPPING, None)
     if asked is not None and asked.is_set():
         raise Stopped
 
@@ -33,7 +37,7 @@ class _Ahead:
         self.queue: queue.Queue = queue.Queue(depth)
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.stopping = self.stopping  # type: ignore[attr-defined]  # where check_stopped looks
+        setattr(self.thread, STOPPING, self.stopping)
         _running.add(self)
         self.thread.start()
 
@@ -48,8 +52,9 @@ class _Ahead:
         except BaseException as error:  # raised again where the items are taken
             self._put((None, error))
         finally:
-            if hasattr(self.items, "close"):
-                self.items.close()
+            close = getattr(self.items, "close", None)
+            if close is not None:
+                close()
 
     def _put(self, entry: tuple) -> bool:
         while not self.stopping.is_set():
@@ -75,7 +80,7 @@ def _stop_all() -> None:
 
 
 def pinned(item: Any) -> Any:
-    """Tensors of a (nested) dict, tuple or list in page-locked memory, so that `.to(device, non_blocking=True)` does not wait."""
+    """Tensors of a (nested) dict, tuple or list in page-locked memory, so that a copy to the GPU does not wait."""
     if isinstance(item, torch.Tensor):
         return item.pin_memory()
     if isinstance(item, dict):
@@ -84,7 +89,9 @@ def pinned(item: Any) -> Any:
 
 
 def ahead(items: Iterable, depth: int = 2, pin: bool | None = None) -> Generator:
-    """The items of a generator, made up to `depth` ahead by a thread and pinned where there is a GPU; depth 0: made when asked for.
+    """The items of a generator, made up to `depth` ahead by a thread and pinned where there is a GPU; depth 0.
+
+    Made when asked for.
 
     An exception of the generator is raised here, after the items before it.
 
@@ -129,7 +136,7 @@ def worker_loader(
     prefetch: int = 2,
 ) -> Iterable:
     """A DataLoader of `num_workers` processes that each keep `prefetch` batches ready, pinned where there is a GPU."""
-    batching = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
+    batching: dict[str, Any] = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
     return torch.utils.data.DataLoader(
         dataset,
         **batching,
@@ -144,7 +151,10 @@ def worker_loader(
 
 
 def plain_errors(loader: Iterable) -> Iterator:
-    """The items of a DataLoader; a worker's ValueError or OSError says its own line again, without the traceback that torch puts into it."""
+    """The items of a DataLoader.
+
+    A worker's ValueError or OSError says its own line again, without the traceback that torch puts into it.
+    """
     try:
         yield from loader
     except (ValueError, OSError) as error:

@@ -14,7 +14,7 @@ HUB = "hf://"
 
 
 class Place(NamedTuple):
-    """Where a row stands, in words only when they are asked for: str(Place("a.jsonl", "line", 3)) → "a.jsonl line 3"."""
+    """Where a row stands; words are made when they are asked for: str(Place("a", "line", 3)) → "a line 3"."""
 
     name: str
     unit: str
@@ -49,6 +49,11 @@ class DataFile:
         return self.kind in TABLES
 
     @property
+    def is_remote(self) -> bool:
+        """Whether the file lies on the Hub."""
+        return self.path.startswith(HUB)
+
+    @property
     def name(self) -> str:
         """What messages call the file: its path, or its name on the Hub."""
         return self.path.removeprefix(f"{HUB}datasets/")
@@ -61,7 +66,7 @@ class DataFile:
     def open(self) -> BinaryIO:
         """The file's bytes as they lie there; ValueError where there is none."""
         try:
-            if self.path.startswith(HUB):
+            if self.is_remote:
                 from huggingface_hub import HfFileSystem
 
                 return HfFileSystem().open(self.path, "rb")
@@ -72,7 +77,7 @@ class DataFile:
             raise ValueError(f"{self.name}: cannot be read ({error.strerror or error}); give a file") from None
 
     def rows(self, first: int = 0) -> Iterator[Raw]:
-        """The rows from number `first` (from 0) on. ValueError names the file, and of a damaged one what is left of it."""
+        """The rows from number `first` (from 0) on. ValueError names the file, and the damaged rows of a table."""
         if self.is_table:
             with self.open() as file:
                 for number, row in enumerate(tables.rows(file, self.kind, self.name, first), first + 1):

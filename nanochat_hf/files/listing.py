@@ -47,7 +47,9 @@ class Listing:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path means something on this machine: an existing file or folder, a pattern, or what could be no Hub name.
+    """Whether a path means something on this machine.
+
+    An existing file or folder, a pattern, or what could be no Hub name.
 
     >>> is_local("karpathy/fineweb-edu-100b-shuffle"), is_local("text/*.parquet"), is_local("chats.jsonl")
     (False, True, True)
@@ -58,12 +60,14 @@ def is_local(path: str) -> bool:
 
 
 def list_local(path: str, name: str | None = None) -> Listing:
-    """The files that a local path, pattern or folder holds; `name` picks a configuration of a folder. ValueError without any."""
+    """The files that a local path, pattern or folder holds; ValueError where it holds none.
+
+    `name` picks a configuration of a folder.
+    """
     if os.path.isdir(path):
         return _folder(path, name)
-    if os.path.lexists(path):  # also a name with brackets in it, which is no pattern then
-        found = [path]
-    else:
+    found = [path]  # also a name with brackets in it, which is no pattern then
+    if not os.path.lexists(path):
         found = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
     if not found:
         raise ValueError(f"{path}: no such file; give an existing data file")
@@ -91,7 +95,7 @@ def list_hub(path: str, name: str | None = None) -> Listing:
 
 def download(file: DataFile) -> DataFile:
     """A file of the Hub as a local one, fetched where it is not in the cache; a local file as it is."""
-    if not file.path.startswith(HUB):
+    if not file.is_remote:
         return file
     from huggingface_hub import hf_hub_download
 
@@ -151,7 +155,11 @@ def _readable(names: Sequence[str], root: str = "") -> tuple[list[DataFile], lis
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a file's name tells, else a folder's: "data/test-00000-of-00001.parquet" → "test"; None where none does."""
+    """The split that a file's name tells, else a folder's; None where none does.
+
+    >>> _split_of("data/test-00000-of-00001.parquet"), _split_of("validation/a.jsonl"), _split_of("chats.jsonl")
+    ('test', 'validation', None)
+    """
     for part in reversed(name.split("/")):
         if numbered := NUMBERED.match(part):
             return numbered["split"]

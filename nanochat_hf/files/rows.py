@@ -1,4 +1,4 @@
-"""The rows of data files as one sequence, with a place for each: lines of JSON held as bytes, or a table that stays on disk."""
+"""The rows of data files as one sequence, each with its place: lines of JSON held as bytes, or a table on disk."""
 
 import json
 from abc import abstractmethod
@@ -45,9 +45,11 @@ class LineRows(Rows):
         return len(self.lines)
 
     def raw(self, index: int) -> Raw:
+        """The line, not parsed."""
         return Raw(self.lines[index], Place(*self.places[index]))
 
     def select(self, ranges: Sequence[Range]) -> "LineRows":
+        """As Rows.select."""
         lines = [line for first, stop in ranges for line in self.lines[first:stop]]
         return LineRows(lines, [place for first, stop in ranges for place in self.places[first:stop]])
 
@@ -62,22 +64,25 @@ class ListRows(Rows):
         return len(self.rows)
 
     def raw(self, index: int) -> Raw:
+        """The row, numbered as the code that makes it does."""
         return Raw(self.rows[index], Place(self.label, "row", self.start + index + 1))
 
     def select(self, ranges: Sequence[Range]) -> "ListRows":
+        """As Rows.select."""
         rows = [row for first, stop in ranges for row in self.rows[first:stop]]
         return ListRows(rows, self.label, self.start + (ranges[0][0] if ranges else 0))
 
 
 @dataclass(frozen=True)
 class TablePlaces:
-    """Where the rows of a table stand. `sizes` are (file, rows) in order, `ranges` the rows that were selected of all these."""
+    """Where the rows of a table stand: `sizes` are (file, rows) in order, `ranges` what was selected of all these."""
 
     label: str
     sizes: tuple[tuple[str, int], ...]
     ranges: tuple[tuple[int, int], ...]
 
     def __call__(self, index: int) -> Place:
+        """The place of the row `index` of those that were selected."""
         for first, stop in self.ranges:
             if index < stop - first:
                 index += first
@@ -91,7 +96,10 @@ class TablePlaces:
 
 
 class TableRows(Rows):
-    """Rows of a datasets.Dataset. `sizes` are (file, rows) in order, where the files are known, else the label stands for all."""
+    """Rows of a datasets.Dataset.
+
+    `sizes` are (file, rows) in order; where the files are not known the label stands for all.
+    """
 
     def __init__(self, dataset: Any, label: str, sizes: Sequence[tuple[str, int]] = ()) -> None:
         self.dataset, self.label = dataset, label
@@ -103,10 +111,12 @@ class TableRows(Rows):
         return len(self.dataset)
 
     def raw(self, index: int) -> Raw:
+        """The row, without the keys that Arrow had to fill in."""
         row = self.dataset[index]
         return Raw(self.strip(row) if self.strip else row, self.places(index))
 
     def select(self, ranges: Sequence[Range]) -> "TableRows":
+        """As Rows.select; once only."""
         kept = [(first, len(self) if stop is None else min(stop, len(self))) for first, stop in ranges]
         if kept == [(0, len(self))]:
             return self
@@ -138,11 +148,12 @@ def joined(parts: Sequence[Rows], label: str) -> Rows:
     """Several parts one after the other."""
     if len(parts) == 1:
         return parts[0]
-    if all(isinstance(part, TableRows) for part in parts):
+    as_tables = [part for part in parts if isinstance(part, TableRows)]
+    if len(as_tables) == len(parts):
         from datasets import concatenate_datasets
 
-        sizes = [(part.label, len(part)) for part in parts]
-        return TableRows(concatenate_datasets([part.dataset for part in parts]), label, sizes)
+        sizes = [(table.label, len(table)) for table in as_tables]
+        return TableRows(concatenate_datasets([table.dataset for table in as_tables]), label, sizes)
     lines, places = [], []
     for part in parts:
         raws = [part.raw(i) for i in range(len(part))]

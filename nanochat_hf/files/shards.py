@@ -37,7 +37,7 @@ class Shard:
 
 
 def part_of(shards: Sequence[Shard], start: int, rows: int | None) -> list[Shard]:
-    """Rows `start` to `start + rows` of what `shards` hold together; a shard is counted only as far as a bound needs it."""
+    """Rows `start` to `start + rows` of what `shards` hold; a shard is counted only as far as a bound needs it."""
     kept, skip, left = [], start, rows
     for shard in shards:
         if left is not None and left <= 0:

@@ -64,7 +64,7 @@ def _place(bound: str | None, count: int | None) -> int | None:
         share = Decimal(bound[:-1].replace("_", ""))
         if not -100 <= share <= 100:
             raise ValueError(f"{bound} lies outside of the data; percentages go from -100 to 100")
-        place = int(round(share * (count or 0) / 100))  # as datasets rounds: to the closest row
+        place = round(share * (count or 0) / 100)  # as datasets rounds: to the closest row
     else:
         place = int(bound)
     return max(0, place + (count or 0)) if bound.startswith("-") else place
@@ -88,7 +88,7 @@ def within(ranges: list[Range], start: int, rows: int | None) -> list[Range]:
             stop = first + left
         if stop is None or stop > first:
             kept.append((first, stop))
-        if left is not None:
+        if left is not None and stop is not None:
             left -= stop - first
             if left <= 0:
                 break

@@ -1,7 +1,8 @@
-"""Parquet and Arrow files: rows without the keys that Arrow had to fill in, counts, and schemas that fit together or do not.
+"""Parquet and Arrow files: rows without the keys that Arrow had to fill in, counts, and whether schemas fit together.
 
-In columns every row has the keys of all rows: {"city": "Oslo"} beside {"day": 3} is stored as {"city": "Oslo", "day": None}.
-Such a None says that the key was not there, so it is taken out again, at any depth. What is stored as JSON text keeps its nulls.
+In columns every row has the keys of all rows: {"city": "Oslo"} beside {"day": 3} is stored as {"city": "Oslo", "day":
+None}. Such a None says that the key was not there, so it is taken out again, at any depth. What is stored as JSON text
+keeps its nulls.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ Strip = Callable[[Any], Any]
 
 
 def rows(file: BinaryIO, kind: str, name: str, first: int = 0) -> Iterator[dict]:
-    """The rows of an open file from number `first` on, as dicts; ValueError names the file and the rows that are damaged."""
+    """The rows of an open file from number `first` on, as dicts; ValueError names the file and the damaged rows."""
     from datasets import Features
 
     schema, batches = _batches(file, kind, name, first)
@@ -48,7 +49,7 @@ def schema_of(file: BinaryIO, kind: str, name: str) -> pa.Schema:
 
 
 def common_schema(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema | None:
-    """The schema that holds the rows of all files, None where they have the same one. `schemas` are (file's name, schema).
+    """The schema that holds the rows of all files, None where all have the same. `schemas` are (file's name, schema).
 
     ValueError names the first file and column that do not fit with the files before.
     """
@@ -77,7 +78,9 @@ def _unifies(one: pa.Field, other: pa.Field) -> bool:
 
 
 def row_strip(features: Any) -> Strip | None:
-    """A function that takes filled-in keys out of a row with these datasets.Features; None where no column can have any.
+    """A function that takes filled-in keys out of a row with these datasets.Features.
+
+    None where no column can have any.
 
     The columns themselves stay: a row of a table has all of them.
     """
@@ -105,9 +108,10 @@ def _strip(feature: Any) -> Strip | None:
     items = feature.feature if isinstance(feature, List) or hasattr(feature, "feature") else None
     if isinstance(feature, list):
         items = feature[0]
-    strip = _strip(items) if items is not None else None
-    if strip is None:
+    inside = _strip(items) if items is not None else None
+    if inside is None:
         return None
+    strip: Strip = inside
 
     def listed(value: Any) -> Any:
         if isinstance(value, dict):  # a sequence of structs may be read as a struct of lists

@@ -1,7 +1,7 @@
 """Text files → rows as lines of JSON (bytes), of whatever shape: JSON lines, JSON, CSV and TSV.
 
-A CSV's cells are text, whatever they look like. A row that cannot be is a line of its own kind, which `parse_line` turns
-into the error; so a reader that may leave bad rows out sees it as one of them.
+A CSV's cells are text, whatever they look like. A row that cannot be is a line of its own kind, which `parse_line`
+turns into the error; so a reader that may leave bad rows out sees it as one of them.
 """
 
 import bz2
@@ -35,12 +35,15 @@ def unpacked(file: BinaryIO, packing: str | None) -> BinaryIO:
         import pyarrow as pa
 
         return io.BufferedReader(pa.CompressedInputStream(file, "zstd"), 1 << 16)
-    openers = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+    openers: dict[str, Any] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
     return openers[packing](file, "rb") if packing else file
 
 
 def numbered_lines(file: BinaryIO, kind: str) -> Iterator[Numbered]:
-    """The rows of an open text file with their numbers: of lines for JSON lines and CSV, of elements for a JSON array."""
+    """The rows of an open text file with their numbers.
+
+    Of lines for JSON lines and CSV, of elements for a JSON list.
+    """
     if kind == "lines":
         return _lines(file)
     if kind in ("csv", "tsv"):
@@ -60,7 +63,10 @@ def _lines(file: BinaryIO) -> Iterator[Numbered]:
 
 
 def _json(file: BinaryIO) -> Iterator[Numbered]:
-    """A list is its elements, unless they are the messages of one conversation; another value is one row; lines of JSON stay lines."""
+    """A list is its elements, unless they are the messages of one conversation; lines stay lines.
+
+    The rest is one row.
+    """
     content = file.read()
     if not content.strip():
         return

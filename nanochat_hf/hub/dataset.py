@@ -1,4 +1,7 @@
-"""A data set as training uses it, published: validated conversations or text, tokenised beside it, in parquet shards with a card."""
+"""A data set as training uses it, published.
+
+Validated conversations or text, tokenised beside it, in parquet shards with a card.
+"""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -24,8 +27,9 @@ def tokenised_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of `source` (SourceConfig) for publishing.
 
-    chat: {"messages": […]} and, with a tokenizer, "input_ids" and "assistant_masks" (1 where the assistant's own tokens are), equally long.
-    text: {"text": …} and "input_ids", which begin with <|bos|>. ValueError names a malformed row or a missing column.
+    chat: {"messages": […]} and, with a tokenizer, "input_ids" and "assistant_masks" (1 where the assistant's own tokens
+    are), equally long. text: {"text": …} and "input_ids", which begin with <|bos|>. ValueError names a malformed row or
+    a missing column.
     """
     if kind == "chat":
         for converted in conversations(source):
@@ -49,7 +53,10 @@ def tokenised_rows(
 
 
 def published(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with the keys that training reads: role, content, a tool's, and weight where a message has one or `train`."""
+    """Messages with the keys that training reads.
+
+    Role, content, a tool's, and weight where a message has one or `train`.
+    """
     rows = []
     for message in messages:
         row = {"role": message["role"], "content": message["content"]}
@@ -63,7 +70,8 @@ def published(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write_dataset(splits, folder, *, shard_bytes=SHARD_BYTES):
     """{"train": rows, …} → folder/data/SPLIT-00000-of-00001.parquet …; returns {split: {"rows", "tokens", "trained"}}.
 
-    Documents are taken one shard at a time; conversations are held in memory, as training holds them. ValueError for an empty split.
+    Documents are taken one shard at a time; conversations are held in memory, as training holds them. ValueError for an
+    empty split.
     """
     data = Path(folder) / "data"
     data.mkdir(parents=True)

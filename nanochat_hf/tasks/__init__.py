@@ -25,7 +25,7 @@ TASKS = {task.name: task for task in EVERY}
 __all__ = ["TASKS", "Task", "get_task"]
 
 
-def get_task(name):
+def get_task(name: str) -> Task:
     """The task called `name`; ValueError lists the names there are."""
     if name not in TASKS:
         raise ValueError(

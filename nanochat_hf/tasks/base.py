@@ -29,10 +29,13 @@ Conversation = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """load(split, path=None, limit=None) → rows; to_conversation(row) → conversation; grade(conversation, completion) → bool.
+    """load(split, path=None, limit=None) → rows; to_conversation(row) → conversation.
 
-    `kind` is generative or categorical (then the conversation holds its `letters`), `baseline` the accuracy of guessing; `notice()`, if
-    any, is a line to print before the answers are graded. to_conversation raises ValueError, in one line, for a row that does not fit.
+    Grade(conversation, completion) → bool.
+
+    `kind` is generative or categorical (then the conversation holds its `letters`), `baseline` the accuracy of
+    guessing; `notice()`, if any, is a line to print before the answers are graded. to_conversation raises ValueError,
+    in one line, for a row that does not fit.
     """
 
     name: str
@@ -66,7 +69,11 @@ def fitting(name: str, to_conversation: Callable[[Row], Conversation]) -> Callab
 
 
 def final_number(text: str) -> Decimal | None:
-    """final_number("so #### $1,200.0") → Decimal("1200"), of several marks the last; None where no number follows a mark."""
+    """The number behind ####, of several marks the last; None where no number follows one.
+
+    >>> final_number("so #### $1,200.0")
+    Decimal('1200.0')
+    """
     found = NUMBER.findall(text)
     try:
         return Decimal(re.sub(r"[,$\s]", "", found[-1])) if found else None
@@ -96,7 +103,9 @@ def pair(question: str, answer: Any) -> Conversation:
 
 
 def load_rows(name: str, config: str | None, split: str, path: str | None, limit: int | None) -> Any:
-    """Rows of a local file where `path` is given, whose split is only a word then; else of the Hub's `name`. At most `limit`.
+    """Rows of a local file where `path` is given, whose split is only a word then; else of the Hub's `name`.
+
+    At most `limit`.
 
     ValueError, in one line, where they cannot be had.
     """

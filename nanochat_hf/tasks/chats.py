@@ -17,7 +17,8 @@ def _custom_rows(split: str = "train", path: str | None = None, limit: int | Non
     """Rows that are a list of messages or an object with `messages`; the split is the file."""
     if path is None:
         raise ValueError(
-            "task custom_json needs a path: a file with one conversation a line, as in {task: custom_json, path: a.jsonl}"
+            "task custom_json needs a path: a file with one conversation a line, as in {task: custom_json, path: "
+            "a.jsonl}"
         )
     file = Path(path).expanduser()
     if not file.is_file():

@@ -1,18 +1,19 @@
 """GSM8K: school mathematics with calculator marks <<expression=result>>."""
 
 import re
+from typing import Any
 
-from .base import Task, load_rows, pair, same_number
+from .base import Conversation, Row, Task, load_rows, pair, same_number
 
 MARK = re.compile(r"<<([^=>]*)=([^>]*)>>")
 
 
-def load(split="train", path=None, limit=None):
+def load(split: str = "train", path: str | None = None, limit: int | None = None) -> Any:
     """Rows {question, answer} from the Hub (openai/gsm8k) or a local json(.gz) file."""
     return load_rows("openai/gsm8k", "main", split, path, limit)
 
 
-def to_conversation(row):
+def to_conversation(row: Row) -> Conversation:
     """Marks become tool calls: "2+2=<<2+2=4>>4" → text, python, python_output, text."""
     parts, end = [], 0
     for mark in MARK.finditer(row["answer"]):

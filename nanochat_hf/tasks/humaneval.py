@@ -2,33 +2,37 @@
 
 import ast
 import re
+from typing import Any
 
 from nanochat_hf.tools import sandbox
 
-from .base import Task, load_rows, pair
+from .base import Conversation, Row, Task, load_rows, pair
 
 BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
 
 
-def load(split="test", path=None, limit=None):
-    """Rows {task_id, prompt, canonical_solution, test, entry_point} from the Hub (openai/openai_humaneval, test only) or a local file."""
+def load(split: str = "test", path: str | None = None, limit: int | None = None) -> Any:
+    """Rows {task_id, prompt, canonical_solution, test, entry_point} of the Hub's openai/openai_humaneval or a file."""
     return load_rows("openai/openai_humaneval", None, split, path, limit)
 
 
-def to_conversation(row):
-    """The prompt is the question, prompt and solution in one block are the answer; `test` and `entry_point` go along for the grade."""
+def to_conversation(row: Row) -> Conversation:
+    """The prompt is the question, prompt and solution in one block are the answer.
+
+    `test` and `entry_point` go along for the grade.
+    """
     answer = f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"
     return pair(row["prompt"], answer) | {"test": row["test"], "entry_point": row["entry_point"]}
 
 
-def first_code_block(completion):
-    """first_code_block("so:\\n```python\\nx = 1\\n```\\nand ```y```") → "x = 1"; a text without a block is code as it stands."""
+def first_code_block(completion: str) -> str:
+    """The code of the first block within three backticks; a text without a block is code as it stands."""
     found = BLOCK.search(completion)
     return found[1] if found else completion
 
 
-def imports(prompt):
-    """The import statements on top level of a prompt: imports("import math\\ndef f(): ...") → "import math"."""
+def imports(prompt: str) -> str:
+    """The import statements on top level of a prompt."""
     try:
         lines = [ast.unparse(node) for node in ast.parse(prompt).body if isinstance(node, ast.Import | ast.ImportFrom)]
     except (SyntaxError, ValueError):
@@ -36,13 +40,13 @@ def imports(prompt):
     return "\n".join(lines)
 
 
-def program(conversation, completion):
+def program(conversation: Conversation, completion: str) -> str:
     """What decides: imports of the prompt, code of the completion, tests, and their call."""
     parts = (imports(conversation["messages"][0]["content"]), first_code_block(completion), conversation["test"])
     return "\n\n".join((*parts, f"check({conversation['entry_point']})\n"))
 
 
-def grade(conversation, completion, limits=None):
+def grade(conversation: Conversation, completion: str, limits: Any = None) -> bool:
     """True when the program ends without an error in the sandbox."""
     return sandbox.run(program(conversation, completion), limits).passed
 

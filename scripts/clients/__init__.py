@@ -1,0 +1,1 @@
+"""Checks of other programs on a saved folder."""

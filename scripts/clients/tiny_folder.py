@@ -1,7 +1,10 @@
-"""Write a folder like a trained model's, with random weights: python -m scripts.clients.tiny_folder OUT
+"""Write a folder like a trained model's, with random weights.
 
-Every part of the model is in it: windows and full attention, shared key heads, value embeddings, and a vocabulary that 64
-does not divide. All weights are random, also those that training starts at zero, or greedy tokens would say nothing.
+python -m scripts.clients.tiny_folder OUT
+
+Every part of the model is in it: windows and full attention, shared key heads, value embeddings, and a vocabulary
+that 64 does not divide. All weights are random, also those that training starts at zero, or greedy tokens would say
+nothing.
 """
 
 import argparse
@@ -18,10 +21,10 @@ WINDOW = 32
 
 
 def tiny_model(seed: int = 0) -> NanochatForCausalLM:
-    """A model of four layers, 64 wide, with weights drawn from `seed`."""
+    """A model of four layers, 128 wide, with weights drawn from `seed`."""
     config = NanochatConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
+        hidden_size=128,  # heads of 32, the least that vLLM takes
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,

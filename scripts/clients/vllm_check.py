@@ -1,4 +1,6 @@
-"""Load a saved folder in vLLM and hold it to transformers: python scripts/clients/vllm_check.py FOLDER
+"""Load a saved folder in vLLM and hold it to transformers.
+
+python scripts/clients/vllm_check.py FOLDER
 
 Runs where nanochat_hf is not installed: both load the folder's own code. Exits with an error at the first difference.
 """
@@ -34,7 +36,7 @@ CHATS = [
 
 
 def expected(model: torch.nn.Module, prompt: list[int]) -> list[int]:
-    """transformers' greedy tokens after `prompt`, all NEW_TOKENS of them."""
+    """Greedy tokens of transformers after `prompt`, all NEW_TOKENS of them."""
     with torch.no_grad():
         ids = model.generate(
             torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
@@ -69,7 +71,7 @@ def main() -> None:
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     from vllm import LLM, SamplingParams
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     served = LLM(folder, trust_remote_code=True, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=8)
     greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS)

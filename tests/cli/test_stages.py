@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from nanochat_hf.cli.stages import Processes, Screen, Stage, seconds_left
 from nanochat_hf.training.tracking import Progress
+from tests.support.processes import Run
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,30 @@ def test_a_second_ctrl_c_ends_a_process_that_does_not(processes, monkeypatch, tm
     start = time.monotonic()
     assert processes.run(child(tmp_path, monkeypatch, code), [], screen, press) == 130
     assert time.monotonic() - start < 60 and capsys.readouterr().out.splitlines()[-1] == "ended"
+
+
+def test_a_process_whose_parent_is_killed_still_saves(monkeypatch, tmp_path):
+    code = """asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+print("ready")
+while not asked: time.sleep(0.01)
+for _ in range(5000): print("more than a pipe holds, " * 10)
+open(argv[0], "w").close()"""
+    name = child(tmp_path, monkeypatch, code)
+    parent = (
+        "import sys\nfrom nanochat_hf.cli.stages import Processes, Screen\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        f"Processes([]).run({name!r}, [{str(tmp_path / 'saved')!r}], Screen(terminal=False))\n"
+    )
+    (tmp_path / "parent.py").write_text(parent)
+    run = Run(str(tmp_path / "parent.py"), [], tmp_path / "log")
+    end = time.monotonic() + 60
+    while "ready" not in run.text() and time.monotonic() < end:
+        time.sleep(0.05)
+    run.kill()
+    while not (tmp_path / "saved").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert (tmp_path / "saved").exists(), run.text()
 
 
 def test_the_rest_counts_steps_and_scales_everything_else(tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nanochat_hf.data.planned import SFTBatches
 from nanochat_hf.data.loading import load_source
+from nanochat_hf.data.planned import SFTBatches
 from nanochat_hf.data.sources import SourceConfig
 from nanochat_hf.data.streamed import StreamedConversations, TextBatches
 from nanochat_hf.tokenizer import train_tokenizer

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_hf.data.packing import pack_text
 from nanochat_hf.data.loading import load_shards, load_source
+from nanochat_hf.data.packing import pack_text
 from nanochat_hf.data.readers import Consumer, MapReader, StreamReader
 from nanochat_hf.data.sources import SourceConfig
 from nanochat_hf.data.streamed import StreamedConversations, TextBatches

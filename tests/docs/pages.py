@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 GENERATED = {"results.md", "negative_results.md"}  # by scripts.records, which checks them itself
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if "records" not in p.parts)]
 PAGES = [page for page in PAGES if page.name not in GENERATED]
+COMPARISONS = {"flags", "from_nanochat", "from_trl"}
 HOMES = (ROOT, ROOT / "nanochat_hf", ROOT / "docs")
 FENCE = re.compile(r"^( *)```(\w*)(.*?)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -70,6 +71,16 @@ def links(page: Path) -> Iterator[str]:
     for target in LINK.findall(prose(page)):
         if "://" not in target and not target.startswith("mailto:"):
             yield target
+
+
+def single_flags(page: Path) -> Iterator[str]:
+    """Flags that prose names by themselves: "--keep-best". The first column of a comparison is another program's."""
+    text = prose(page)
+    if page.stem in COMPARISONS:
+        text = re.sub(r"^\|[^|]*\|", "|", text.replace("\\|", " "), flags=re.MULTILINE)
+    for token in INLINE.findall(text):
+        if token.startswith("--"):
+            yield from re.findall(r"(?<!\S)--[a-z][a-z-]*[a-z](?![\w-])", token)
 
 
 def commands(page: Path) -> Iterator[list[str]]:

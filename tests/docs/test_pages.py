@@ -15,9 +15,13 @@ import torch
 
 from nanochat_hf.tasks.base import pair
 
-from .pages import PAGES, ROOT, blocks, commands, exists, links, own_command, paths, text_of
+from .pages import PAGES, ROOT, blocks, commands, exists, links, own_command, paths, single_flags, text_of
 
 ARCHITECTURE = ROOT / "docs/architecture.md"
+COMMANDS = [
+    p for p in sorted((ROOT / "scripts").glob("*.py")) if p.stem not in ("__init__", "bench", "serve_transformers")
+]
+WRITTEN = {"final/", "best/"}  # folders of a run
 ANYWHERE = "any machine"  # the title of blocks that are run here
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -37,7 +41,7 @@ def test_architecture_names_every_folder_and_stop():
     said = text_of(ARCHITECTURE)
     folders = [path for path in (ROOT / "nanochat_hf").iterdir() if (path / "__init__.py").is_file()]
     assert [folder.name for folder in folders if f"| `{folder.name}/` |" not in said] == []
-    for place in re.findall(r"`([a-z_]+(?:/[a-z_0-9]+)*/)`", said):
+    for place in set(re.findall(r"`([a-z_]+(?:/[a-z_0-9]+)*/)`", said)) - WRITTEN:
         assert exists(place), place
 
 
@@ -100,6 +104,16 @@ def test_commands_and_flags_exist(page):
         given = {word.partition("=")[0] for word in arguments if re.match(r"--?[a-z]", word) and "*" not in word}
         wrong += [f"{name} {flag}" for flag in sorted(given - flags_of(name)) if not flag.endswith("-")]
     assert wrong == []
+
+
+# of accelerate launch, pytest and gradio's like
+FOREIGN = {"--config_file", "--machine_rank", "--main_process_ip", "--include_path", "--trust-remote-code"}
+
+
+@by_page
+def test_flags_that_are_named_alone_are_some_commands(page):
+    known = set().union(*(flags_of(path.stem) for path in COMMANDS)) | FOREIGN
+    assert sorted(set(single_flags(page)) - known) == []
 
 
 def _missing_config(word):

@@ -1,4 +1,4 @@
-"""Which files a path names: existing ones first, patterns, folders by split; and what is said of those that cannot be read."""
+"""Which files a path names: existing ones first, patterns, folders by split; and what is said of the unreadable."""
 
 import pytest
 
@@ -61,7 +61,8 @@ def test_a_files_name_tells_its_split(tmp_path, name, split):
 def test_a_card_says_configurations_and_their_files(tmp_path):
     root = make(tmp_path, "x/one.jsonl", "x/two.jsonl", "y/a.jsonl")
     head = (
-        "---\nconfigs:\n- config_name: x\n  data_files:\n  - {split: train, path: x/one*}\n  - {split: held, path: [x/two.jsonl]}\n"
+        "---\nconfigs:\n- config_name: x\n  data_files:\n  - {split: train, path: x/one*}\n"
+        "  - {split: held, path: [x/two.jsonl]}\n"
         "- config_name: y\n  data_dir: y\n---\n"
     )
     (tmp_path / "README.md").write_text(head)

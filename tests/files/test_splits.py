@@ -46,5 +46,5 @@ def test_an_open_range_stays_open():
 
 @pytest.mark.parametrize("text", ["", "train[", "train[1.5:]", "a b", "train[10%", "train[200%:]"])
 def test_what_is_no_split_is_said(text):
-    with pytest.raises(ValueError, match="cannot be read; write train|lies outside of the data"):
+    with pytest.raises(ValueError, match=r"cannot be read; write train|lies outside of the data"):
         [part.range(10) for part in parse_split(text)]

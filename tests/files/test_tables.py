@@ -1,4 +1,4 @@
-"""Tables give rows without the keys that Arrow had to fill in, at any depth, and files that fit together are read together."""
+"""Tables give rows without the keys that Arrow had to fill in; files that fit together are read together."""
 
 import pyarrow as pa
 import pytest

@@ -2,9 +2,10 @@
 
 They run on a GPU with float8, else on the CPU, where torch._scaled_mm multiplies float8 too.
 
-Tolerances: rounding to e4m3 (3 bits of mantissa) has a relative error of at most 2^-4, about 2.6 % in the mean; rounding to
-e5m2 (2 bits) at most 2^-3, about 5.2 % in the mean. The squares of the factors' errors add up. So a product of two e4m3 is
-3.7 % off, and one with an e5m2 gradient 5.8 %. The MLP squares a result, and its gradient is rounded to e5m2 twice.
+Tolerances: rounding to e4m3 (3 bits of mantissa) has a relative error of at most 2^-4, about 2.6 % in the mean;
+rounding to e5m2 (2 bits) at most 2^-3, about 5.2 % in the mean. The squares of the factors' errors add up. So a
+product of two e4m3 is 3.7 % off, and one with an e5m2 gradient 5.8 %. The MLP squares a result, and its gradient is
+rounded to e5m2 twice.
 """
 
 from importlib.metadata import version

@@ -77,7 +77,7 @@ def alike(ours, formulas, tolerance):
 
 
 def skip_unless_it_runs(module):
-    """Skip kernels that the GPU does not fit, or without a GPU those that neither the interpreter nor the CPU can run."""
+    """Skip a kernel that does not fit the GPU, or without one a kernel that neither interpreter nor CPU can run."""
     if not HALF:
         if not getattr(module, "INTERPRETED", True):
             pytest.skip("torch computes this on CUDA alone")

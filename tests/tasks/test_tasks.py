@@ -314,7 +314,7 @@ def test_own_lines_are_read_and_named_when_wrong(tmp_path):
     assert [len(task.to_conversation(row)["messages"]) for row in task.load(path=path)] == [2, 0]
     path.write_text("{}\nnot json\n")
     with pytest.raises(ValueError, match="line 2: not JSON"):
-        task.load(path=path)
+        list(task.load(path=path))
     with pytest.raises(ValueError, match="does not exist"):
         task.load(path=tmp_path / "none")
     with pytest.raises(ValueError, match="unknown; choose from arc_challenge"):

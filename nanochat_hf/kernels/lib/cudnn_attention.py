@@ -45,7 +45,7 @@ def missing(device: torch.device) -> tuple[str, str] | None:
 
 
 def _ready(tensor, packed):
-    """The tensor, or a copy if kernels cannot read it: they need vectors of 16 bytes and evenly spaced packed tokens."""
+    """The tensor, or a copy if kernels cannot read it. They need 16-byte vectors and evenly spaced packed tokens."""
     whole, (B, T, *_), (row, token, *_) = 16 // tensor.element_size(), tensor.shape, tensor.stride()
     aligned = (
         tensor.stride(-1) == 1

@@ -197,7 +197,7 @@ def _(d_mixed, d_normed, d_first, d_x0, kept, mixed, x0, lambdas, scale):
 
 
 class MixAndNorm(torch.autograd.Function):
-    """x, update and x0 (…, C), lambdas (2) → the stream, its norm, the norm's first `channels`, and x0 for the next layer.
+    """x, update and x0 (…, C), lambdas (2) → the stream, its norm, the norm's first `channels`, and x0.
 
     x0 is passed on from layer to layer, so that each layer's backward kernel adds its part of the gradient of x0.
     Otherwise autograd would sum one tensor for each layer. The first channels are a result of their own because the

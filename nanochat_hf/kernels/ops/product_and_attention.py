@@ -31,7 +31,7 @@ def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> st
 
 
 def serves(ops: Ops, x: Tensor, heads: Heads, value: ValueEmbedding | None, rope: Tensor, attend: Attend) -> bool:
-    """For whole rows of several positions, layers as they were made, and where the config still names cuDNN's attention."""
+    """For whole rows of several positions and layers that no library has replaced, where attention is still cuDNN's."""
     layers = heads[:3]
     return (
         attend.whole_rows

@@ -44,9 +44,9 @@ def _r(z, inner):
 def _row(
     logits_ptr, target_ptr, weight_ptr, loss_ptr, stride, cap, inner, outer, vocab: tl.constexpr, BLOCK: tl.constexpr
 ):
-    # As _kernel, for rows that fit into one program, so that each logit is read and computed once. Until the sum is known
-    # the slopes are kept in half precision, which takes half the registers. So two programs fit on a multiprocessor, and
-    # one computes while the other reads.
+    # As _kernel, for rows that fit into one program, so that each logit is read and computed once. Until the sum is
+    # known the slopes are kept in half precision, which takes half the registers. So two programs fit on a
+    # multiprocessor, and one computes while the other reads.
     column, EVEN = tl.arange(0, BLOCK), vocab == BLOCK
     row = tl.program_id(0).to(tl.int64)
     target, weight = tl.load(target_ptr + row), tl.load(weight_ptr + row)
