@@ -289,7 +289,7 @@ def test_sizes_without_memory_are_those_of_the_model_and_match_the_measured_peak
     config = scaling.model_config(4, 300, 64)
     real, empty = NanochatForCausalLM(config), scaling.skeleton(config)
     assert scaling.parameter_counts(real) == scaling.parameter_counts(empty) and empty.lm_head.weight.is_meta
-    for depth, rows, measured in ((12, 64, 36.3), (20, 32, 57.2)):  # GiB on one H100, gradients-in-products
+    for depth, rows, measured in ((12, 64, 36.3), (20, 32, 57.2)):  # GiB, docs/records/2026-11-26-gradients-in-products
         model = scaling.skeleton(scaling.model_config(depth, 32768))
         assert scaling.memory_per_gpu(model, rows, 2048)["total"] == pytest.approx(measured, rel=0.02)
     d12 = scaling.skeleton(scaling.model_config(12, 32768))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEWEST = 64  # least number of documents of a graph; it is rounded up to a power of 2, so that few graphs are built
+FEWEST = 64  # documents of the smallest graph; larger ones have powers of 2, so that few graphs are built
 HEADS = {"q": "H", "o": "H", "do": "H", "dq": "H", "stats": "H"}  # the other tensors have K heads
 UID = {
     name: i for i, name in enumerate(("q", "k", "v", "o", "stats", "do", "dq", "dk", "dv", "length_q", "length_kv"), 1)
@@ -130,9 +130,8 @@ def describe(call: Call, handle: Any, **options: Any) -> Any:
         wanted("o", o), wanted("stats", stats)
         return graph
     if n:
-        options |= dict(
-            max_total_seq_len_q=B * T, max_total_seq_len_kv=B * T
-        )  # otherwise the workspace would be for n·T tokens
+        # otherwise the workspace would be for n·T tokens
+        options |= dict(max_total_seq_len_q=B * T, max_total_seq_len_kv=B * T)
     inputs = [given(name) for name in ("q", "k", "v", "o", "do", "stats")]
     gradients = graph.sdpa_backward(
         *inputs, use_deterministic_algorithm=call.deterministic, name="attention_backward", **options

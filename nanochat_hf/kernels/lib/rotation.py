@@ -177,8 +177,8 @@ def write_gradient(
 ) -> None:
     """Write the gradients before rotation and norm, of q (B, T, H, D) and k (B, T, K, D), into dx (B, T, ≥ (H + K)·D).
 
-    dv (B, T, K, D), where given, is copied behind them. dq and dk may be views of their places in dx. Rows of q, k and
-    dx are contiguous.
+    dv (B, T, K, D), where given, is copied after them. dq and dk may be views of their places in dx. The rows of q, k
+    and dx (axis B) follow one another without gaps; their tokens may be parts of wider ones.
     """
     B, T, q_heads, D = q.shape
     k_heads, values = k.shape[2], 0 if dv is None else dv.shape[2]

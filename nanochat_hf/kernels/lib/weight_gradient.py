@@ -21,9 +21,8 @@ Piece = tuple[int, int, int]  # tile, first step, end
 
 CUTS = 4  # most pieces of a tile
 OVERHEAD = 15  # cost of adding a piece to the sum, in steps, at most
-EXCESS = (
-    1.09  # most steps, relative to a perfect division of the work; above, cuBLAS computes, which takes 1.05 to 1.35
-)
+# most steps, relative to a perfect division of the work; above it cuBLAS computes, which takes 1.05 to 1.35
+EXCESS = 1.09
 SUM_ROWS, SUM_COLUMNS = 32, 64  # the part of a tile that one program sums
 
 

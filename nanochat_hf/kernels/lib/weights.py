@@ -32,7 +32,10 @@ def joint_sum(layer: nn.Module) -> Tensor | None:
 
 
 def weights_of(layers: tuple[nn.Module, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """The weights for a product in `dtype`: each layer's own, or for the first their joint half copy, else None."""
+    """The weights for a product in `dtype`.
+
+    Each layer's own; or, where there is one of this dtype, their joint copy and None for each layer after the first.
+    """
     half = getattr(weight_of(layers[0]), "joint_half", None)
     known = half is not None and half.dtype == dtype and joint_sum(layers[0]) is not None
     return (half, *[None] * (len(layers) - 1)) if known else tuple(weight_of(layer) for layer in layers)

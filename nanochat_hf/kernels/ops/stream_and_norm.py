@@ -18,7 +18,7 @@ OP = "stream_and_norm"
 
 def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """None on a GPU with Triton, except for float8."""
-    # torch.compile fuses the cast to float8 with its own kernel of the norm, which is faster
+    # torch.compile fuses the cast to float8 with its own kernel of the norm
     return lacks_triton(device) or ("float8 is cast in the kernel of the norm" if dtype == FLOAT8 else None)
 
 
