@@ -1,4 +1,4 @@
-"""Draw the pictures of the docs from records and from the code itself: python -m scripts.pictures [NAME …]
+"""Draw the pictures of the docs from records and from the code itself (python -m scripts.pictures [NAME …]).
 
 No figure of a picture stands in this file: curves come from docs/records, schedules and packing from the functions that
 training calls. The same records give the same bytes.

@@ -1,4 +1,4 @@
-"""Check the records in docs/records and rebuild the pages that come from them: python -m scripts.records [--check]
+"""Check the records in docs/records and rebuild the pages that come from them (python -m scripts.records [--check]).
 
 The pages are docs/results.md, docs/negative_results.md and the figures in each record's README.md. Each fault is one
 line: which record, what is wrong, what to do. `--check` writes nothing and fails where a page is not what the records

@@ -153,6 +153,12 @@ class Static:
             raise ValueError(
                 f"compile=True needs attention sdpa, the model has {model.config._attn_implementation}; load it with sdpa"
             )
+        window = getattr(model.config, "sliding_window", None)
+        if window and model.config.model_type != "nanochat_hf":
+            raise ValueError(
+                f"compile=True cannot decode {model.config.model_type} with its sliding_window={window}: after a prompt its "
+                "cache holds the window alone; leave compile out"
+            )
         # each shape is one more compilation of the same code, which dynamo stops at 8 unless told
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.model, self.call_end, self.slates = model, call_end, {}

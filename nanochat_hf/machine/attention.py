@@ -1,8 +1,10 @@
-"""Which attention kernel runs, chosen once by device and by what is installed."""
+"""Which attention implementation runs, chosen once by device and by what is installed."""
 
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
@@ -20,22 +22,35 @@ FLASH = {
 }
 
 
-def is_flash(name):
-    """Whether a name is one of transformers' flash family: flash_attention_2, 3, 4 or a repository of the `kernels` package."""
-    return name in FLASH or "/" in name and "flash" in name
+class FusedAttention(Protocol):
+    """An implementation among the kernels, above this layer, that is handed in: kernels.lib.cudnn_attention."""
+
+    def missing(self, device: torch.device) -> tuple[str, str] | None:
+        """Why it cannot run on `device`, and the remedy; None where it can."""
+        ...
+
+    def register(self) -> str:
+        """Make it known to transformers; returns its name there."""
+        ...
 
 
-def check_flash(device, requested, precision):
-    """ValueError where an implementation of the flash family cannot run. `precision`: Accelerate's mixed precision, None where unknown."""
+def is_flash(name: str) -> bool:
+    """Whether a name belongs to transformers' flash family: flash_attention_2, 3, 4 or a repository of `kernels`."""
+    return name in FLASH or ("/" in name and "flash" in name)
+
+
+def check_flash(device: torch.device, requested: str, precision: str | None) -> None:
+    """ValueError where a member of the flash family cannot run.
+
+    `precision`: Accelerate's mixed precision, None where it is not known.
+    """
     there, package = FLASH.get(requested, (lambda: False, None))
     reason = remedy = None
     if device.type != "cuda":
         reason, remedy = "its kernels need a CUDA device", "use sdpa or auto"
     elif precision == "no":
-        reason, remedy = (
-            "it computes in half precision and this run in float32",
-            "add --dtype bfloat16, or use sdpa or auto",
-        )
+        reason = "it computes in half precision and this run in float32"
+        remedy = "add --dtype bfloat16, or use sdpa or auto"
     elif not there() and not is_kernels_available():
         reason = f"neither {package} nor kernels is installed" if package else "kernels is not installed"
         remedy = f"pip install {package or 'kernels'}, or use sdpa or auto"
@@ -43,10 +58,11 @@ def check_flash(device, requested, precision):
         raise ValueError(f"--attn {requested} cannot run on {device.type}: {reason}; {remedy}")
 
 
-def check_cudnn(device, precision, cudnn):
-    """ValueError where cuDNN's attention cannot run; else it is registered with transformers. `precision`: see check_flash; `cudnn`: see
-    choose_attention."""
-    missing = cudnn.missing(device) if cudnn else ("its kernel was not handed in", "use sdpa or auto")
+def check_cudnn(device: torch.device, precision: str | None, cudnn: FusedAttention | None) -> None:
+    """Register cuDNN's attention with transformers; ValueError where it cannot run. `precision`: see check_flash."""
+    if cudnn is None:
+        raise ValueError("--attn cudnn is for training; use sdpa or auto")
+    missing = cudnn.missing(device)
     if missing is None and precision == "no":
         missing = "it computes in half precision and this run in float32", "add --dtype bfloat16, or use sdpa or auto"
     if missing:
@@ -54,7 +70,7 @@ def check_cudnn(device, precision, cudnn):
     cudnn.register()
 
 
-def set_attention(model, name):
+def set_attention(model: PreTrainedModel, name: str) -> None:
     """`model.set_attn_implementation(name)`; ValueError that says the remedy where transformers cannot load it."""
     try:
         model.set_attn_implementation(name)
@@ -62,15 +78,23 @@ def set_attention(model, name):
         raise ValueError(f"--attn {name} cannot be loaded: {error}; use sdpa or auto") from error
 
 
-def choose_attention(device, requested="auto", *, training=True, precision=None, cudnn=None):
+def choose_attention(
+    device: torch.device,
+    requested: str = "auto",
+    *,
+    training: bool = True,
+    precision: str | None = None,
+    cudnn: FusedAttention | None = None,
+) -> tuple[str, str]:
     """The name of an attention implementation and the reason, e.g. ("sdpa", "no CUDA device").
 
-    `device`: torch.device. `requested`: one of KERNELS or of the flash family; "auto" takes cuDNN's attention for training on Hopper where
-    nvidia-cudnn-frontend is installed, else FlexAttention for training on CUDA, since its block masks skip what windows and document borders
-    hide, XLA's flash kernel for training on a TPU, and SDPA elsewhere. ValueError for an unknown
-    name, for FlexAttention where it has no backward, and for the TPU's, cuDNN's and the flash family's kernels where they cannot run
-    (`precision`: see check_flash). `cudnn`: the kernel that "cudnn" names, with `missing(device)` and `register()` as kernels.cudnn_attention
-    has them; without it "auto" does not take it.
+    `requested`: one of KERNELS or of the flash family. "auto" takes, for training: cuDNN's attention on Hopper where
+    nvidia-cudnn-frontend is installed and `cudnn` was handed in; else FlexAttention on CUDA, whose block masks skip
+    what windows and document borders hide; XLA's flash kernel on a TPU. Elsewhere it takes SDPA.
+    `precision`: see check_flash.
+
+    ValueError for an unknown name, for FlexAttention where it has no backward, and for the kernels of TPUs, of cuDNN
+    and of the flash family where they cannot run.
     """
     if is_flash(requested):
         check_flash(device, requested, precision)
@@ -80,7 +104,7 @@ def choose_attention(device, requested="auto", *, training=True, precision=None,
         check_cudnn(device, precision, cudnn)
     if requested == "flex_attention" and training and device.type != "cuda":
         raise ValueError(f"--attn flex_attention has no backward on {device.type}; use sdpa or auto")
-    if device.type == "xla" and training or requested == "pallas":
+    if (device.type == "xla" and training) or requested == "pallas":
         kernel, reason = flash_kernel()
         if requested == "pallas" and kernel is None:
             raise ValueError(f"--attn pallas cannot run on {device.type}: {reason}; use sdpa or auto")
@@ -89,18 +113,18 @@ def choose_attention(device, requested="auto", *, training=True, precision=None,
     if requested != "auto":
         return requested, "asked for"
     if device.type == "cuda" and training:
-        if find_spec("triton") is None:
-            return "sdpa", "triton is not installed"
-        major = torch.cuda.get_device_capability(device)[0]
-        # on Hopper alone: its kernels for others exist, but nobody has measured them against FlexAttention with windows and documents
-        if major == 9 and precision != "no" and cudnn and cudnn.missing(device) is None:
-            return (
-                cudnn.register(),
-                "nvidia-cudnn-frontend is installed; its kernels skip what windows and document borders hide",
-            )
-        return (
-            ("flex_attention", "block masks skip windows and document borders")
-            if major >= 8
-            else ("sdpa", "the GPU is older than Ampere")
-        )
+        return _best_on_cuda(device, precision, cudnn)
     return "sdpa", "generation" if device.type == "cuda" else "no CUDA device"
+
+
+def _best_on_cuda(device, precision, cudnn):
+    if find_spec("triton") is None:
+        return "sdpa", "triton is not installed"
+    major = torch.cuda.get_device_capability(device)[0]
+    # cuDNN has kernels for other GPUs too, but with windows and documents they were measured on Hopper alone
+    if major == 9 and precision != "no" and cudnn and cudnn.missing(device) is None:
+        reason = "nvidia-cudnn-frontend is installed; its kernels skip what windows and document borders hide"
+        return cudnn.register(), reason
+    if major < 8:
+        return "sdpa", "the GPU is older than Ampere"
+    return "flex_attention", "block masks skip windows and document borders"

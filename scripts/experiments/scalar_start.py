@@ -171,7 +171,8 @@ def train(config):
             trainer.optimizer, trainer.batches = accelerator.prepare_optimizer(optimizer), batches
             trainer.schedule, trainer.state = schedule, TrainState()
         losses, start = [], time.perf_counter()
-        trainer.callbacks = [lambda trainer, info: losses.append(info.loss)]
+        losses, start = [], time.perf_counter()
+        trainer.callbacks = [lambda trainer, info, losses=losses: losses.append(info.loss)]
         trainer.fit()
         result = {
             "rule": name, "seed": int(seed), "depth": config.depth, "tokens_per_step": config.total_batch_size,

@@ -133,12 +133,9 @@ def test_byte_level_sizes_are_those_of_our_own_tokenizer(tokenizer):
 def test_gpt2_sizes_add_up_to_the_text(tmp_path):
     if not GPT2.exists():
         pytest.skip(f"no GPT-2 vocabulary at {GPT2}")
-    vocabulary = json.loads(gzip.open(GPT2 / "encoder.json.gz").read())
-    merges = [
-        tuple(line.split())
-        for line in gzip.open(GPT2 / "vocab.bpe.gz", "rt", encoding="utf-8").read().splitlines()[1:]
-        if line
-    ]
+    vocabulary = json.loads(gzip.decompress((GPT2 / "encoder.json.gz").read_bytes()))
+    lines = gzip.decompress((GPT2 / "vocab.bpe.gz").read_bytes()).decode().splitlines()[1:]
+    merges = [tuple(line.split()) for line in lines if line]
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     gpt2 = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>")

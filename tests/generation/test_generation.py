@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from nanochat_hf import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.generation import Engine, answer_parts, check_sampling, draw_uniforms, sample
@@ -113,6 +113,16 @@ def test_static_cache_serves_other_models(tokenizer, traced):
     assert quiet(gpt2, tokenizer, compile=True).generate(PROMPTS, max_new_tokens=12) == quiet(gpt2, tokenizer).generate(
         PROMPTS, max_new_tokens=12
     )
+
+
+def test_a_compiled_engine_refuses_the_windows_of_other_models(tokenizer):
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+    windowed = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=8)).eval()
+    with pytest.raises(ValueError, match="cannot decode mistral with its sliding_window=8.*leave compile out"):
+        Engine(windowed, tokenizer, compile=True)
+    plain = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=None)).eval()
+    assert Engine(plain, tokenizer, compile=True).static.window is None
 
 
 @pytest.mark.slow
