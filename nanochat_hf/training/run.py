@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from nanochat_hf.data.batches import Batches
 from nanochat_hf.errors import say_error
 from nanochat_hf.machine.accelerator import chose_float8
 from nanochat_hf.machine.durable import write_whole
@@ -97,14 +98,15 @@ class Data:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    train: Any
+    train: Batches
     validation: Sequence[dict[str, torch.Tensor]]
     lines: Mapping[str, str] = field(default_factory=dict)
 
     def left_out(self) -> dict[str, Any]:
         """What the report says of rows that could not be used, as far as they have been read."""
-        count, first = getattr(self.train, "bad", (0, ""))
-        return {"bad rows left out": count, "the first of them": first} if count else {}
+        report = self.train.report
+        count = report.total("bad")
+        return {"bad rows left out": count, "the first of them": report.first_bad} if count else {}
 
 
 @dataclass(frozen=True)
