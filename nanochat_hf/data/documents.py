@@ -1,7 +1,7 @@
-"""Stop 3.
+"""Stop 3: the tokenised conversations of a mixture as documents.
 
-The tokenised conversations of a mixture as documents, over-long ones treated by a named policy, read as views of a
-file.
+The tokens stay in the Arrow file, and a document is a view into it. Documents longer than a row are cut, split or
+dropped by the policy of `overlong`.
 """
 
 import hashlib
@@ -16,9 +16,8 @@ from .reports import SourceReport
 from .sources import SourceConfig
 from .tokenising import SEPARATOR
 
-Document = dict[
-    str, Any
-]  # "ids" int32 (T,), "mask" uint8 (T,) or None for all; "factors" float32 (T,) where some are not 1
+# "ids" int32 (T,), "mask" uint8 (T,) or None for all; "factors" float32 (T,) where some are not 1
+Document = dict[str, Any]
 
 
 class TokenColumns:
@@ -46,7 +45,7 @@ class TokenColumns:
         self.chunk = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         self.first = np.concatenate(([0], np.cumsum(sizes)))
 
-    def __getstate__(self) -> dict[str, Any]:  # a worker that is not forked maps the file itself
+    def __getstate__(self) -> dict[str, Any]:  # without the views: a worker that is not forked maps the file itself
         return {name: self.__dict__[name] for name in ("dataset", "lengths", "trained", "weighted", "fractional")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -70,12 +69,12 @@ class TokenColumns:
         return values.to_numpy() if len(values) else None
 
     def bad(self) -> tuple[int, str]:
-        """(bad rows, why the first is one)."""
-        count = int((self.lengths == 0).sum())  # a conversation has its <|bos|> at least
+        """(number of bad rows, why the first is bad)."""
+        count = int((self.lengths == 0).sum())  # any conversation has at least its <|bos|>
         return count, next(filter(None, self.dataset["bad"]), "") if count else ""
 
     def ignored(self) -> dict[str, int]:
-        """Rows by column that was not used."""
+        """{column that was not used: number of rows that hold something in it}."""
         found: Counter[str] = Counter()
         for entry in self.dataset.data.column("ignored").value_counts().to_pylist():
             for name in filter(None, entry["values"].split(SEPARATOR)):
@@ -84,7 +83,7 @@ class TokenColumns:
 
 
 def trained_tokens(offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Ones of `mask` in each row that `offsets` borders.
+    """The sum of `mask` over each row; row r is mask[offsets[r] : offsets[r + 1]].
 
     >>> trained_tokens(np.array([0, 2, 2, 3]), np.array([0, 1, 1])).tolist()
     [1, 0, 1]
@@ -102,7 +101,7 @@ class Documents(Sequence):
         self.spans = np.zeros((0, 4), dtype=np.int64)  # source, conversation, start, stop
 
     def add(self, source: SourceConfig, dataset: Any, form: str, unread: Sequence[str] = ()) -> SourceReport:
-        """Take a tokenised source in; returns its SourceReport."""
+        """Add the documents of a tokenised source; returns its SourceReport."""
         columns = TokenColumns(dataset)
         report = SourceReport(source.label, form, source.copies, seen=len(columns.lengths), unread=list(unread))
         report.bad, report.first_bad = columns.bad()
@@ -114,7 +113,7 @@ class Documents(Sequence):
         report.untrained = int((~long).sum()) - len(keep) - report.bad
         spans = [np.stack((np.full(len(keep), number), keep, np.zeros_like(keep), columns.lengths[keep]), axis=1)]
         trained = [columns.trained[keep]]
-        for row in np.flatnonzero(long):  # the others need no rule, and are a hundred times as many
+        for row in np.flatnonzero(long):  # one by one: few are long, and only they need the policy
             ids, mask = columns.row(row)
             for a, b in self.fit.spans(ids, mask, report):
                 spans.append(np.array([[number, row, a, b]]))
@@ -138,7 +137,7 @@ class Documents(Sequence):
 
     @property
     def weighted(self) -> bool:
-        """Whether any token counts other than 1, so that batches have loss_weights."""
+        """Whether batches need loss_weights: the mask of targets cannot say all the factors."""
         return any(columns.fractional or (self.fit.all_tokens and columns.weighted) for columns in self.columns)
 
     @property
