@@ -147,7 +147,7 @@ def test_bpb_is_the_same_on_two_processes(start, tmp_path):
     for world, run in zip((1, 2), runs, strict=True):
         assert run.wait() == [0] * world, run.text()
     one, two = (
-        [e["val/bpb"] for e in read_metrics(tmp_path / str(w) / "metrics.jsonl") if "val/bpb" in e][0] for w in (1, 2)
+        next(e["val/bpb"] for e in read_metrics(tmp_path / str(w) / "metrics.jsonl") if "val/bpb" in e) for w in (1, 2)
     )
     assert two == pytest.approx(one, rel=1e-6)
 
