@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from nanochat_hf.data.batches import Batches
 from nanochat_hf.errors import say_error
@@ -97,7 +97,7 @@ class Data:
     `train` is endless batches with a state, `lines` what the plan says of them.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     train: Batches
     validation: Sequence[dict[str, torch.Tensor]]
     lines: Mapping[str, str] = field(default_factory=dict)
