@@ -61,7 +61,7 @@ def _parts(value: Any, seen: set[int]) -> Iterable[str]:
         yield f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _cell(cell: Any) -> Any:
+def _cell(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet

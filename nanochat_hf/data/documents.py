@@ -7,7 +7,7 @@ dropped by the policy of `overlong`.
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -16,8 +16,21 @@ from .reports import SourceReport
 from .sources import SourceConfig
 from .tokenising import SEPARATOR
 
-# "ids" int32 (T,), "mask" uint8 (T,) or None for all; "factors" float32 (T,) where some are not 1
-Document = dict[str, Any]
+if TYPE_CHECKING:  # datasets is imported where it is used
+    from datasets import Dataset
+
+Values = np.ndarray | list  # one value for each token; the state of a stream holds lists
+
+
+class Document(TypedDict):
+    """A document of T tokens: `ids` int32 (T,), `mask` uint8 (T,), and `factors` float32 (T,) where some are not 1.
+
+    Every token is a target where the mask is None or missing.
+    """
+
+    ids: Values
+    mask: NotRequired[Values | None]
+    factors: NotRequired[Values]
 
 
 class TokenColumns:
@@ -26,7 +39,7 @@ class TokenColumns:
     `lengths` and `trained` count tokens per conversation.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: "Dataset") -> None:
         self.dataset = dataset
         self._open()
         self.lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in self.chunks]).astype(np.int64)
@@ -100,7 +113,7 @@ class Documents(Sequence):
         self.reports: list[SourceReport] = []
         self.spans = np.zeros((0, 4), dtype=np.int64)  # source, conversation, start, stop
 
-    def add(self, source: SourceConfig, dataset: Any, form: str, unread: Sequence[str] = ()) -> SourceReport:
+    def add(self, source: SourceConfig, dataset: "Dataset", form: str, unread: Sequence[str] = ()) -> SourceReport:
         """Add the documents of a tokenised source; returns its SourceReport."""
         columns = TokenColumns(dataset)
         report = SourceReport(source.label, form, source.copies, seen=len(columns.lengths), unread=list(unread))
@@ -170,8 +183,10 @@ def piece(ids: np.ndarray, mask: np.ndarray, factors: np.ndarray | None, span: S
     if start:
         ids, mask = np.concatenate(([fit.bos], ids)).astype(np.int32), np.concatenate(([0], mask)).astype(np.uint8)
         factors = None if factors is None else np.concatenate((np.ones(1, np.float32), factors))
-    document = {"ids": ids, "mask": None if fit.all_tokens else mask}
-    return document if factors is None else document | {"factors": factors}
+    document: Document = {"ids": ids, "mask": None if fit.all_tokens else mask}
+    if factors is not None:
+        document["factors"] = factors
+    return document
 
 
 def _lengths(spans: np.ndarray) -> np.ndarray:

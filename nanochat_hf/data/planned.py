@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from nanochat_hf.conversation import PlainEncoder
 
@@ -53,7 +54,7 @@ class SFTBatches(Reported):
     def __init__(  # noqa: PLR0913 - a run has a flag for each, given by name
         self,
         sources: Sequence[SourceConfig],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         rows: int,
         positions: int,

@@ -4,7 +4,9 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
 
 from nanochat_hf.conversation import PlainEncoder
 
@@ -134,7 +136,7 @@ class TextBatches(_Windows):
     def __init__(  # noqa: PLR0913 - a run has a flag for each, given by name
         self,
         source: SourceConfig,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         rows: int,
         positions: int,
@@ -213,15 +215,15 @@ class TextBatches(_Windows):
             "give more text or lower --total-batch-size, --device-batch-size or --max-seq-len"
         )
 
-    def _fresh_pack(self) -> Any:
+    def _fresh_pack(self) -> PackText:
         """A copy of the packer with its own counts, so that rows read for a look do not count as trained on."""
-        pack: Any = copy.copy(self.stream.pack)
+        pack = cast(PackText, copy.copy(self.stream.pack))  # the one that the constructor made
         pack.texts = copy.copy(self.texts)
         pack.texts.report = copy.deepcopy(self.texts.report)
         pack.counts = dict.fromkeys(pack.counts, 0)
         return pack
 
-    def _passage(self, pack: Any) -> Iterator[list[str]]:
+    def _passage(self, pack: PackText) -> Iterator[list[str]]:
         """The texts of all rows once, window by window."""
         texts = iter(pack.texts)
         while window := list(islice(texts, pack.documents)):
@@ -238,7 +240,7 @@ class StreamedConversations(_Windows):
     def __init__(  # noqa: PLR0913 - a run has a flag for each, given by name
         self,
         sources: Sequence[SourceConfig],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         rows: int,
         positions: int,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from .formats import row_format
 from .loading import load_source
 from .sources import SourceConfig
 from .weights import token_factors
+
+if TYPE_CHECKING:  # datasets is imported where it is used
+    from datasets import Dataset
 
 BATCH = 500  # rows that are rendered at once
 MAKERS = (
@@ -109,7 +112,7 @@ def _lists(values: np.ndarray, lengths: Any, good: np.ndarray) -> Any:
     return pa.ListArray.from_arrays(pa.array(np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)), values)
 
 
-def raw_rows(rows: Rows) -> tuple[Any, str]:
+def raw_rows(rows: Rows) -> tuple["Dataset", str]:
     """(Dataset of raw rows, digest of their content); rows that are no table become lines of JSON with their place."""
     from datasets import Dataset
 
@@ -144,7 +147,7 @@ def tokenise(
     num_proc: int | None = None,
     progress: bool = False,
     bad_rows: str = "error",
-) -> tuple[Any, str]:
+) -> tuple["Dataset", str]:
     """All conversations of a source, rendered: (Dataset with the columns of Render, the form of its rows).
 
     The result is cached under a key of everything that decides it: the content, the tokenizer and the template, the

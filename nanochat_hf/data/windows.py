@@ -6,7 +6,7 @@ A resumed run makes the window again by the same pure steps. So the state is sma
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -150,7 +150,8 @@ class PackConversations:
 
 def _plain(document: Document) -> Document:
     """The document with lists instead of arrays, since documents that wait become part of the state."""
-    return {key: value if value is None else value.tolist() for key, value in document.items()}
+    plain = {key: None if value is None else np.asarray(value).tolist() for key, value in document.items()}
+    return cast(Document, plain)
 
 
 class PackedStream(torch.utils.data.IterableDataset):

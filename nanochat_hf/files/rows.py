@@ -4,11 +4,14 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import tables
 from .data_file import DataFile, Place, Raw
 from .splits import Range
+
+if TYPE_CHECKING:  # datasets is imported where it is used
+    from datasets import Dataset
 
 
 class Rows(Sequence):
@@ -101,7 +104,7 @@ class TableRows(Rows):
     `sizes` are (file, rows) in order; where the files are not known, `label` names all rows.
     """
 
-    def __init__(self, dataset: Any, label: str, sizes: Sequence[tuple[str, int]] = ()) -> None:
+    def __init__(self, dataset: "Dataset", label: str, sizes: Sequence[tuple[str, int]] = ()) -> None:
         self.dataset, self.label = dataset, label
         whole = (0, len(dataset))
         self.places = TablePlaces(label, tuple(sizes) or ((label, len(dataset)),), (whole,))

@@ -5,11 +5,14 @@ In a column every struct has the keys of all structs: {"city": "Oslo"} beside {"
 JSON text keep their nulls.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 from pyarrow import ipc, parquet
+
+if TYPE_CHECKING:  # datasets is imported where it is used
+    from datasets import Features
 
 Strip = Callable[[Any], Any]
 
@@ -77,7 +80,7 @@ def _unifies(one: pa.Field, other: pa.Field) -> bool:
     return True
 
 
-def row_strip(features: Any) -> Strip | None:
+def row_strip(features: "Features") -> Strip | None:
     """A function that removes filled-in keys from a row of a table; None where no column can have any.
 
     `features` are the table's datasets.Features. The columns themselves stay, since every row has all of them.
@@ -135,7 +138,7 @@ def _batches(file: BinaryIO, kind: str, name: str, first: int) -> tuple[pa.Schem
     return reader.schema, _from(first, reader)
 
 
-def _from(first: int, batches: Any) -> Iterator[pa.RecordBatch]:
+def _from(first: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         if first < batch.num_rows:
             yield batch.slice(first)
