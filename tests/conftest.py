@@ -16,7 +16,10 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def compiled_anew():
-    """Forget compiled functions after each test: they count towards dynamo's limit, and a later test would meet it by its order."""
+    """Forget compiled functions after each test.
+
+    They count towards dynamo's limit, so whether a later test met it would depend on the order of tests.
+    """
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """The chat template says to transformers, and so to every client of it, exactly what `render` says to the trainer."""
 
 import json
+from itertools import chain
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -140,7 +141,7 @@ worded = st.builds(lambda t: [part("text", t)], plain)
 worked = st.builds(
     lambda c, o: [part("python", c), *([] if o is None else [part("python_output", o)])], plain, st.none() | plain
 )
-said = plain | st.lists(worded | worked, min_size=1, max_size=4).map(lambda groups: sum(groups, []))
+said = plain | st.lists(worded | worked, min_size=1, max_size=4).map(lambda groups: list(chain.from_iterable(groups)))
 names = st.text("abcXYZ_-.09", min_size=1, max_size=6) | st.sampled_from(["python", "calculator", "code_interpreter"])
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | plain,

@@ -129,7 +129,10 @@ def test_any_text_comes_back_and_its_tokens_are_its_bytes(tokenizer, text):
 
 @given(st.binary(max_size=40))
 def test_any_bytes_have_tokens(tokenizer, data):
-    """Bytes that are no UTF-8 have no string to encode, but each byte is a token, so they have ids, and decoding replaces what is no text."""
+    """Bytes that are no UTF-8 have no string to encode, but each byte is a token.
+
+    So they have ids, and decoding replaces what is no text.
+    """
     single = {b[0]: i for i, b in enumerate(raw(tokenizer, list(range(281)))) if len(b) == 1}
     assert len(single) == 256
     ids = [single[b] for b in data]

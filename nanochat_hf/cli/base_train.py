@@ -1,6 +1,6 @@
 """Pretrain a base model.
 
-Accelerate launch -m scripts.base_train --depth 12 --tokenizer DIR --data 'text/*.parquet' --output-dir runs/base
+accelerate launch -m scripts.base_train --depth 12 --tokenizer DIR --data 'text/*.parquet' --output-dir runs/base
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Fine-tune on conversations.
 
-Accelerate launch -m scripts.chat_sft --model DIR --data chats.jsonl --output-dir runs/sft
+accelerate launch -m scripts.chat_sft --model DIR --data chats.jsonl --output-dir runs/sft
 """
 
 import sys

@@ -1,18 +1,21 @@
 """Publish a data set as training uses it.
 
-Python -m scripts.push_dataset --hub-dataset-id org/chats --data chats.jsonl --tokenizer DIR
+python -m scripts.push_dataset --hub-dataset-id org/chats --data chats.jsonl --tokenizer DIR
 """
 
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.data.sources import SourceConfig
-from nanochat_hf.hub.dataset import dataset_card, tokenised_rows, write_dataset
+from nanochat_hf.hub.dataset import SetFacts, dataset_card, tokenised_rows, write_dataset
 from nanochat_hf.hub.push import check_repo_id, connect, fetch_model, reason, retried
 from nanochat_hf.tokenizer import load_tokenizer
 
@@ -40,16 +43,17 @@ class PublishConfig:
         default=None, metadata={"help": "language code for the card (default: the present card's, else en)"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in ("chat", "text"):
             raise ValueError(f"--kind {self.kind} must be chat or text")
         check_repo_id(self.hub_dataset_id, "--hub-dataset-id")
 
 
-def sources(config, lists):
-    """{"train": [SourceConfig, …], "validation": […]}, without empty splits.
+def sources(config: PublishConfig, lists: Mapping[str, Any]) -> dict[str, list[SourceConfig]]:
+    """The sources of each split, {"train": […], "validation": […]}, without splits that have none.
 
-    ValueError where there is nothing to train on.
+    `lists` holds the recipe's train_data and validation_data; a flag wins over them. ValueError without any training
+    data.
     """
     found = {
         split: SourceConfig.from_recipe_list(lists.get(f"{split}_data"), f"{split}_data")
@@ -62,8 +66,8 @@ def sources(config, lists):
     return {split: listed for split, listed in found.items() if listed}
 
 
-def existing_card(api, repo_id):
-    """The card that is on the Hub, or None."""
+def existing_card(api: HfApi, repo_id: str) -> str | None:
+    """The text of the card that is on the Hub, None where there is none."""
     try:
         return Path(api.hf_hub_download(repo_id, "README.md", repo_type="dataset", force_download=True)).read_text(
             encoding="utf-8"
@@ -73,7 +77,8 @@ def existing_card(api, repo_id):
 
 
 @user_errors
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the rows into a temporary folder, add the card, upload both. A push that fails ends with exit code 1."""
     config, lists = parse([PublishConfig], argv, lists=("train_data", "validation_data"), description=__doc__)
     found = sources(config, lists)
     tokenizer = load_tokenizer(fetch_model(config.tokenizer)) if config.tokenizer else None
@@ -88,26 +93,26 @@ def main(argv=None):
             for split, listed in found.items()
         }
         counts = write_dataset(rows, folder)
-        names = [s.task or s.path for listed in found.values() for s in listed]
+        facts = SetFacts(
+            kind=config.kind,
+            tokenizer_name=config.tokenizer,
+            sources=[str(s.task or s.path) for listed in found.values() for s in listed],
+            license=config.license,
+            language=config.language,
+        )
         try:
-            card = dataset_card(
-                repo_id,
-                counts,
-                kind=config.kind,
-                tokenizer_name=config.tokenizer,
-                sources=names,
-                license=config.license,
-                language=config.language,
-                existing=retried(lambda: existing_card(api, repo_id)),
-            )
+            existing = retried(lambda: existing_card(api, repo_id))
+            card = dataset_card(repo_id, counts, facts, existing)
             (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-            upload = {
-                "repo_id": repo_id,
-                "repo_type": "dataset",
-                "commit_message": "Publish data set",
-                "delete_patterns": "data/*",
-            }
-            commit = retried(lambda: api.upload_folder(folder_path=folder, **upload))
+            commit = retried(
+                lambda: api.upload_folder(
+                    folder_path=folder,
+                    repo_id=repo_id,
+                    repo_type="dataset",
+                    commit_message="Publish data set",
+                    delete_patterns="data/*",
+                )
+            )
         except Exception as error:
             print(f"error: push to {repo_id}: {reason(error)}; run the same command again", file=sys.stderr)
             sys.exit(1)

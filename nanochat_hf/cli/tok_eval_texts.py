@@ -1,5 +1,7 @@
 """Short texts of several kinds, written for tok_eval: a tokenizer is judged on what it did not see in training too."""
 
+# ruff: noqa: E501, RUF001 - the texts are data: their letters and their line breaks are what is measured
+
 TEXTS = {
     "news": """The city council voted on Tuesday to extend the tram line to the northern harbour, ending almost nine years of argument about
 who should pay for it. Construction is to begin in April and to cost 214 million euros, of which the state has promised a little less than half.

@@ -1,4 +1,7 @@
-"""Train a tokenizer: python -m scripts.tok_train --data 'text/*.parquet' --vocab-size 8192 --output runs/tokenizer"""
+"""Train a tokenizer.
+
+python -m scripts.tok_train --data 'text/*.parquet' --vocab-size 8192 --output runs/tokenizer
+"""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence

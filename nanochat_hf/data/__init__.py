@@ -1,6 +1,6 @@
-"""The way of a row from a data set to a batch, in stops. One conversation is carried through all of them.
+"""How a row of a data set becomes part of a batch, in six stops, shown with one conversation.
 
-1. `sources` says which rows of which data set; `loading` reads them by way of `nanochat_hf.files`, each with its place.
+1. `sources` says which rows of which data set; `loading` reads them with `nanochat_hf.files`, each with its place.
 
    >>> from nanochat_hf.files.data_file import Place, Raw
    >>> from nanochat_hf.data.sources import SourceConfig
@@ -8,8 +8,8 @@
    >>> line = b'{"prompt": "hi", "answer": "yes", "score": 5}'
    >>> raw = Raw(line, Place("chats.jsonl", "line", 1))
 
-2. `formats` (with `columns`, `tool_calls` and `weights`) makes messages of a row; `conversations` checks them and says
-   what of the row was not used.
+2. `formats` (with `columns`, `tool_calls` and `weights`) turns a row into messages; `conversations` checks them and
+   names the parts of the row that were not used.
 
    >>> from nanochat_hf.data.conversations import convert
    >>> converted = convert(raw, source)
@@ -18,8 +18,9 @@
    >>> converted.ignored
    ('score',)
 
-3. `tokenising` renders conversations to ids and a mask of the targets, once (`code_key` tells when it must be done
-   again); `overlong` cuts those that are longer than a row; `documents` holds them. `texts` is the same for plain text.
+3. `tokenising` renders conversations to ids and a mask of the targets, and keeps them for later runs (`code_key` tells
+   when they must be rendered again). `overlong` cuts conversations that are longer than a row; `documents` holds the
+   result. `texts` does the same for plain text.
 
    >>> from nanochat_hf.conversation import PlainEncoder
    >>> from nanochat_hf.tokenizer import train_tokenizer
@@ -48,8 +49,8 @@
    >>> [tokenizer.decode([label]) for label in batch["shift_labels"][0].tolist() if label >= 0]
    ['y', 'e', 's', '<|assistant_end|>']
 
-6. `batches` says what the engine sees of it: endless batches with exact state and a report. `planned` (6a) has whole
-   epochs planned before the first step, `streamed` (6b) packs what `readers` deal out, window by window; `workers` make
+6. `batches` is what the engine sees: endless batches with exact state and a report. `planned` (6a) plans whole epochs
+   before the first step. `streamed` (6b) packs the rows that `readers` give out, window by window. `workers` makes
    batches ahead.
 
 `reports` counts what was cut, left out and ignored at every stop; `identity` tells data sets apart on resuming.

@@ -1,4 +1,4 @@
-"""What planned, streamed and rolled-out batches share, so that the engine knows no kind."""
+"""The Protocol that planned, streamed and rolled-out batches share, so that the engine need not tell them apart."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -20,16 +20,16 @@ class Batches(Protocol):
         """Passes over the data so far."""
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from the present state on; each one handed out moves it, however many are made ahead."""
+        """The batches from the present state on; the state counts batches handed out, not those made ahead."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the batches handed out, and what tells this data from other data."""
+        """The place after the batches handed out, and the identity of the data."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there; ValueError where the data is not the same."""
+        """Continue at `state`; ValueError where the data is not the same."""
 
 
 def without_targets(batch: Batch, rows: int) -> None:
-    """Take the targets out of the last `rows` rows of a batch."""
+    """Remove the targets of the last `rows` rows of a batch, in place."""
     if rows > 0:
         batch["shift_labels"][-rows:] = -100

@@ -1,4 +1,4 @@
-"""What tells one version of code from another: for the key of a cache of what that code makes."""
+"""A digest of code, which changes when the code does: part of the key of a cache that holds what the code made."""
 
 import hashlib
 import inspect
@@ -13,8 +13,8 @@ SIMPLE = (str, bytes, int, float, bool, type(None))
 def code_key(functions: Iterable[Callable], modules: Iterable[types.ModuleType] = ()) -> str:
     """A digest that changes with what the functions do, and with the files of `modules`.
 
-    Functions and constants that a function finds in its own module count too. Where code stands in a file, and what it
-    is called, does not matter for functions.
+    Functions and constants of its module that a function uses count too. For functions, the place in the file and the
+    name of the function do not matter.
     """
     digest = hashlib.sha256()
     for module in modules:
@@ -27,9 +27,10 @@ def code_key(functions: Iterable[Callable], modules: Iterable[types.ModuleType] 
 
 
 def _parts(value: Any, seen: set[int]) -> Iterable[str]:
-    """Text for all that decides what a function does.
+    """Texts that together say what a function does.
 
-    Other values by their repr where that does not hold an address.
+    Of a plain value it is the repr. Of any other object it is the name of its type, because its repr may hold an
+    address, which differs from run to run.
     """
     while hasattr(value, "__wrapped__"):
         value = value.__wrapped__
@@ -60,7 +61,7 @@ def _parts(value: Any, seen: set[int]) -> Iterable[str]:
         yield f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _cell(cell: Any) -> Any:
+def _cell(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet

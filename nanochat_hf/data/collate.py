@@ -13,13 +13,13 @@ Batch = dict[str, torch.Tensor]
 class PackingCollator:
     """Lays rows of documents {"ids", "mask"} out as {input_ids, shift_labels, position_ids}, int64 (B, positions).
 
-    A row holds up to positions + 1 tokens, as inputs [:-1] and targets [1:]. Targets with mask 0, and padding, are
-    −100; mask None trains all. With `isolate`, position_ids restart per document, so that documents cannot see each
-    other. Padding is a document of its own: it attends to itself and nothing real attends to it. ValueError for a row
-    that is too long.
+    A row holds up to positions + 1 tokens: the inputs are [:-1], the targets [1:]. A target with mask 0 is −100, and so
+    is padding; with mask None every token is a target. With `isolate`, position_ids restart at each document, so that
+    documents cannot see each other. Padding counts as a document of its own, so no real token attends to it.
+    ValueError for a row that is too long.
 
-    Where a document has "factors", or always with `weighted`, there is loss_weights too, float32 (B, positions): what
-    each target's loss is multiplied by. A target whose factor is 0 is none.
+    With `weighted`, and whenever a document has "factors", the batch has loss_weights too, float32 (B, positions), by
+    which each target's loss is multiplied. A token whose factor is 0 is no target.
 
     >>> row = [{"ids": [1, 2, 3], "mask": [0, 1, 1]}, {"ids": [1, 4], "mask": [0, 1]}]
     >>> made = PackingCollator(5, pad_token_id=9)([row])
@@ -33,8 +33,7 @@ class PackingCollator:
     def __call__(self, rows: Sequence[Sequence[Document]]) -> Batch:
         """The batch of some rows of documents."""
         width = self.positions + 1
-        # numpy, and whole rows at a time: a torch call costs microseconds, and a document holds only some hundred
-        # tokens
+        # numpy on whole rows: a torch call costs microseconds, too much for documents of a few hundred tokens each
         ids = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
         labels = np.full((len(rows), width), -100, dtype=np.int64)
         places = np.zeros((len(rows), width), dtype=np.int64)

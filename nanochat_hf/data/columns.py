@@ -10,8 +10,8 @@ from nanochat_hf.messages import ConversationError
 def renamed(row: Any, columns: Mapping[str, str] | None, where: str = "row") -> Any:
     """The row with its columns renamed, {new name: name in the data}.
 
-    What had a new name before is set aside under a name that says so, and counts as ignored. ConversationError names a
-    column that is not there.
+    A column that had the new name before gets another name, which says so, and so counts as ignored. ConversationError
+    names a column that is not there.
 
     >>> renamed({"q": "a", "answer": "b", "better": "c"}, {"answer": "better"})
     {'q': 'a', 'answer (replaced by better)': 'b', 'answer': 'c'}
@@ -31,9 +31,9 @@ def renamed(row: Any, columns: Mapping[str, str] | None, where: str = "row") -> 
 
 
 def as_list(value: Any, where: str, column: str) -> Any:
-    """A list of structs, however a column holds it: JSON text, a list of JSON texts, or a struct of lists.
+    """A list of structs, from JSON text, a list of JSON texts or a struct of lists.
 
-    Else the value itself.
+    Any other value is returned as it is.
 
     >>> as_list('[{"role": "user"}]', "row", "messages")
     [{'role': 'user'}]
@@ -55,7 +55,7 @@ def as_list(value: Any, where: str, column: str) -> Any:
 
 
 def as_mapping(value: Any) -> Any:
-    """The pairs of a map as a dict, else the value itself.
+    """A list of pairs, as Arrow returns a map, as a dict; any other value as it is.
 
     >>> as_mapping([("city", "Oslo")])
     {'city': 'Oslo'}

@@ -1,4 +1,4 @@
-"""A row of a source → a conversation that can be rendered, with what it counts and what of the row was not used."""
+"""A row of a source → a conversation that can be rendered, its weights, and the parts of the row that were not used."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,14 +27,15 @@ class Converted:
 def convert(raw: Raw, source: SourceConfig) -> Converted:
     """A raw row of `source` → Converted.
 
-    ConversationError, or a ValueError for a line that is no JSON, begins with its place.
+    The message of an error begins with the row's place. It is a ConversationError, or for a line that is no JSON a
+    ValueError.
     """
     row, where = raw.parsed(), str(raw.place)
     try:
         conversation, unused = _conversation(row, source, where)
         check(conversation, where)
         return Converted(conversation, turn_weights(conversation, where), unused)
-    except (TypeError, AttributeError, KeyError) as error:  # values of kinds that no form has
+    except (TypeError, AttributeError, KeyError) as error:  # a value of a type that no form allows
         raise ConversationError(f"{where}: no conversation ({error}); correct or remove the row") from None
 
 
@@ -50,9 +51,9 @@ def _conversation(row: Any, source: SourceConfig, where: str) -> tuple[dict[str,
 
 
 def check(conversation: Any, where: str) -> None:
-    """ConversationError, which begins with `where`, for what cannot be rendered.
+    """Raise ConversationError where a conversation cannot be rendered; its message begins with `where`.
 
-    Roles, contents, null parts, lone surrogates.
+    The causes are wrong roles and contents, parts that are null, and lone surrogates.
     """
     messages = conversation.get("messages")
     for message in messages if isinstance(messages, list) else ():
@@ -65,10 +66,7 @@ def check(conversation: Any, where: str) -> None:
 
 
 def surrogate(text: str) -> str | None:
-    """What to say of a text with half of a character that UTF-16 writes in two, which no UTF-8 has.
-
-    None where it has none.
-    """
+    """The fault of a text that holds half of a surrogate pair, which UTF-8 cannot encode; None for a sound text."""
     if text.isascii():
         return None
     try:

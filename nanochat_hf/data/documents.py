@@ -1,13 +1,13 @@
-"""Stop 3.
+"""Stop 3: the tokenised conversations of a mixture as documents.
 
-The tokenised conversations of a mixture as documents, over-long ones treated by a named policy, read as views of a
-file.
+The tokens stay in the Arrow file, and a document is a view into it. Documents longer than a row are cut, split or
+dropped by the policy of `overlong`.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -16,9 +16,21 @@ from .reports import SourceReport
 from .sources import SourceConfig
 from .tokenising import SEPARATOR
 
-Document = dict[
-    str, Any
-]  # "ids" int32 (T,), "mask" uint8 (T,) or None for all; "factors" float32 (T,) where some are not 1
+if TYPE_CHECKING:  # datasets is imported where it is used
+    from datasets import Dataset
+
+Values = np.ndarray | list  # one value for each token; the state of a stream holds lists
+
+
+class Document(TypedDict):
+    """A document of T tokens: `ids` int32 (T,), `mask` uint8 (T,), and `factors` float32 (T,) where some are not 1.
+
+    Every token is a target where the mask is None or missing.
+    """
+
+    ids: Values
+    mask: NotRequired[Values | None]
+    factors: NotRequired[Values]
 
 
 class TokenColumns:
@@ -27,7 +39,7 @@ class TokenColumns:
     `lengths` and `trained` count tokens per conversation.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: "Dataset") -> None:
         self.dataset = dataset
         self._open()
         self.lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in self.chunks]).astype(np.int64)
@@ -46,7 +58,7 @@ class TokenColumns:
         self.chunk = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         self.first = np.concatenate(([0], np.cumsum(sizes)))
 
-    def __getstate__(self) -> dict[str, Any]:  # a worker that is not forked maps the file itself
+    def __getstate__(self) -> dict[str, Any]:  # without the views: a worker that is not forked maps the file itself
         return {name: self.__dict__[name] for name in ("dataset", "lengths", "trained", "weighted", "fractional")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -70,12 +82,12 @@ class TokenColumns:
         return values.to_numpy() if len(values) else None
 
     def bad(self) -> tuple[int, str]:
-        """(bad rows, why the first is one)."""
-        count = int((self.lengths == 0).sum())  # a conversation has its <|bos|> at least
+        """(number of bad rows, why the first is bad)."""
+        count = int((self.lengths == 0).sum())  # any conversation has at least its <|bos|>
         return count, next(filter(None, self.dataset["bad"]), "") if count else ""
 
     def ignored(self) -> dict[str, int]:
-        """Rows by column that was not used."""
+        """{column that was not used: number of rows that hold something in it}."""
         found: Counter[str] = Counter()
         for entry in self.dataset.data.column("ignored").value_counts().to_pylist():
             for name in filter(None, entry["values"].split(SEPARATOR)):
@@ -84,7 +96,7 @@ class TokenColumns:
 
 
 def trained_tokens(offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Ones of `mask` in each row that `offsets` borders.
+    """The sum of `mask` over each row; row r is mask[offsets[r] : offsets[r + 1]].
 
     >>> trained_tokens(np.array([0, 2, 2, 3]), np.array([0, 1, 1])).tolist()
     [1, 0, 1]
@@ -101,8 +113,8 @@ class Documents(Sequence):
         self.reports: list[SourceReport] = []
         self.spans = np.zeros((0, 4), dtype=np.int64)  # source, conversation, start, stop
 
-    def add(self, source: SourceConfig, dataset: Any, form: str, unread: Sequence[str] = ()) -> SourceReport:
-        """Take a tokenised source in; returns its SourceReport."""
+    def add(self, source: SourceConfig, dataset: "Dataset", form: str, unread: Sequence[str] = ()) -> SourceReport:
+        """Add the documents of a tokenised source; returns its SourceReport."""
         columns = TokenColumns(dataset)
         report = SourceReport(source.label, form, source.copies, seen=len(columns.lengths), unread=list(unread))
         report.bad, report.first_bad = columns.bad()
@@ -114,7 +126,7 @@ class Documents(Sequence):
         report.untrained = int((~long).sum()) - len(keep) - report.bad
         spans = [np.stack((np.full(len(keep), number), keep, np.zeros_like(keep), columns.lengths[keep]), axis=1)]
         trained = [columns.trained[keep]]
-        for row in np.flatnonzero(long):  # the others need no rule, and are a hundred times as many
+        for row in np.flatnonzero(long):  # one by one: few are long, and only they need the policy
             ids, mask = columns.row(row)
             for a, b in self.fit.spans(ids, mask, report):
                 spans.append(np.array([[number, row, a, b]]))
@@ -138,7 +150,7 @@ class Documents(Sequence):
 
     @property
     def weighted(self) -> bool:
-        """Whether any token counts other than 1, so that batches have loss_weights."""
+        """Whether batches need loss_weights: the mask of targets cannot say all the factors."""
         return any(columns.fractional or (self.fit.all_tokens and columns.weighted) for columns in self.columns)
 
     @property
@@ -171,8 +183,10 @@ def piece(ids: np.ndarray, mask: np.ndarray, factors: np.ndarray | None, span: S
     if start:
         ids, mask = np.concatenate(([fit.bos], ids)).astype(np.int32), np.concatenate(([0], mask)).astype(np.uint8)
         factors = None if factors is None else np.concatenate((np.ones(1, np.float32), factors))
-    document = {"ids": ids, "mask": None if fit.all_tokens else mask}
-    return document if factors is None else document | {"factors": factors}
+    document: Document = {"ids": ids, "mask": None if fit.all_tokens else mask}
+    if factors is not None:
+        document["factors"] = factors
+    return document
 
 
 def _lengths(spans: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-MESSAGE_KEYS = {"role", "content", "weight", "train", "tool_calls", "function_call"}  # what of a message is used
+MESSAGE_KEYS = {"role", "content", "weight", "train", "tool_calls", "function_call"}  # that are used
 TURN_KEYS = {"from", "value"}
 ANSWER_KEYS = {"tool_call_id", "name"}  # of a tool's message
 
@@ -38,7 +38,8 @@ ANSWER_KEYS = {"tool_call_id", "name"}  # of a tool's message
 class Form:
     """How rows of one kind become messages.
 
-    The columns they need, those that are used where they are there, and the function.
+    `convert` makes the messages, of a row and its place. `needs` are the columns that a row must have, `uses` those
+    that it may have.
     """
 
     convert: Callable[[Any, str], Any]
@@ -69,8 +70,7 @@ def convert_row(row: Any, where: str = "row", form: str | None = None) -> dict[s
     """A row as messages, a bare list of messages, ShareGPT, prompt/completion or Alpaca → a conversation.
 
     `form` names one of FORMATS; None takes the first that the columns fit. A `system` column becomes the system
-    message, `tools` go along with the messages. Calls of tools that are not declared become python parts, see
-    tool_calls.
+    message, and a `tools` column the conversation's tools. Without it, tool calls become python parts, see tool_calls.
 
     >>> convert_row({"instruction": "hi", "output": "yes", "history": [["a", "b"]]})["messages"][1]
     {'role': 'assistant', 'content': 'b'}
@@ -92,7 +92,7 @@ def convert_row(row: Any, where: str = "row", form: str | None = None) -> dict[s
 
 
 def ignored(row: Any, form: str) -> Iterator[str]:
-    """What of a row is not used: columns that hold something, and keys of its messages as "messages.KEY"."""
+    """The parts of a row that hold something but are not used: columns, and keys of messages as "messages.KEY"."""
     if not isinstance(row, dict):
         listed, label = row, "messages"
     else:
@@ -182,7 +182,7 @@ def _list(row: Any, where: str) -> Any:
     return row
 
 
-# the first form whose columns are there is taken
+# In order: a row has the first form of which it has all the columns
 FORMATS: dict[str, Form] = {
     "messages": Form(_messages, ("messages",), ("system", "tools")),
     "sharegpt": Form(_sharegpt, ("conversations",), ("system", "tools")),

@@ -1,6 +1,6 @@
-"""What tells one data set from another without reading it, in words.
+"""A text that tells one data set from another without reading it.
 
-For the state of a stream, which says how much was read.
+The state of a stream holds it, so that a resumed run notices other data.
 """
 
 import hashlib
@@ -14,9 +14,10 @@ from .sources import SourceConfig
 
 
 def identity(source: SourceConfig, reader: Reader | None = None) -> str:
-    """Names and sizes of files, for they may lie elsewhere on resuming: "chats.jsonl (5,120 bytes)".
+    """The identity of a source in words: for files "chats.jsonl (5,120 bytes)".
 
-    Of a Hub name its split, and the shards or rows that `reader` has.
+    Folders do not count, since files may be moved before a run resumes. For a Hub name the text has the split, and the
+    number of shards or rows that `reader` has.
     """
     files = _files(source)
     if files:
@@ -40,9 +41,9 @@ def identity(source: SourceConfig, reader: Reader | None = None) -> str:
 
 
 def _files(source: SourceConfig) -> list[Path]:
-    """The local files of a source, a folder's with those that say how to read it.
+    """The local files of a source; of a folder all of them, also those that describe the data.
 
-    [] for a Hub name and what code makes.
+    [] for a Hub name and for a task that makes its rows.
     """
     if source.path is None:
         return []

@@ -1,7 +1,8 @@
 """Stop 1: a source → its rows, as one sequence (load_source) or as the shards of a stream (load_shards).
 
-Every source goes the same way: which files, which split, which rows; so a slice means the same for a file, a folder, a
-saved data set and a Hub name, planned or streamed. What cannot be read is one ValueError that names the file.
+For every source the files are found first, then the split, then the rows. So a slice means the same for a file, a
+folder, a saved data set and a Hub name, planned or streamed. Data that cannot be read is a ValueError that names the
+file.
 """
 
 import functools
@@ -29,10 +30,10 @@ def load_source(source: SourceConfig) -> Rows:
 
 
 def load_shards(source: SourceConfig) -> list[Shard]:
-    """The parts that a stream of `source` is dealt out by, one for each file that has some of the rows.
+    """The shards that a stream of `source` hands out, one for each file that holds some of the rows.
 
-    Bounds are counted as far as they need it: a share in percent reads text files once, `start: 10` ten rows.
-    ValueError where what can be known without reading all of it is wrong; the rest is said where it is met.
+    Rows are counted only as far as a bound needs it: a share in percent reads text files once, `start: 10` ten rows.
+    ValueError for every fault that shows without reading all of the data; other faults show when their rows are read.
     """
     try:
         splits = saved_files(source) or listed(source).splits
@@ -46,7 +47,7 @@ def load_shards(source: SourceConfig) -> list[Shard]:
         first = next((True for shard in shards for _ in shard.rows()), None)
     except ValueError as error:
         raise _named(source, error) from error
-    except Exception as error:  # as in guarded
+    except Exception as error:  # as in _chosen
         raise unreadable(source, error) from error
     if first is None:
         told = f"from {source.start} on " if source.start else ""
@@ -60,21 +61,21 @@ def listed(source: SourceConfig) -> Listing:
     return list_local(path, source.name) if is_local(path) else _hub(path, source.name)
 
 
-_hub = functools.lru_cache(maxsize=64)(list_hub)  # asked for rows, for names in messages and for the plan
+_hub = functools.lru_cache(maxsize=64)(list_hub)  # several functions here ask for the same listing
 
 
 def unread(source: SourceConfig) -> list[str]:
-    """Names of files beside the source's that no ending lets us read; [] for a task and a saved data set."""
+    """Names of files of the source whose ending we cannot read; [] for a task and a saved data set."""
     return [] if source.task or source.path is None or _saved(source) else listed(source).unread
 
 
 def is_remote(source: SourceConfig) -> bool:
-    """Whether the path is a Hub name, as karpathy/x is where nothing of that name lies here."""
+    """Whether the path is a Hub name; org/name is one unless such a file or folder exists here."""
     return source.task is None and source.path is not None and not is_local(source.path)
 
 
 def count_rows(source: SourceConfig, most: int) -> int:
-    """How many rows there are, or `most` where there are more; a stream is read no further."""
+    """The number of rows, or `most` where there are more; no more than `most` rows are read."""
     counted = 0
     for shard in load_shards(source):
         counted += shard.count(most - counted)
@@ -92,9 +93,9 @@ def unreadable(source: SourceConfig, error: BaseException) -> ValueError:
 
 
 def _whole(source: SourceConfig) -> tuple[dict[str, Callable[[], Rows]], bool]:
-    """{split.
+    """({split: a function that loads its rows}, whether the splits were taken from `source.split`).
 
-    A function that loads its rows}, and whether the names of the splits are only what a task was asked for.
+    A task cannot list its splits, and neither can a Hub that does not answer; then `source.split` names them.
     """
     if source.task:
         return {part.name: functools.partial(_task_rows, source, part) for part in parse_split(source.split)}, True
@@ -105,7 +106,7 @@ def _whole(source: SourceConfig) -> tuple[dict[str, Callable[[], Rows]], bool]:
         splits = listed(source).splits
     except ValueError as error:
         raise _named(source, error) from error
-    except Exception as error:  # the Hub does not answer: what datasets keeps of earlier runs may do
+    except Exception as error:  # the Hub does not answer; datasets may still have the data from an earlier run
         return {
             part.name: functools.partial(_from_hub, source, part.name, error) for part in parse_split(source.split)
         }, True
@@ -113,7 +114,7 @@ def _whole(source: SourceConfig) -> tuple[dict[str, Callable[[], Rows]], bool]:
 
 
 def _chosen(source: SourceConfig, splits: dict[str, Callable[[], Rows]], any_name: bool) -> Rows:
-    """The rows of the splits that `source.split` names, cut to what it and start and rows mean."""
+    """The rows of the splits that `source.split` names, cut by its bounds and by `start` and `rows`."""
     try:
         parts = parse_split(source.split) if any_name else [p for _, p in _parts(source, splits)]
         loaded = []
@@ -130,9 +131,7 @@ def _chosen(source: SourceConfig, splits: dict[str, Callable[[], Rows]], any_nam
             chosen = chosen.select(within([(0, len(chosen))], source.start, source.rows))
     except ValueError as error:
         raise _named(source, error) from error
-    except (
-        Exception
-    ) as error:  # datasets and the Hub raise their own kinds for each fault; the user needs the reason in one line
+    except Exception as error:  # datasets and the Hub raise many kinds; the user needs the reason in one line
         raise unreadable(source, error) from error
     if not len(chosen):
         there = sum(len(rows) for rows, _ in loaded)
@@ -144,13 +143,13 @@ def _chosen(source: SourceConfig, splits: dict[str, Callable[[], Rows]], any_nam
 
 
 def _named(source: SourceConfig, error: ValueError) -> ValueError:
-    """The error with the source's name before it, unless it says it, or a file of it, by itself."""
+    """The error with the source's name before it, unless its text has the path or the task already."""
     text = " ".join(str(error).split())
     return ValueError(text) if str(source.path or source.task) in text else unreadable(source, ValueError(text))
 
 
 def _parts(source: SourceConfig, splits: dict[str, Any]) -> list[tuple[str, SplitPart]]:
-    """[(split, part)] of what `source.split` says; ValueError lists the splits where it names another."""
+    """[(split, part)] for each part of `source.split`; the ValueError for an unknown split lists the known ones."""
     found = []
     for part in parse_split(source.split):
         if part.name == EVERYTHING and part.name not in splits:
@@ -168,7 +167,7 @@ def _from_files(source: SourceConfig, split: str, files: list[DataFile]) -> Rows
     if not any(file.is_remote for file in files):
         return load_files(files, source.label)
     if len({file.kind for file in files}) == 1 and files[0].is_table:
-        return _from_hub(source, split)  # kept by datasets under the name, so that it is there without a connection
+        return _from_hub(source, split)  # datasets keeps it under this name, so later runs need no connection
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(DOWNLOADS) as pool:
@@ -215,7 +214,7 @@ def _arrow_files(folder: Path) -> list[DataFile]:
 
 
 def _task_rows(source: SourceConfig, part: SplitPart) -> Rows:
-    """A task's rows of one split: no more than the slice and `rows` need, for some tasks make them."""
+    """A task's rows of one split; where only `start` and `rows` bound it, no more rows are made than they need."""
     whole = part.first is part.stop is None and parse_split(source.split) == [part]
     limit = source.start + source.rows if whole and source.rows is not None else None
     rows = get_task(str(source.task)).load(part.name, path=source.path, limit=limit)

@@ -14,8 +14,8 @@ Span = tuple[int, int]
 class Fit:
     """Which parts of a rendered conversation go into rows of `capacity` tokens, by the policy `overlong`.
 
-    `all_tokens`: every token is a target; else a part without a target is left out. `bos` begins each later part of a
-    conversation that is split; `user_start` begins the turns before which it may be.
+    With `all_tokens` every token is a target; without it a part that has no target is left out. `user_start` is the id
+    before which a conversation may be split, `bos` the id that begins each part after the first.
     """
 
     capacity: int
@@ -29,7 +29,7 @@ class Fit:
             raise ValueError(f"overlong={self.overlong!r} is unknown; choose from {', '.join(OVERLONG)}")
 
     def spans(self, ids: np.ndarray, mask: np.ndarray, report: SourceReport) -> list[Span]:
-        """The parts of a conversation that are trained on; what was cut or left out is counted in `report`."""
+        """The parts of a conversation that are trained on; `report` counts what was cut or left out."""
         pieces = [(0, len(ids))]
         if len(ids) > self.capacity:
             turns = [0, *np.flatnonzero(ids == self.user_start)[1:].tolist()]
@@ -45,9 +45,9 @@ class Fit:
 def cut(length: int, turns: list[int], capacity: int, policy: str) -> list[Span]:
     """The parts of an over-long conversation that are kept.
 
-    `turns` are the places where a user's message begins, the first being 0. "split" cuts before a user's message, so
-    that no answer loses its question, and every later part gets a bos of its own; a single turn that is too long is
-    truncated. "truncate" keeps the beginning, "drop" nothing.
+    `turns` are the positions where a user's message begins, the first being 0. "split" cuts before a user's message, so
+    that no answer loses its question; each later part needs room for a bos, and a single turn that is too long is
+    truncated. "truncate" keeps the beginning, "drop" keeps nothing.
 
     >>> cut(10, turns=[0, 4, 7], capacity=7, policy="split")
     [(0, 7), (7, 10)]
@@ -56,8 +56,8 @@ def cut(length: int, turns: list[int], capacity: int, policy: str) -> list[Span]
         return []
     if policy == "truncate":
         return [(0, capacity)]
-    spans, start, borders = [], 0, [*turns[1:], length]
-    for here, following in zip(borders, [*borders[1:], None], strict=True):
+    spans, start, ends = [], 0, [*turns[1:], length]
+    for here, following in zip(ends, [*ends[1:], None], strict=True):
         room = capacity - (start > 0)
         if following is None or following - start > room:
             spans.append((start, min(here, start + room)))

@@ -37,9 +37,10 @@ def plan_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def plan(lengths: np.ndarray, capacity: int) -> Plan:
     """Best fit, longest first: each length (int, (n,)) goes to the fullest row that has room for it, else to a new one.
 
-    Documents of one length are placed together. The row with the least space s that fits takes s // length of them
-    before another row is fuller, so a group of rows of equal space is filled by one array operation: O(capacity²) of
-    these at most, whatever the number of documents, and a sort. ValueError names the first length that has no place.
+    Documents of one length are placed together. The fullest row that fits has some space s, and it stays the fullest
+    until it has taken s // length of them. So one array operation fills a group of rows of equal space. The cost is a
+    sort and at most O(capacity²) such operations, whatever the number of documents. ValueError names the first length
+    that fits no row.
     """
     wrong = np.flatnonzero((lengths <= 0) | (lengths > capacity))
     if len(wrong):
@@ -48,7 +49,7 @@ def plan(lengths: np.ndarray, capacity: int) -> Plan:
             f"lengths[{first}]={lengths[first]} must be between 1 and the row's capacity {capacity}; cut or drop it "
             "first"
         )
-    # radix sort of 16 bits, where they suffice, is three times as fast
+    # numpy sorts 16-bit integers by radix, which is three times as fast
     keys = (capacity - lengths).astype(np.uint16 if capacity < 1 << 16 else np.int64)
     longest = np.argsort(keys, kind="stable").astype(np.int32 if len(lengths) < 1 << 31 else np.int64)
     row_of = np.empty(len(lengths), dtype=longest.dtype)  # of the documents in that order
@@ -70,16 +71,16 @@ class _Rooms:
     def __init__(self, capacity: int) -> None:
         self.capacity, self.rows = capacity, 0
         self.free: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
-        self.existing = 0  # an integer whose bits say which spaces there are
+        self.existing = 0  # bit s is set where some row has space s
 
     def fill(self, length: int, row_of: np.ndarray) -> int:
-        """Place documents of `length` into rows of one space, or new ones.
+        """Place documents of `length` into rows that have one same space, or into new rows.
 
-        Writes their rows, returns how many were placed.
+        Writes the number of each document's row into `row_of`; returns how many documents were placed.
         """
         fitting = self.existing >> length
         space = length + (fitting & -fitting).bit_length() - 1 if fitting else self.capacity
-        each = space // length  # documents that one row takes, one after the other
+        each = space // length  # documents that one row takes
         wanted = -(-len(row_of) // each)
         if fitting:
             chunk = self.free[space].pop()
@@ -109,9 +110,9 @@ class _Rooms:
 def pack_text(documents: Sequence[Any], capacity: int, mode: str, bos: int) -> tuple[list[list[Any]], list[Any]]:
     """Full rows from a window of documents: best fit; where nothing fits, the shortest document is cut to fill the row.
 
-    `mode` "crop" drops the rest of a cut document, as the reference; "keep" puts it back behind a `bos`, and loses no
-    token. Rows are made until what is left would not fill one, so no document waits longer than to the next window.
-    Returns (rows, rest). Documents may be any sequences with a length and slices. Searching a place takes O(log n) of n
+    `mode` "crop" drops the rest of a cut document, as nanochat does; "keep" puts it back with a `bos` before it and
+    loses no token. Rows are made until the documents that are left would not fill one. Returns (rows, documents left).
+    Documents may be any sequences with a length and slices. Finding a document for a place takes O(log n) of n
     documents.
 
     >>> pack_text([[0, 1, 2], [0, 3, 4, 5]], 5, "keep", 0)

@@ -1,12 +1,10 @@
-"""Stop 6a.
-
-Conversations whose whole epochs are planned before the first step → micro-batches of this rank, with exact state.
-"""
+"""Stop 6a: micro-batches of conversations whose rows are all planned before the first step, with exact state."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from nanochat_hf.conversation import PlainEncoder
 
@@ -23,9 +21,9 @@ from .workers import ahead, first, plain_errors, worker_loader
 
 
 class PlannedRows:
-    """The rows of all epochs.
+    """The rows of all epochs: planned[g] is row g of the run, with the n rows of the plan in each epoch.
 
-    Row g of the run is row g % n of epoch g // n, whose order the seed and the epoch decide.
+    Row g is row g % n of epoch g // n. The seed and the epoch decide the order within an epoch.
     """
 
     def __init__(self, documents: Documents, plan: Plan, seed: int) -> None:
@@ -44,19 +42,19 @@ class PlannedRows:
 class SFTBatches(Reported):
     """Endless micro-batches of packed conversations.
 
-    All rows of an epoch are planned before the first step; the state is the number of the run's next row, and holds on
-    any number of processes.
+    All rows of an epoch are planned before the first step. The state is the number of the run's next row, so a run may
+    resume on another number of processes.
 
-    `overlong` is truncate, split (before a user's message) or drop; `bad_rows` error, or skip, which leaves out and
-    counts rows that are no conversation. `num_workers` processes collate; with 0 a thread does, `prefetch` batches
-    ahead (0: none). `num_proc` processes tokenise. ValueError for whatever is wrong with the data, before the first
-    batch.
+    `overlong` is truncate, split (before a user's message) or drop. `bad_rows` is error, or skip, which leaves out and
+    counts rows that are no conversation. `num_workers` processes collate; with 0 a thread does it. Either keeps
+    `prefetch` batches ready; a thread with prefetch 0 keeps none. `num_proc` processes tokenise. ValueError for any
+    fault of the data, before the first batch.
     """
 
-    def __init__(  # noqa: PLR0913 - the flags of a run, each by its name
+    def __init__(  # noqa: PLR0913 - a run has a flag for each, given by name
         self,
         sources: Sequence[SourceConfig],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         rows: int,
         positions: int,
@@ -102,18 +100,18 @@ class SFTBatches(Reported):
 
     @property
     def epoch(self) -> float:
-        """Epochs gone by."""
+        """Passes over the data so far, with a fraction for the present one."""
         return self.next_row / self.num_rows
 
     def steps(self, epochs: float, accumulation: int) -> int:
-        """Optimizer steps of `accumulation` micro-batches on every process that come closest to so many epochs.
+        """The number of optimizer steps that comes closest to `epochs`, at least 1.
 
-        At least one.
+        A step takes `accumulation` micro-batches on every process.
         """
         return max(1, round(epochs * self.num_rows / self.rows_per_step(accumulation)))
 
     def passes(self, steps: int, accumulation: int) -> float:
-        """Epochs that so many optimizer steps are."""
+        """The number of epochs in `steps` optimizer steps."""
         return steps * self.rows_per_step(accumulation) / self.num_rows
 
     def rows_per_step(self, accumulation: int) -> int:
@@ -147,16 +145,16 @@ class SFTBatches(Reported):
         return first(self, count)
 
     def once(self, count: int) -> list[Batch]:
-        """The first `count` micro-batches of an epoch, fewer where it has fewer.
+        """The first `count` micro-batches of an epoch, fewer where it has fewer: a validation set.
 
-        A validation set in which no row counts twice. What fills up the last one has no target.
+        No row counts twice: rows that only fill up the last batch have no targets.
         """
         batches = first(self, min(count, -(-self.num_rows // self.rows)))
         without_targets(batches[-1], len(batches) * self.rows - self.num_rows)
         return batches
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's next row, and what tells this data from other data."""
+        """The number of the run's next row, and the identity of the data."""
         return {
             "next_row": self.next_row,
             "num_rows": self.num_rows,
@@ -165,7 +163,7 @@ class SFTBatches(Reported):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there; ValueError when the data is not the same."""
+        """Continue at `state`; ValueError where the data is not the same."""
         if state["num_rows"] != self.num_rows or state.get("documents", self.documents.digest) != self.documents.digest:
             raise ValueError(
                 f"the checkpoint's data has {state['num_rows']} rows, this run's {self.num_rows}"

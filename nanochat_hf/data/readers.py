@@ -1,7 +1,7 @@
-"""Readers hand out the raw rows of a source, each consumer its share, with a state to go on from.
+"""Readers give each consumer its share of a source's raw rows, with a state to resume from.
 
-A *consumer* is one worker of one rank. The rows of a source are chosen first and dealt out then, so every row is read
-by exactly one consumer in an epoch, and a row that `start` or `rows` leaves out by none, however many there are.
+A *consumer* is one worker of one rank. The rows that `start` and `rows` mean are chosen before they are shared out. So
+for any number of consumers each chosen row is read by exactly one of them in an epoch, and no other row by any.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,17 +32,17 @@ class Consumer(NamedTuple):
 
 
 class Reader(Protocol):
-    """What hands out the rows of one source or several."""
+    """Gives out the rows of one source or of several."""
 
     def shares(self, wanted: int, world_size: int) -> int:
-        """How many of `wanted` workers of a process can have rows of their own."""
+        """How many workers of a process can have rows of their own, `wanted` at most."""
 
     def open(
         self, consumer: Consumer, state: State | None = None
     ) -> tuple[Iterator[tuple[Any, float]], Callable[[], State]]:
-        """Endless (row, epochs gone by) of one consumer, from `state`.
+        """(endless iterator of (row, epochs so far) for one consumer, function that returns its present state).
 
-        And a function that returns the state after the last row.
+        The iterator begins at `state`, without one at the beginning.
         """
 
 
@@ -53,7 +53,7 @@ class MapReader:
         self.rows, self.label, self.seed = rows, label, seed
 
     def shares(self, wanted: int, world_size: int) -> int:
-        """As many workers as asked for: rows are dealt out one by one."""
+        """As many workers as wanted: rows are shared out one by one."""
         return wanted
 
     def open(
@@ -84,9 +84,9 @@ class MapReader:
 
 @dataclass(frozen=True)
 class Share:
-    """The part of an epoch that one consumer reads.
+    """The part of an epoch that one consumer reads: every `stride`-th row of `shards`, which are numbers in order.
 
-    Whole `shards` (numbers, in order), or of each every `stride`-th row.
+    In the n-th of them (from 0) the first row is number (offset + n) % stride.
     """
 
     shards: list[int]
@@ -95,12 +95,15 @@ class Share:
 
 
 def share_of(order: Sequence[int], consumer: Consumer) -> Share:
-    """Whole shards for each process where they divide by the processes.
+    """The share of `consumer` in an epoch that takes the shards in `order`.
 
-    Else every process reads all and takes its rows.
+    Where the number of shards is a multiple of the processes, each process reads whole shards. Otherwise every process
+    reads all shards and takes every world_size-th row. Either way the workers of a process divide its shards.
 
-    The workers of a process divide its shards. With 4 shards on 2 processes, the second has share_of([2, 0, 3, 1],
-    Consumer(1, 2, 0, 1)) → shards [0, 1]; with 3 on 2 it reads all of them and takes rows 1, 3, ….
+    >>> share_of([2, 0, 3, 1], Consumer(rank=1, world_size=2, worker=0, workers=1))
+    Share(shards=[0, 1], stride=1, offset=0)
+    >>> share_of([2, 0, 1], Consumer(rank=1, world_size=2, worker=0, workers=1))
+    Share(shards=[2, 0, 1], stride=2, offset=1)
     """
     if len(order) % consumer.world_size:
         mine = list(order)[consumer.worker :: consumer.workers]
@@ -111,18 +114,15 @@ def share_of(order: Sequence[int], consumer: Consumer) -> Share:
 class StreamReader:
     """Rows of files that are read while training runs.
 
-    Every epoch the shards in another order, and the rows of each block of `block` shuffled. On resuming the block is
-    read again.
+    Every epoch has another order of the shards. Rows are shuffled within blocks of `block` rows, and a resumed run
+    reads its present block again.
     """
 
     def __init__(self, shards: Sequence[Shard], source: SourceConfig, seed: int, block: int = 1000) -> None:
         self.sharded, self.source, self.label, self.seed, self.block = list(shards), source, source.label, seed, block
 
     def shares(self, wanted: int, world_size: int) -> int:
-        """At most as many workers as a process has shards.
-
-        Its part of them where they divide by the processes, else all.
-        """
+        """At most as many workers as the process reads shards, see share_of."""
         shards = len(self.sharded)
         return max(1, min(wanted, shards if shards % world_size else shards // world_size))
 
@@ -131,8 +131,8 @@ class StreamReader:
     ) -> tuple[Iterator[tuple[Raw, float]], Callable[[], State]]:
         """As Reader.open.
 
-        `state` is the place where the block begins, a shard's position in the epoch and a row of it, and how many rows
-        of the block are out.
+        The state holds where the present block begins, [position of the shard in the epoch, row of the shard], the
+        number of the block, and how many of its rows were handed out.
         """
         place: State = dict(state or {"epoch": 0, "block": [0, 0], "number": 0, "position": 0})
 
@@ -165,9 +165,10 @@ class StreamReader:
         return share_of(order.tolist(), consumer)
 
     def _from(self, share: Share, position: int, skip: int) -> Iterator[tuple[Raw, int, int]]:
-        """(row, the position of its shard, rows of the shard read so far), from row `skip` of shard `position` on."""
+        """(row, position of its shard, rows of that shard read so far), from row `skip` of the shard at `position`."""
         for number in range(position, len(share.shards)):
-            turn = (share.offset + number) % share.stride  # so that no process has the longer part of every shard
+            # another first row in each shard: otherwise the same processes would get the spare row of every shard
+            turn = (share.offset + number) % share.stride
             for index, row in self.sharded[share.shards[number]].rows(skip):
                 check_stopped()
                 if index % share.stride == turn:
@@ -177,27 +178,27 @@ class StreamReader:
     def _some(self, reading: Iterator) -> list[tuple[Raw, int, int]]:
         try:
             return list(islice(reading, self.block))
-        except Exception as error:  # a shard that breaks off: each library raises its own kind
+        except Exception as error:  # each library has its own error for a file that breaks off
             raise unreadable(self.source, error) from error
 
 
 class MixedReader:
-    """Several readers in fixed proportion: the next row comes from the reader furthest behind its weight.
+    """Several readers in fixed proportion: the next row comes from the reader with the fewest rows for its weight.
 
-    An epoch is over when each of them has had one.
+    An epoch is over when the slowest reader has finished one.
     """
 
     def __init__(self, readers: Sequence[Reader], weights: Sequence[float]) -> None:
         self.readers, self.weights = list(readers), list(weights)
 
     def shares(self, wanted: int, world_size: int) -> int:
-        """What all readers can share."""
+        """As Reader.shares: the number that every reader allows."""
         return min(reader.shares(wanted, world_size) for reader in self.readers)
 
     def open(
         self, consumer: Consumer, state: State | None = None
     ) -> tuple[Iterator[tuple[tuple[int, Raw], float]], Callable[[], State]]:
-        """As Reader.open; a row is (number of the reader, row)."""
+        """As Reader.open; a row is (number of its reader, row)."""
         state = state or {"taken": [0] * len(self.readers), "readers": [None] * len(self.readers)}
         opened = [reader.open(consumer, s) for reader, s in zip(self.readers, state["readers"], strict=True)]
         taken = list(state["taken"])

@@ -1,7 +1,7 @@
-"""What became of the rows: counted for each source, the same way for planned and streamed data, and said in the plan.
+"""What became of the rows of each source, counted the same way for planned and streamed data.
 
-And what becomes of rows that are no conversation: an error, or left out and counted; more than half of them is an error
-either way.
+A row that is no conversation is an error, or is left out and counted. If more than half of the rows are bad, that is an
+error in any case.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 BAD_ROWS = ("error", "skip")
-ENOUGH = 100  # rows of a stream after which a share of bad ones is told from chance
+ENOUGH = 100  # rows of a stream that must be read before the share of bad ones means anything
 FORM_NAMES = {"list": "lists of messages", "task": "a task's rows"}
 TREATED = {
     "truncated": "truncated",
@@ -22,10 +22,11 @@ TREATED = {
 
 @dataclass
 class SourceReport:
-    """One source.
+    """The counts of one source.
 
-    Documents and tokens as they will be trained on in an epoch (of a stream: so far), and how many rows were treated
-    how. `seen` counts rows, `bad` those that are none, `ignored` rows by column that was not used, `unread` files.
+    `conversations` (documents), `tokens` and `trained` tokens are those of an epoch; of a stream, those so far.
+    `truncated`, `split`, `dropped` and `untrained` count what TREATED says. `seen` counts rows, `bad` the rows that
+    are no conversation. `ignored` is {column that was not used: rows}, `unread` names files that were not read.
     """
 
     label: str
@@ -45,7 +46,7 @@ class SourceReport:
     unread: list[str] = field(default_factory=list)
 
     def add_bad(self, error: Exception, skip: bool) -> None:
-        """Count a bad row, or raise its error where none may be left out."""
+        """Count a bad row with `skip`; raise its error without."""
         if not skip:
             raise error
         self.bad += 1
@@ -69,7 +70,7 @@ class SourceReport:
 
 
 def counted(numbers: dict[str, int]) -> str:
-    """Numbers of rows in words, the largest first.
+    """{name: number of rows} in words, the largest number first.
 
     >>> counted({"score": 5, "url": 1200})
     'url (1,200 rows), score (5 rows)'
@@ -96,12 +97,12 @@ class DataReport(Sequence):
 
     @property
     def first_bad(self) -> str:
-        """Why the first bad row is one; "" where there is none."""
+        """Why the first bad row is bad; "" where no row is."""
         return next((report.first_bad for report in self.sources if report.bad), "")
 
     @property
     def ignored(self) -> dict[str, int]:
-        """Rows by column that was not used."""
+        """{column that was not used: rows}, over all sources."""
         total: Counter[str] = Counter()
         for report in self.sources:
             total.update(report.ignored)
@@ -150,7 +151,7 @@ class DataReport(Sequence):
 
 
 class Reported:
-    """What planned and streamed batches say of their data, all of it from `report`."""
+    """The properties of planned and of streamed batches that read `report`."""
 
     @property
     def report(self) -> DataReport:
@@ -174,7 +175,7 @@ class Reported:
 
     @property
     def bad(self) -> tuple[int, str]:
-        """(rows left out because they are no conversation, why the first was)."""
+        """(number of rows left out because they are no conversation, why the first of them is none)."""
         return self.report.total("bad"), self.report.first_bad
 
 

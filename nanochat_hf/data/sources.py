@@ -1,4 +1,4 @@
-"""An entry of a recipe: which rows of which data set, how often, and under which names its columns are known."""
+"""An entry of a recipe: which rows of which data set, how often, and the names of its columns."""
 
 import dataclasses
 import math
@@ -17,10 +17,11 @@ from .formats import FORMATS
 class SourceConfig:
     """One data set of a mixture: a Hub name, local file(s) or a folder in `path`, or a `task`.
 
-    `split` as datasets writes it ("train[:90%]"), and of that rows `start` to `start + rows`, `repeat` times; or
-    `weight` times: 0.5 takes a seeded half, 1.5 all and a half once more. `name` is the configuration of a Hub data set
-    or a folder. `columns` renames: {prompt: question, completion: answer}. `converter` fixes the form of the rows, one
-    of formats.FORMATS. Numbers may be text, as YAML has "1e3". ValueError says which key is wrong, and what it may be.
+    `split` is written as in datasets ("train[:90%]"); `start` and `rows` choose rows `start` to `start + rows` of it.
+    They are taken `repeat` times, or `weight` times: 0.5 takes a seeded half, 1.5 takes all and a half once more.
+    `name` is the configuration of a Hub data set or a folder. `columns` renames columns: {prompt: question, completion:
+    answer}. `converter` sets the form of the rows, one of formats.FORMATS. Numbers may be text, because YAML reads 1e3
+    as text. ValueError says which key is wrong and what it may be.
     """
 
     path: str | None = None
@@ -63,7 +64,7 @@ class SourceConfig:
             raise ValueError(f"{self.label}: {error}") from None
 
     def _whole(self, key: str, least: int) -> int:
-        """The value of `key` as a whole number from `least` on: 10, "10", 1e3 and "1e3" are."""
+        """The value of `key` as a whole number, `least` or more; 10, "10", 1e3 and "1e3" all count as one."""
         value = _number(getattr(self, key))
         if value is None or not math.isfinite(value) or value != int(value) or value < least:
             remedy = "leave the source out instead" if key == "repeat" else f"give {key} from {least} on"
@@ -112,9 +113,9 @@ class SourceConfig:
 
 
 def _number(value: Any) -> float | None:
-    """A number, or what a flag would read as one.
+    """A number, also from text; None for anything else.
 
-    None for anything else (booleans too, which YAML makes of yes and on).
+    A boolean is no number here, since YAML reads yes and on as booleans.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None

@@ -1,10 +1,12 @@
-"""Stop 6b: endless batches of windows of documents: plain text, mapped or streamed, and streamed conversations."""
+"""Stop 6b: endless batches packed window by window: plain text, mapped or streamed, and streamed conversations."""
 
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
 
 from nanochat_hf.conversation import PlainEncoder
 
@@ -23,9 +25,9 @@ from .workers import ahead, first, plain_errors, worker_loader
 
 @dataclass(frozen=True)
 class Shape:
-    """How batches of windows are made.
+    """How batches are made: `rows` a batch, for process `rank` of `world_size`.
 
-    `rows` a batch for this `rank` of `world_size`, by how many workers and how far ahead.
+    `num_workers` processes make them, with 0 a thread; `prefetch` batches are kept ready.
     """
 
     rows: int
@@ -79,13 +81,13 @@ class _Windows(Reported):
         return first(self, count)
 
     def state_dict(self) -> dict[str, Any]:
-        """Each worker's place in the stream, how the stream was split, and which data it is of."""
+        """Each worker's place in the stream, how the stream is split over workers, and the identity of the data."""
         split = {"world_size": self.shape.world_size, "workers": len(self.states)}
         held = {"states": list(self.states), "turn": self.turn, "epoch": self.epoch}
         return held | {"settings": self.settings, "data": self.data} | split
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there; ValueError where the stream was split or packed in another way, or is of other data."""
+        """Continue at `state`; ValueError for other data, or where the stream was split or packed in another way."""
         for name, own, what in (
             ("world_size", self.shape.world_size, "processes"),
             ("workers", len(self.states), "data workers each"),
@@ -96,12 +98,12 @@ class _Windows(Reported):
                     f"{state[name]}"
                 )
         for name, value in self.settings.items():
-            theirs = state["settings"].get(name, "error" if name == "bad_rows" else None)  # as older checkpoints mean
+            theirs = state["settings"].get(name, "error" if name == "bad_rows" else None)  # absent in older checkpoints
             if theirs != value:
                 raise ValueError(
                     f"the checkpoint's stream has {name}={theirs}, this run {value}; resume with the former"
                 )
-        for theirs, own in zip(state.get("data", self.data), self.data, strict=True):  # checkpoints of before have none
+        for theirs, own in zip(state.get("data", self.data), self.data, strict=True):  # absent in older checkpoints
             if theirs != own:
                 raise ValueError(
                     f"the checkpoint's stream is of {theirs}, this run's of {own}; resume with the former, or begin "
@@ -113,7 +115,7 @@ class _Windows(Reported):
 
 
 def _check_place(place: Any) -> None:
-    """ValueError for a place in a stream that an older version wrote, which counted in another way."""
+    """ValueError for a place in a stream that an older version wrote: it counted rows in another way."""
     for part in place.get("readers", [place]) if place else ():
         if isinstance(part, dict) and not isinstance(part.get("block", []), list):
             raise ValueError(
@@ -123,20 +125,18 @@ def _check_place(place: Any) -> None:
 
 
 class TextBatches(_Windows):
-    """Endless micro-batches of plain text in full rows: best fit from a window.
+    """Endless micro-batches of plain text in full rows: best fit from a window of documents.
 
-    When nothing fits, the shortest document is cut.
-
-    `mode` "crop" drops the rest of a cut document, "keep" puts it back for a later row. `streaming` reads without
-    downloading first. Each document goes to one process (and worker) an epoch. ValueError for data without
-    `text_column`, before the first batch; rows without text are one too, or with `bad_rows` "skip" left out and
-    counted.
+    Where no document fits, the shortest is cut. `mode` "crop" drops its rest, "keep" puts it back for a later row.
+    `streaming` reads without downloading first. In an epoch each document goes to one process and worker.
+    ValueError before the first batch for data without `text_column`. A row without text is a ValueError too; with
+    `bad_rows` "skip" it is left out and counted.
     """
 
-    def __init__(  # noqa: PLR0913 - the flags of a run, each by its name
+    def __init__(  # noqa: PLR0913 - a run has a flag for each, given by name
         self,
         source: SourceConfig,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         rows: int,
         positions: int,
@@ -172,10 +172,10 @@ class TextBatches(_Windows):
         )
 
     def once(self, count: int) -> list[Batch]:
-        """The first `count` micro-batches of one pass over all documents, in order, whatever the rank.
+        """The first `count` micro-batches of one pass over the documents in order: a validation set.
 
-        A validation set in which no document counts twice. Fewer where the documents fill fewer; what fills up the last
-        one has no target.
+        They are the same on every rank, and no document counts twice. There are fewer where the documents fill fewer;
+        rows that only fill up the last batch have no targets.
         """
         pack, wanted = self._fresh_pack(), count * self.shape.rows
         packed: list[Row] = []
@@ -198,11 +198,10 @@ class TextBatches(_Windows):
         return batches
 
     def outlook(self, tokens: int) -> float:
-        """The share of tokens that cropping drops, from the first documents that hold `tokens` tokens.
+        """The share of tokens that cropping drops, measured on the first documents that hold `tokens` tokens.
 
-        0 in mode "keep".
-
-        ValueError where the whole data holds fewer: a step would meet its documents twice.
+        It is 0 in mode "keep". ValueError where all the data holds fewer tokens than that, since one step would then
+        see a document twice.
         """
         pack, waiting = self._fresh_pack(), []
         for items in self._passage(pack):
@@ -216,15 +215,15 @@ class TextBatches(_Windows):
             "give more text or lower --total-batch-size, --device-batch-size or --max-seq-len"
         )
 
-    def _fresh_pack(self) -> Any:
-        """The packer with counts of its own, so that looking at the data is not counted as training on it."""
-        pack: Any = copy.copy(self.stream.pack)
+    def _fresh_pack(self) -> PackText:
+        """A copy of the packer with its own counts, so that rows read for a look do not count as trained on."""
+        pack = cast(PackText, copy.copy(self.stream.pack))  # the one that the constructor made
         pack.texts = copy.copy(self.texts)
         pack.texts.report = copy.deepcopy(self.texts.report)
         pack.counts = dict.fromkeys(pack.counts, 0)
         return pack
 
-    def _passage(self, pack: Any) -> Iterator[list[str]]:
+    def _passage(self, pack: PackText) -> Iterator[list[str]]:
         """The texts of all rows once, window by window."""
         texts = iter(pack.texts)
         while window := list(islice(texts, pack.documents)):
@@ -234,14 +233,14 @@ class TextBatches(_Windows):
 class StreamedConversations(_Windows):
     """Endless micro-batches of conversations that are read as a stream.
 
-    Nothing is downloaded or planned first, so there is no number of rows and no epoch's end, and each source counts by
-    its weight (or repeat). Sources that are tasks are read whole.
+    Nothing is downloaded or planned first, so the number of rows is unknown. The sources give rows in proportion to
+    their weight (or repeat). Sources that are tasks are read whole.
     """
 
-    def __init__(  # noqa: PLR0913 - the flags of a run, each by its name
+    def __init__(  # noqa: PLR0913 - a run has a flag for each, given by name
         self,
         sources: Sequence[SourceConfig],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         rows: int,
         positions: int,
@@ -261,7 +260,7 @@ class StreamedConversations(_Windows):
         fit = Fit(positions + 1, special["<|bos|>"], special["<|user_start|>"], overlong, train_on_all_tokens)
         pack = PackConversations(list(sources), encoder, fit, bad_rows == "skip")
         readers = [_reader(source, seed, world_size) for source in sources]
-        for number, reader in enumerate(readers):  # a wrong form of the first row shows before training
+        for number, reader in enumerate(readers):  # the first row of each source, so that a wrong form shows at once
             rows_, _ = reader.open(Consumer(rank, world_size, 0, 1))
             item, _ = pack.read((number, next(rows_)[0]))
             pack.rendered([item] if item else [])

@@ -27,12 +27,11 @@ def text_of(raw: Raw, column: str) -> str:
 
 
 class Texts:
-    """The texts of a source, in order, as often as they are iterated.
+    """The texts of a source in order; each iteration reads them from the start.
 
-    `streaming` reads them without loading all of them first.
-
-    With `bad_rows` "skip" rows without text are left out and counted in `report`, up to half of them; with "error" the
-    first one is a ValueError: of a source that is not streamed now, for all of its rows, of a stream for the first.
+    `streaming` reads them without loading all of them first. With `bad_rows` "skip" rows without text are left out and
+    counted in `report`, up to half of the rows. With "error" the first one is a ValueError. It is raised by the
+    constructor, which looks at all rows, but at the first row alone of a stream.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class Texts:
         self._check()
 
     def raws(self) -> Iterator[Raw]:
-        """The rows as their files have them."""
+        """The rows as they are in their files."""
         if self.rows is not None:
             return (self.rows.raw(i) for i in range(len(self.rows)))
         return (row for shard in self.shards for _, row in shard.rows())
@@ -72,13 +71,13 @@ class Texts:
         self.report.check_bad()
 
     def nothing(self) -> ValueError:
-        """The error of data that holds no character."""
+        """The error for data in which every text is empty."""
         return ValueError(f"{self.source.label}: no text in {self.column!r}, all is empty; give another column or data")
 
     def _check(self) -> None:
-        """ValueError before training for what can be known.
+        """Raise ValueError for faults that can be seen before training.
 
-        The column, its type and its nulls, and every line of a text file.
+        These are a missing column, its type, its nulls, and any line of a text file without text.
         """
         first = next(self.raws(), None)
         if first is None:
@@ -93,7 +92,7 @@ class Texts:
                 text_of(first, self.column)
             empty = self.rows.dataset.data.column(self.column).null_count
             if self.rows.places.ranges != ((0, len(self.rows.dataset)),):
-                empty = 0  # of rows that were left out too: those that are read are looked at one by one
+                empty = 0  # this counts rows that were not selected too; rows are checked again when they are read
             if empty and not self.skip:
                 raise ValueError(
                     f"{self.source.label}: {empty} rows hold nothing in {self.column!r}; remove them or give them text"
@@ -106,7 +105,7 @@ class Texts:
 
 
 def shortened(texts: Iterable[str], document_chars: int | None = None, max_chars: int | None = None) -> Iterator[str]:
-    """Texts each cut to `document_chars`, `max_chars` characters in all.
+    """The texts, each cut to `document_chars` characters, until they have `max_chars` characters in all.
 
     >>> list(shortened(["abcd", "ef", "g"], 3, 4))
     ['abc', 'e']

@@ -1,4 +1,4 @@
-"""Stop 3a: conversations → token ids and masks, once: `datasets.map` into an Arrow file that later runs find again."""
+"""Stop 3a: conversations → token ids and masks, by `datasets.map` into an Arrow file that later runs use again."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from .loading import load_source
 from .sources import SourceConfig
 from .weights import token_factors
 
+if TYPE_CHECKING:  # datasets is imported where it is used
+    from datasets import Dataset
+
 BATCH = 500  # rows that are rendered at once
 MAKERS = (
     nanochat_hf.conversation,
@@ -41,11 +44,11 @@ SEPARATOR = "\x1f"  # between the names of ignored columns
 
 
 class Render:
-    """The function that datasets.map calls with a batch of rows.
+    """The function that datasets.map calls with a batch of rows; each row becomes a row of five columns.
 
-    It gives, a row a conversation, `ids` (int32 lists), `mask` (uint8 lists, 1 where a token is a target), `factors`
-    (float32 lists, empty where all are 1), `ignored` (names of columns) and `bad`: "" or, with `skip`, why the row is
-    no conversation (then the lists are empty).
+    `ids` are int32 lists, `mask` uint8 lists with 1 where a token is a target, `factors` float32 lists, empty where all
+    factors are 1. `ignored` holds names of columns. `bad` is "", or with `skip` the reason why the row is no
+    conversation; then its lists are empty.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class Render:
 
 
 def _lists(values: np.ndarray, lengths: Any, good: np.ndarray) -> Any:
-    """An Arrow column of lists: `lengths` for the rows that are `good`, 0 for the others."""
+    """An Arrow column of lists of `values`; `lengths` are those of the `good` rows, the others get an empty list."""
     import pyarrow as pa
 
     sizes = np.zeros(len(good), dtype=np.int64)
@@ -109,8 +112,8 @@ def _lists(values: np.ndarray, lengths: Any, good: np.ndarray) -> Any:
     return pa.ListArray.from_arrays(pa.array(np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)), values)
 
 
-def raw_rows(rows: Rows) -> tuple[Any, str]:
-    """(Dataset of raw rows, digest of their content). Rows of any shape travel as lines of JSON with their place."""
+def raw_rows(rows: Rows) -> tuple["Dataset", str]:
+    """(Dataset of raw rows, digest of their content); rows that are no table become lines of JSON with their place."""
     from datasets import Dataset
 
     if isinstance(rows, TableRows):
@@ -125,7 +128,7 @@ def raw_rows(rows: Rows) -> tuple[Any, str]:
 
 
 def form_of(rows: Rows, source: SourceConfig, skip: bool) -> str:
-    """The form of the first row; with `skip` of the first that has one."""
+    """The form of the first row; with `skip` that of the first row that has a form."""
     if source.task or source.converter:
         return source.converter or "task"
     for number in range(len(rows)):
@@ -144,12 +147,12 @@ def tokenise(
     num_proc: int | None = None,
     progress: bool = False,
     bad_rows: str = "error",
-) -> tuple[Any, str]:
+) -> tuple["Dataset", str]:
     """All conversations of a source, rendered: (Dataset with the columns of Render, the form of its rows).
 
-    Kept under a key of all that makes a row: the content, the tokenizer and the template, the settings, and the code of
-    the task and of the conversion. Processes that start together wait for the first, without a collective that could
-    time out.
+    The result is cached under a key of everything that decides it: the content, the tokenizer and the template, the
+    settings, and the code of the task and of the conversion. Processes that start together wait at a file lock for the
+    first of them: a collective would time out on large data.
     """
     import datasets.config
     from filelock import FileLock
@@ -184,10 +187,7 @@ def tokenise(
 
 @contextmanager
 def bars(shown: bool) -> Generator[None]:
-    """The progress bars of datasets, shown where asked for and somebody looks.
-
-    In a log file a bar is a page of noise.
-    """
+    """Show the progress bars of datasets where `shown` and stderr is a terminal; in a log a bar fills pages."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     before = are_progress_bars_disabled()

@@ -1,9 +1,9 @@
-"""OpenAI's tool calls → what a conversation is rendered from.
+"""OpenAI's tool calls → messages that can be rendered.
 
-Where a row declares its tools they stand in the prompt, and calls are kept as they are: they are written as clients of
-the model write and read them (`declared_calls`). Where it does not, a call becomes the Python call that it describes,
-within one turn (`merge_tools`): [user, assistant with tool_calls, tool, assistant] → [user, assistant with text,
-python, python_output and text parts].
+Where a row declares its tools, the prompt lists them and calls stay calls, in the form that clients of the model use
+(`declared_calls`). Where it does not, a call becomes the Python code that it describes, within one turn
+(`merge_tools`): [user, assistant with tool_calls, tool, assistant] → [user, assistant with text, python,
+python_output and text parts].
 """
 
 import json
@@ -18,7 +18,7 @@ Call = tuple[Any, str]  # id, Python text
 
 
 def has_tools(messages: Any) -> bool:
-    """True where a message is of a kind that only OpenAI's format knows; anything malformed is left to `validate`."""
+    """Whether a message has something that only OpenAI's format has; malformed messages are left to `validate`."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return False
     return any(
@@ -33,10 +33,9 @@ def has_tools(messages: Any) -> bool:
 def merge_tools(messages: list[Message], where: str = "row") -> list[Message]:
     """OpenAI's messages → ours.
 
-    Developer is system, content lists of text are text, and an assistant's calls, the tools' answers and the
-    assistant's next words are parts of one turn. ConversationError for what has no text form.
-
-    A part keeps the `weight` and `train` of its message, since several messages may become one turn.
+    The role developer becomes system, and lists of text parts become text. An assistant's calls, the tools' answers and
+    the assistant's next words become parts of one turn. Each part keeps the `weight` and `train` of its message, since
+    several messages may become one turn. ConversationError for content that is not text.
     """
     merged: list[Message] = []
     calls: list[Call] = []
@@ -69,10 +68,10 @@ def merge_tools(messages: list[Message], where: str = "row") -> list[Message]:
 
 
 def declared_calls(messages: Any, where: str = "row") -> Any:
-    """Messages beside declared tools, in OpenAI's present form.
+    """Messages of a row that declares tools, in OpenAI's present form.
 
-    Function_call is one of tool_calls, function is tool, and what a column holds as text or as a struct of lists is a
-    list again. What is malformed is left to `validate`.
+    A `function_call` becomes the one entry of `tool_calls`, the role function becomes tool, and calls that a column
+    holds as text or as a struct of lists become a list. Malformed messages are left to `validate`.
     """
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return messages
@@ -116,13 +115,10 @@ def _calls(message: Message, where: str) -> list[Call]:
 
 
 def _answered(calls: list[Call], message: Message, where: str) -> str:
-    """Take the call that a tool's message answers out of the open ones, by its id, else the oldest.
-
-    Returns its Python.
-    """
+    """Remove from `calls` the one that a tool's message answers, by its id or else the oldest; returns its Python."""
     if not calls:
         raise ConversationError(
-            f"{where}: a {message['role']} message answers no call; put it behind an assistant's tool_calls"
+            f"{where}: a {message['role']} message answers no call; put it after an assistant's tool_calls"
         )
     wanted = message.get("tool_call_id")
     index = next((i for i, (number, _) in enumerate(calls) if number == wanted), None)
@@ -132,9 +128,10 @@ def _answered(calls: list[Call], message: Message, where: str) -> str:
 
 
 def _call(call: Any, where: str) -> Call:
-    """A tool call → (its id, Python text): calculator(expression="2*3") → "2*3".
+    """A tool call → (its id, its Python text).
 
-    Look_up(city="Rome") → "look_up(city='Rome')".
+    The call of a code tool is its code: calculator(expression="2*3") → "2*3". Any other call is written as one:
+    look_up(city="Rome") → "look_up(city='Rome')".
     """
     function = call.get("function") if isinstance(call, dict) else None
     function = function if isinstance(function, dict) else call
@@ -177,9 +174,9 @@ def _parts(content: Any, marks: Message) -> list:
 
 
 def plain_text(content: Any, where: str) -> Any:
-    """The text of a message's content, of parts joined; anything else is left to `validate`.
+    """The text of a message's content, where a list of text parts is joined.
 
-    ConversationError for other parts.
+    ConversationError for a part that is not text. Content that is neither text nor a list is left to `validate`.
     """
     if isinstance(content, list):
         if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):

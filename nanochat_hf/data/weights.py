@@ -8,15 +8,15 @@ import numpy as np
 
 from nanochat_hf.messages import ConversationError, calculator_code
 
-Segments = list[list[float]]  # of each assistant's turn, the factor of its parts before the 1st, 2nd, … tool answer
+Segments = list[list[float]]  # for each assistant's turn, the factors of its parts before the 1st, 2nd, … tool answer
 
 
 def turn_weights(conversation: Mapping[str, Any], where: str = "row") -> Segments | None:
-    """The factors of a valid conversation's assistant turns; None where all of them are 1, as without any mark.
+    """The factors of the assistant's turns in a valid conversation; None where all of them are 1.
 
     A turn within which tools answer has one factor before each answer and one after the last, since its parts may come
-    from several messages. ConversationError for a weight that is no number from 0, or a train that is neither true nor
-    false.
+    from several messages. ConversationError for a weight that is no number of at least 0, and for a train that is
+    neither true nor false.
 
     >>> said = {"role": "assistant", "content": "a", "weight": 0}
     >>> turn_weights({"messages": [{"role": "user", "content": "q"}, said]})
@@ -42,7 +42,7 @@ def _name(tool: Mapping[str, Any]) -> Any:
 
 
 def _calls_calculator(message: Mapping[str, Any], declared: frozenset) -> bool:
-    """Whether the message ends in a call that is answered within its turn."""
+    """Whether the message has exactly one call, of the calculator, which is answered within the turn."""
     calls = message.get("tool_calls") or []
     if len(calls) != 1:
         return False
@@ -62,14 +62,14 @@ def _segments(message: Mapping[str, Any], where: str) -> list[float]:
         elif factors[-1] is None:
             factors[-1] = factor_of(part, where, whole)
     known, last = [], whole
-    for factor in factors:  # nothing but the turn's end comes after a last tool answer
+    for factor in factors:  # no part between two answers, or after the last: the factor before holds on
         last = last if factor is None else factor
         known.append(last)
     return known
 
 
 def factor_of(message: Mapping[str, Any], where: str, default: float = 1.0) -> float:
-    """What a message's or part's `weight` and `train` say together; `default` where they say nothing."""
+    """The factor that the `weight` and `train` of a message or part give; `default` where it has neither."""
     train, weight = message.get("train"), message.get("weight")
     if train is not None and train not in (True, False):
         raise ConversationError(f"{where}: a message has train {train!r}; give true or false")
@@ -83,7 +83,7 @@ def factor_of(message: Mapping[str, Any], where: str, default: float = 1.0) -> f
 
 
 def token_factors(ids: np.ndarray, special: Mapping[str, int], turns: Segments) -> np.ndarray:
-    """float32 (T,): the factor of each token of a rendered conversation (T ids); 1 outside of the assistant's turns."""
+    """The factor of each of the T tokens of a rendered conversation, float32 (T,); 1 outside the assistant's turns."""
     factors = np.ones(len(ids), dtype=np.float32)
     starts, ends = (np.flatnonzero(ids == special[f"<|assistant_{side}|>"]) for side in ("start", "end"))
     for start, segments in zip(starts, turns, strict=True):

@@ -1,12 +1,12 @@
 """Stop 4 for streams: endless packed batches from documents that are read, tokenised and packed window by window.
 
-A consumer's state is taken where a window begins: the reader's place, the documents left over, and how many rows of the
-window are out. The window itself is made again on resuming, by the same pure steps, so the state stays small whatever
-the window holds, and a resumed run is exact.
+A *window* is a run of rows that are packed together. A consumer's state is that at the beginning of its window: the
+reader's place, the documents left over from the window before, and how many rows of this window were handed out.
+A resumed run makes the window again by the same pure steps. So the state is small and the resumed run is exact.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -35,22 +35,22 @@ class Packer(Protocol):
     characters: int
 
     def read(self, row: Any) -> tuple[Any, int]:
-        """(what a row is to be packed as, its size in characters); (None, 0) for a bad row that is left out."""
+        """(the item that is packed for a row, its size in characters); (None, 0) for a bad row that is left out."""
 
     def __call__(self, waiting: list[Document], items: list[Any]) -> tuple[list[Row], list[Document]]:
         """(rows that are full enough, documents that wait for the next window)."""
 
     def news(self) -> dict[str, Any]:
-        """What was counted so far, as plain values."""
+        """The counts so far, as plain values."""
 
     def nothing(self) -> ValueError:
-        """The error of data that has given no document in a whole epoch."""
+        """The error for data that gave no document in a whole epoch."""
 
 
 class PackText:
     """Texts of a source → full rows of a window, see packing.pack_text."""
 
-    # a window: enough to pack well, little enough (0.3 s) for the queue to bridge
+    # enough documents to pack well, few enough (0.3 s of work) that the batches made ahead last until they are packed
     documents, characters = 512, 1_000_000
 
     def __init__(self, encoder: PlainEncoder, capacity: int, mode: str, texts: Texts) -> None:
@@ -83,7 +83,7 @@ class PackText:
 
 
 class PackConversations:
-    """Rows of a mixture, as (number of the source, row) → packed conversations of a window, see packing.pack_window."""
+    """Rows of a mixture, (number of the source, row) → packed conversations of a window, see packing.pack_window."""
 
     documents, characters = 1024, 1_000_000
 
@@ -92,7 +92,7 @@ class PackConversations:
         self.reset()
 
     def reset(self) -> None:
-        """Count from nothing."""
+        """Set all counts to 0."""
         self.reports = [SourceReport(source.label, "", source.copies) for source in self.sources]
 
     def read(self, row: tuple[int, Raw]) -> tuple[tuple[int, Converted] | None, int]:
@@ -119,7 +119,7 @@ class PackConversations:
         return [[documents[i] for i in row] for row in packed], [documents[i] for i in rest]
 
     def rendered(self, items: list[tuple[int, Converted]]) -> list[Document]:
-        """Conversations → documents, cut by the policy; those without a target are left out and counted."""
+        """Conversations → documents that fit into a row; those without a target are left out and counted."""
         if not items:
             return []
         ids, mask, lengths = self.encoder.render([converted.conversation for _, converted in items])
@@ -149,15 +149,16 @@ class PackConversations:
 
 
 def _plain(document: Document) -> Document:
-    """Lists instead of arrays, as a state keeps documents that wait."""
-    return {key: value if value is None else value.tolist() for key, value in document.items()}
+    """The document with lists instead of arrays, since documents that wait become part of the state."""
+    plain = {key: None if value is None else np.asarray(value).tolist() for key, value in document.items()}
+    return cast(Document, plain)
 
 
 class PackedStream(torch.utils.data.IterableDataset):
-    """Endless (batch, consumer's news).
+    """Endless (batch, news of the consumer that made it).
 
-    News are (worker, state where the window begins or None, rows of the window that are out, epoch, what the packer
-    counted).
+    The news are (worker, state at the beginning of the window, rows of the window handed out, epoch, the packer's
+    counts). The state comes with the first batch of a window alone; later batches have None.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker = info.id if info else 0
         if worker < self.turn % self.workers:
-            yield None  # a resumed loader asks worker 0 first, whoever's turn it is: those who had theirs pass
+            yield None  # a resumed loader asks worker 0 first; a worker whose turn has been passes
         yield from self._batches(worker, self.states[worker])
 
     def _batches(self, worker: int, state: dict | None) -> Iterator[Any]:

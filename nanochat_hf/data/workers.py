@@ -1,4 +1,4 @@
-"""Batches made ahead of the step that takes them: by a thread here, or by DataLoader workers."""
+"""Batches made ahead of the step that takes them, by a thread or by DataLoader workers."""
 
 import atexit
 import os
@@ -11,19 +11,16 @@ from typing import Any
 
 import torch
 
-STOPPING = "nanochat_hf_stopping"  # the attribute of a thread that holds the event it is told by
+STOPPING = "nanochat_hf_stopping"  # the attribute of a thread that holds the event by which it is told to stop
 _running: "weakref.WeakSet[_Ahead]" = weakref.WeakSet()
 
 
 class Stopped(BaseException):
-    """Raised in a thread that makes items ahead when nobody wants them any more; no `except Exception` holds it up."""
+    """Raised in a thread that makes items ahead when they are no longer wanted; no `except Exception` catches it."""
 
 
 def check_stopped() -> None:
-    """Raise Stopped where the thread that runs this was told to stop.
-
-    To be called in every loop that may run for long.
-    """
+    """Raise Stopped if this thread was told to stop; every loop that may run for long calls it."""
     asked = getattr(threading.current_thread(), STOPPING, None)
     if asked is not None and asked.is_set():
         raise Stopped
@@ -49,7 +46,7 @@ class _Ahead:
             self._put((None, StopIteration()))
         except Stopped:
             pass
-        except BaseException as error:  # raised again where the items are taken
+        except BaseException as error:  # `ahead` raises it again
             self._put((None, error))
         finally:
             close = getattr(self.items, "close", None)
@@ -66,7 +63,7 @@ class _Ahead:
         return False
 
     def stop(self) -> None:
-        """End the thread; what it made and nobody took is lost."""
+        """End the thread; items that it made and nobody took are lost."""
         self.stopping.set()
         if self.thread is not threading.current_thread():
             self.thread.join()
@@ -74,13 +71,13 @@ class _Ahead:
 
 @atexit.register
 def _stop_all() -> None:
-    # a thread inside torch while the interpreter goes down aborts the process
+    # a thread that is still inside torch when the interpreter shuts down aborts the process
     for ahead in list(_running):
         ahead.stop()
 
 
 def pinned(item: Any) -> Any:
-    """Tensors of a (nested) dict, tuple or list in page-locked memory, so that a copy to the GPU does not wait."""
+    """Move the tensors of a (nested) dict, tuple or list to page-locked memory; copies to the GPU then do not wait."""
     if isinstance(item, torch.Tensor):
         return item.pin_memory()
     if isinstance(item, dict):
@@ -89,11 +86,10 @@ def pinned(item: Any) -> Any:
 
 
 def ahead(items: Iterable, depth: int = 2, pin: bool | None = None) -> Generator:
-    """The items of a generator, made up to `depth` ahead by a thread and pinned where there is a GPU; depth 0.
+    """The items of a generator, of which a thread makes up to `depth` ahead; with depth 0 they are made when asked for.
 
-    Made when asked for.
-
-    An exception of the generator is raised here, after the items before it.
+    The thread pins their memory where there is a GPU, or as `pin` says. An exception of the generator is raised here,
+    after the items before it.
 
     >>> list(ahead(iter([1, 2])))
     [1, 2]
@@ -115,13 +111,13 @@ def ahead(items: Iterable, depth: int = 2, pin: bool | None = None) -> Generator
 
 
 def same(item: Any) -> Any:
-    """The collate function of a loader whose data set makes whole batches."""
+    """The item itself: the collate function where the data set makes whole batches."""
     return item
 
 
 def quiet_worker(_: int) -> None:
-    """Workers are the parallelism: the tokenizer's own threads would only take cores from one another."""
-    # a group of their own: Ctrl-C, and a SIGTERM to the whole group, would end them before the trainer has saved
+    """Prepare a worker process: one thread each, since the workers together already use the cores."""
+    # a process group of its own: a Ctrl-C or SIGTERM to the trainer's group would end it before the trainer has saved
     os.setpgid(0, 0)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
@@ -145,29 +141,26 @@ def worker_loader(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=max(1, prefetch),
         worker_init_fn=quiet_worker,
-        # one of its own: iterating draws a seed, which would move torch's generator on a resume, and only then
+        # Each iteration draws a seed. From torch's global generator it would be one draw more in a resumed run
         generator=torch.Generator(),
     )
 
 
 def plain_errors(loader: Iterable) -> Iterator:
-    """The items of a DataLoader.
-
-    A worker's ValueError or OSError says its own line again, without the traceback that torch puts into it.
-    """
+    """The items of a DataLoader; a worker's ValueError or OSError is raised without torch's traceback in its text."""
     try:
         yield from loader
     except (ValueError, OSError) as error:
         head, traceback, told = str(error).rpartition("Traceback (most recent call last):")
         if not traceback or not head.startswith("Caught"):
             raise
-        # frames are indented, the message follows them behind the kind of the error
+        # the frames are indented; the last lines are the kind of the error and its message
         message = [line for line in told.splitlines() if line and not line.startswith(" ")]
         raise ValueError(" ".join(message).partition(": ")[2]) from None
 
 
 def first(batches: Iterable, count: int) -> list:
-    """The first `count` items of an iterable as a list; what it had running ends."""
+    """The first `count` items of an iterable as a list; its iterator is then closed, which ends its threads."""
     made: Any = iter(batches)
     try:
         return list(islice(made, count))

@@ -14,7 +14,7 @@ HUB = "hf://"
 
 
 class Place(NamedTuple):
-    """Where a row stands; words are made when they are asked for: str(Place("a", "line", 3)) → "a line 3"."""
+    """Where a row comes from. Text is only made when it is needed: str(Place("a", "line", 3)) → "a line 3"."""
 
     name: str
     unit: str
@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """A row as its file has it, a line of JSON (bytes) or a dict, and its place."""
+    """A row as it is in its file, a line of JSON (bytes) or a value such as a dict, and its place."""
 
     value: Any
     place: Place | str
@@ -55,7 +55,7 @@ class DataFile:
 
     @property
     def name(self) -> str:
-        """What messages call the file: its path, or its name on the Hub."""
+        """The file's name in messages: its path, or its name on the Hub."""
         return self.path.removeprefix(f"{HUB}datasets/")
 
     @property
@@ -64,7 +64,7 @@ class DataFile:
         return PurePosixPath(self.path).name
 
     def open(self) -> BinaryIO:
-        """The file's bytes as they lie there; ValueError where there is none."""
+        """The file opened for its bytes, still packed; ValueError where it is missing or cannot be read."""
         try:
             if self.is_remote:
                 from huggingface_hub import HfFileSystem
@@ -87,7 +87,7 @@ class DataFile:
             yield Raw(line, Place(self.name, unit(self.kind), number))
 
     def count(self, most: int | None = None) -> int:
-        """How many rows there are, or `most` where there are more; a text file is read for it."""
+        """The number of rows, or `most` where there are more; a text file has to be read for it."""
         if self.is_table:
             with self.open() as file:
                 rows = tables.count(file, self.kind, self.name)
@@ -102,7 +102,7 @@ class DataFile:
                 raise ValueError(f"{self.name}: not UTF-8 ({error.reason}); save it as UTF-8") from None
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from None
-            except Exception as error:  # each packing has errors of its own for a file that breaks off
+            except Exception as error:  # each packing has its own error for a file that breaks off
                 if isinstance(error, MemoryError):
                     raise
                 raise ValueError(f"{self.name}: cannot be read ({error}); fetch or write it again") from None

@@ -1,4 +1,4 @@
-"""The end of a file's name says how it is read: kind_of("a.JSONL.gz") → ("lines", "gzip")."""
+"""The ending of a file's name decides how the file is read: kind_of("a.JSONL.gz") → ("lines", "gzip")."""
 
 from pathlib import PurePosixPath
 
@@ -17,7 +17,7 @@ READABLE = f"{', '.join(KINDS)}, and the text ones also packed as {', '.join(PAC
 
 
 def kind_of(name: str) -> tuple[str, str | None] | None:
-    """(kind, packing or None) of a file by its last endings, in any case; None where the file cannot be read.
+    """(kind, packing or None) of a file by its last endings, upper or lower case; None where the file cannot be read.
 
     >>> kind_of("chats.jsonl.parquet"), kind_of("CHATS.JSONL.ZST"), kind_of("notes.txt")
     (('parquet', None), ('lines', 'zstd'), None)
@@ -28,5 +28,5 @@ def kind_of(name: str) -> tuple[str, str | None] | None:
         kind = KINDS.get(path.suffix)
         return None if kind is None else (kind, None)
     inner = PurePosixPath(path.stem).suffix
-    kind = KINDS.get(inner, None if inner else "json")  # "rows.gz": JSON of either form, which is told by reading it
+    kind = KINDS.get(inner, None if inner else "json")  # "rows.gz" is JSON or JSON lines; reading it shows which
     return None if kind is None or kind in TABLES else (kind, packing)

@@ -35,7 +35,7 @@ WILD = "*?["
 
 @dataclass(frozen=True)
 class Listing:
-    """The data files of a place by split, and the names of files there that no ending lets us read."""
+    """The data files of a path or Hub name by split, and the names of the other files, whose ending we cannot read."""
 
     splits: dict[str, list[DataFile]]
     unread: list[str] = field(default_factory=list)
@@ -47,9 +47,9 @@ class Listing:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path means something on this machine.
+    """Whether a path means files on this machine.
 
-    An existing file or folder, a pattern, or what could be no Hub name.
+    It does where it exists, is a pattern, has the ending of a data file, or could be no Hub name.
 
     >>> is_local("karpathy/fineweb-edu-100b-shuffle"), is_local("text/*.parquet"), is_local("chats.jsonl")
     (False, True, True)
@@ -66,7 +66,7 @@ def list_local(path: str, name: str | None = None) -> Listing:
     """
     if os.path.isdir(path):
         return _folder(path, name)
-    found = [path]  # also a name with brackets in it, which is no pattern then
+    found = [path]  # a file that exists is no pattern, even with brackets in its name
     if not os.path.lexists(path):
         found = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
     if not found:
@@ -77,12 +77,12 @@ def list_local(path: str, name: str | None = None) -> Listing:
     named = {_split_of(file.basename) for file in files}
     splits = {"train": files}
     if len(named) == 1 and (own := named.pop()):
-        splits[own] = files  # {path: test.jsonl, split: test} means the file
+        splits[own] = files  # so that {path: test.jsonl, split: test} finds the file
     return Listing(splits, unread)
 
 
 def list_hub(path: str, name: str | None = None) -> Listing:
-    """The files of a data set on the Hub by split; what the Hub answers instead is raised as it is."""
+    """The files of a data set on the Hub by split; errors of the Hub are raised as they are."""
     from huggingface_hub import HfApi, hf_hub_download
 
     info = HfApi().dataset_info(path)
@@ -94,7 +94,7 @@ def list_hub(path: str, name: str | None = None) -> Listing:
 
 
 def download(file: DataFile) -> DataFile:
-    """A file of the Hub as a local one, fetched where it is not in the cache; a local file as it is."""
+    """A local copy of a file on the Hub, downloaded unless the cache has it; a local file as it is."""
     if not file.is_remote:
         return file
     from huggingface_hub import hf_hub_download
@@ -118,7 +118,7 @@ def _hidden(path: Path) -> bool:
 
 
 def _tree(names: Sequence[str], root: str, card: str, name: str | None, label: str) -> Listing:
-    """Splits of the files `names` below `root`: as the card's configuration has them, else by the names."""
+    """The files `names` below `root` by split: as the card's configuration says, else by their names."""
     patterns = _configured(card, name, label)
     splits: dict[str, list[DataFile]] = {}
     unread: list[str] = []
@@ -155,7 +155,7 @@ def _readable(names: Sequence[str], root: str = "") -> tuple[list[DataFile], lis
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a file's name tells, else a folder's; None where none does.
+    """The split that is in the name of the file, or else of a folder above it; None where there is none.
 
     >>> _split_of("data/test-00000-of-00001.parquet"), _split_of("validation/a.jsonl"), _split_of("chats.jsonl")
     ('test', 'validation', None)
@@ -175,7 +175,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _configured(card: str, name: str | None, label: str) -> list[tuple[str, list[str]]] | None:
-    """[(split, patterns)] of the configuration `name` in a card's head; None where the card leaves it to the names."""
+    """[(split, patterns)] of the configuration `name` in a card's head; None where the card says nothing of files."""
     head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.S)
     try:
         about = yaml.safe_load(head[1]) if head else {}

@@ -1,26 +1,29 @@
-"""The rows of data files as one sequence, each with its place: lines of JSON held as bytes, or a table on disk."""
+"""The rows of data files as one sequence, each with its place: lines of JSON in memory, or a table on disk."""
 
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import tables
 from .data_file import DataFile, Place, Raw
 from .splits import Range
 
+if TYPE_CHECKING:  # datasets is imported where it is used
+    from datasets import Dataset
+
 
 class Rows(Sequence):
-    """Rows of a data set: rows[i] → the value, rows.raw(i) → as the file has it, with its place."""
+    """Rows of a data set: rows[i] is the value, rows.raw(i) the row as it is in its file, with its place."""
 
     @abstractmethod
     def raw(self, index: int) -> Raw:
-        """The row as its file has it."""
+        """The row as it is in its file."""
 
     @abstractmethod
     def select(self, ranges: Sequence[Range]) -> "Rows":
-        """The rows in `ranges` alone; they keep their places."""
+        """Only the rows in `ranges`; they keep their places."""
 
     def where(self, index: int) -> str:
         """The row's place, for messages."""
@@ -36,7 +39,7 @@ class Rows(Sequence):
 
 
 class LineRows(Rows):
-    """Rows of text files: `lines` of JSON, parsed when they are asked for, and `places`, tuples as Place has them."""
+    """Rows of text files: `lines` of JSON, parsed when a row is taken, and `places`, the fields of Place as tuples."""
 
     def __init__(self, lines: list[bytes], places: list[tuple]) -> None:
         self.lines, self.places = lines, places
@@ -45,7 +48,7 @@ class LineRows(Rows):
         return len(self.lines)
 
     def raw(self, index: int) -> Raw:
-        """The line, not parsed."""
+        """The line without parsing it."""
         return Raw(self.lines[index], Place(*self.places[index]))
 
     def select(self, ranges: Sequence[Range]) -> "LineRows":
@@ -55,7 +58,7 @@ class LineRows(Rows):
 
 
 class ListRows(Rows):
-    """Rows that code made; `start` is the number of the first among all that it makes."""
+    """Rows that code made; `start` is the number of the first of them among all rows that the code makes."""
 
     def __init__(self, rows: list, label: str, start: int = 0) -> None:
         self.rows, self.label, self.start = rows, label, start
@@ -64,7 +67,7 @@ class ListRows(Rows):
         return len(self.rows)
 
     def raw(self, index: int) -> Raw:
-        """The row, numbered as the code that makes it does."""
+        """The row; its place has its number among all rows that the code makes."""
         return Raw(self.rows[index], Place(self.label, "row", self.start + index + 1))
 
     def select(self, ranges: Sequence[Range]) -> "ListRows":
@@ -75,14 +78,14 @@ class ListRows(Rows):
 
 @dataclass(frozen=True)
 class TablePlaces:
-    """Where the rows of a table stand: `sizes` are (file, rows) in order, `ranges` what was selected of all these."""
+    """The places of a table's rows: `sizes` are (file, rows) in order, `ranges` the rows selected from all of them."""
 
     label: str
     sizes: tuple[tuple[str, int], ...]
     ranges: tuple[tuple[int, int], ...]
 
     def __call__(self, index: int) -> Place:
-        """The place of the row `index` of those that were selected."""
+        """The place of row `index` of the selected rows."""
         for first, stop in self.ranges:
             if index < stop - first:
                 index += first
@@ -98,10 +101,10 @@ class TablePlaces:
 class TableRows(Rows):
     """Rows of a datasets.Dataset.
 
-    `sizes` are (file, rows) in order; where the files are not known the label stands for all.
+    `sizes` are (file, rows) in order; where the files are not known, `label` names all rows.
     """
 
-    def __init__(self, dataset: Any, label: str, sizes: Sequence[tuple[str, int]] = ()) -> None:
+    def __init__(self, dataset: "Dataset", label: str, sizes: Sequence[tuple[str, int]] = ()) -> None:
         self.dataset, self.label = dataset, label
         whole = (0, len(dataset))
         self.places = TablePlaces(label, tuple(sizes) or ((label, len(dataset)),), (whole,))
@@ -129,9 +132,10 @@ class TableRows(Rows):
 
 
 def load_files(files: Sequence[DataFile], label: str) -> Rows:
-    """The rows of all `files` (local ones), in order. Tables of one kind stay on disk; anything else is read as lines.
+    """The rows of all `files`, which must be local, in order.
 
-    ValueError names the file that cannot be read, or the column that differs between tables.
+    Tables of one kind stay on disk; other files are read into memory as lines. ValueError names the file that cannot be
+    read, or the column that differs between tables.
     """
     if len({file.kind for file in files}) == 1 and files[0].is_table:
         return _table(files, label)
@@ -145,7 +149,7 @@ def load_files(files: Sequence[DataFile], label: str) -> Rows:
 
 
 def joined(parts: Sequence[Rows], label: str) -> Rows:
-    """Several parts one after the other."""
+    """The rows of several parts, one part after the other."""
     if len(parts) == 1:
         return parts[0]
     as_tables = [part for part in parts if isinstance(part, TableRows)]
@@ -185,7 +189,7 @@ def _table(files: Sequence[DataFile], label: str) -> TableRows:
 
 
 def damage(file: DataFile) -> str | None:
-    """What is wrong with a table, in words, by reading all of it; None for a sound one."""
+    """The fault of a table in words, None for a sound one; all of it is read."""
     try:
         for _ in file.rows():
             pass

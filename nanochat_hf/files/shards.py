@@ -1,7 +1,7 @@
-"""Files and the rows meant → shards: the parts by which a stream is dealt out to processes and workers.
+"""Files and ranges of rows → shards, the parts of a stream that processes and workers share out.
 
-The rows are chosen before anything is dealt out, so what `start` leaves to validation is never trained on, whatever
-the number of processes and workers.
+The rows are chosen before they are shared out. So rows that `start` leaves for validation are never trained on, for any
+number of processes and workers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ from .splits import Range
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows `first` to `stop` of a file, counted from 0; stop None: to its end."""
+    """Rows `first` to `stop` of a file, counted from 0; with stop None to the file's end."""
 
     file: DataFile
     first: int = 0
     stop: int | None = None
 
     def count(self, most: int | None = None) -> int:
-        """How many rows there are, or `most` where there are more; a text file is read for it."""
+        """The number of rows, or `most` where there are more; a text file has to be read for it."""
         size = None if self.stop is None else self.stop - self.first
         wanted = size if most is None or (size is not None and size < most) else most
         return max(0, self.file.count(None if wanted is None else self.first + wanted) - self.first)
@@ -37,7 +37,7 @@ class Shard:
 
 
 def part_of(shards: Sequence[Shard], start: int, rows: int | None) -> list[Shard]:
-    """Rows `start` to `start + rows` of what `shards` hold; a shard is counted only as far as a bound needs it."""
+    """Rows `start` to `start + rows` of all `shards` together; a shard is counted only as far as a bound needs it."""
     kept, skip, left = [], start, rows
     for shard in shards:
         if left is not None and left <= 0:
@@ -59,17 +59,17 @@ def part_of(shards: Sequence[Shard], start: int, rows: int | None) -> list[Shard
 
 
 def shards_of(files: Sequence[DataFile], ranges: Sequence[Range]) -> list[Shard]:
-    """The parts of `files` that hold the rows in `ranges`, which count over all files together.
+    """The parts of `files` that hold the rows in `ranges`, whose numbers run through all files.
 
-    A file is counted only as far as a bound needs it. Of two files of 100 rows: shards_of(files, [(10, None)]) →
-    [rows 10 to the end of the first, the second].
+    A file is counted only as far as a bound needs it. For two files of 100 rows, shards_of(files, [(10, None)]) gives
+    rows 10 to the end of the first, and all of the second.
     """
     bounds = [bound for pair in ranges for bound in pair if bound]
     shards, before = [], 0
     for file in files:
         ahead = [bound - before for bound in bounds if bound > before]
         size = file.count(max(ahead) + 1) if ahead else None
-        counted = size is not None and size <= max(ahead)  # else the file goes beyond the last bound
+        counted = size is not None and size <= max(ahead)  # otherwise the file goes beyond the last bound
         for first, stop in ranges:
             start, end = max(0, first - before), None if stop is None else stop - before
             if (end is not None and end <= start) or (counted and start >= size):

@@ -1,6 +1,6 @@
 """Which rows of a data set are meant: "train[:90%]" or start and rows → ranges of row numbers.
 
-A range is (first, stop) with stop None for "to the end". Ranges are kept in the order in which they were written.
+A range is (first, stop); stop None means "to the end". Ranges stay in the order in which they were written.
 """
 
 import re
@@ -14,7 +14,7 @@ PART = re.compile(rf"(?P<name>[\w.-]+)(?:\[\s*(?P<first>{BOUND})?\s*:\s*(?P<stop
 
 @dataclass(frozen=True)
 class SplitPart:
-    """One part of a split's text: `name`, and the bounds as written ("90%", "-10", None)."""
+    """One part of the text of a split: `name`, and the bounds as written ("90%", "-10", None)."""
 
     name: str
     first: str | None = None
@@ -22,7 +22,7 @@ class SplitPart:
 
     @property
     def counted(self) -> bool:
-        """Whether the bounds can only be told once the rows are counted: percentages, and places from the end."""
+        """Whether the rows must be counted to know the bounds: percentages, and numbers from the end."""
         return any(bound is not None and (bound.endswith("%") or bound.startswith("-")) for bound in self._bounds)
 
     @property
@@ -30,7 +30,7 @@ class SplitPart:
         return self.first, self.stop
 
     def range(self, count: int | None) -> Range:
-        """The rows meant, of `count` rows; `count` may be None unless `counted`.
+        """The range of this part in a split of `count` rows; `count` may be None unless `counted`.
 
         >>> SplitPart("train", "90%").range(57), SplitPart("train", "10", "20").range(None)
         ((51, 57), (10, 20))
@@ -42,7 +42,7 @@ class SplitPart:
 
 
 def parse_split(text: str) -> list[SplitPart]:
-    """The parts of a split, which "+" joins; ValueError where it has another form.
+    """The parts of a split, which are joined by "+"; ValueError for text of another form.
 
     >>> parse_split("train[:10%]+test")
     [SplitPart(name='train', first=None, stop='10%'), SplitPart(name='test', first=None, stop=None)]
@@ -71,7 +71,7 @@ def _place(bound: str | None, count: int | None) -> int | None:
 
 
 def within(ranges: list[Range], start: int, rows: int | None) -> list[Range]:
-    """Rows `start` to `start + rows` of what `ranges` hold together, counted from 0.
+    """Rows `start` to `start + rows` of all `ranges` together, counted from 0.
 
     >>> within([(10, 20), (50, None)], 5, 8)
     [(15, 20), (50, 53)]

@@ -1,15 +1,18 @@
 """Parquet and Arrow files: rows without the keys that Arrow had to fill in, counts, and whether schemas fit together.
 
-In columns every row has the keys of all rows: {"city": "Oslo"} beside {"day": 3} is stored as {"city": "Oslo", "day":
-None}. Such a None says that the key was not there, so it is taken out again, at any depth. What is stored as JSON text
-keeps its nulls.
+In a column every struct has the keys of all structs: {"city": "Oslo"} beside {"day": 3} is stored as {"city": "Oslo",
+"day": None}. Such a None means that the key was not there, so the key is removed again, at any depth. Values stored as
+JSON text keep their nulls.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 from pyarrow import ipc, parquet
+
+if TYPE_CHECKING:  # datasets is imported where it is used
+    from datasets import Features
 
 Strip = Callable[[Any], Any]
 
@@ -36,7 +39,7 @@ def count(file: BinaryIO, kind: str, name: str) -> int:
 
 
 def parquet_file(file: BinaryIO, name: str) -> parquet.ParquetFile:
-    """The open file's metadata; ValueError where it is no whole parquet file."""
+    """The reader of an open parquet file; ValueError where the file is damaged or of another kind."""
     try:
         return parquet.ParquetFile(file)
     except Exception as error:  # pyarrow raises several kinds
@@ -49,9 +52,9 @@ def schema_of(file: BinaryIO, kind: str, name: str) -> pa.Schema:
 
 
 def common_schema(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema | None:
-    """The schema that holds the rows of all files, None where all have the same. `schemas` are (file's name, schema).
+    """One schema that fits the rows of all files; None where all have the same. `schemas` are (file's name, schema).
 
-    ValueError names the first file and column that do not fit with the files before.
+    ValueError names the first file and column that do not fit the files before.
     """
     whole = schemas[0][1]
     if all(schema.equals(whole) for _, schema in schemas):
@@ -77,12 +80,10 @@ def _unifies(one: pa.Field, other: pa.Field) -> bool:
     return True
 
 
-def row_strip(features: Any) -> Strip | None:
-    """A function that takes filled-in keys out of a row with these datasets.Features.
+def row_strip(features: "Features") -> Strip | None:
+    """A function that removes filled-in keys from a row of a table; None where no column can have any.
 
-    None where no column can have any.
-
-    The columns themselves stay: a row of a table has all of them.
+    `features` are the table's datasets.Features. The columns themselves stay, since every row has all of them.
     """
     strips = {name: strip for name, feature in features.items() if (strip := _strip(feature))}
     if not strips:
@@ -95,7 +96,7 @@ def row_strip(features: Any) -> Strip | None:
 
 
 def _strip(feature: Any) -> Strip | None:
-    """What takes filled-in keys out of one value; None where the kind of value has none."""
+    """A function that removes filled-in keys from one value; None where values of that type cannot have any."""
     from datasets import List
 
     if isinstance(feature, dict):
@@ -137,7 +138,7 @@ def _batches(file: BinaryIO, kind: str, name: str, first: int) -> tuple[pa.Schem
     return reader.schema, _from(first, reader)
 
 
-def _from(first: int, batches: Any) -> Iterator[pa.RecordBatch]:
+def _from(first: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         if first < batch.num_rows:
             yield batch.slice(first)

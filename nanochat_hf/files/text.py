@@ -1,7 +1,7 @@
 """Text files → rows as lines of JSON (bytes), of whatever shape: JSON lines, JSON, CSV and TSV.
 
-A CSV's cells are text, whatever they look like. A row that cannot be is a line of its own kind, which `parse_line`
-turns into the error; so a reader that may leave bad rows out sees it as one of them.
+The cells of a CSV stay text, whatever they look like. A faulty row becomes a line that begins with FAULT, which
+`parse_line` turns into the error. So a reader that leaves bad rows out can leave out this one too.
 """
 
 import bz2
@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 Numbered = tuple[bytes, int]  # a line of JSON, and the number by which messages name it
-FAULT = b"\0"  # begins a line that holds words about a faulty row instead of JSON
+FAULT = b"\0"  # begins a line that describes the fault of a row instead of holding JSON
 
 
-def parse_line(line: bytes, where: str):
+def parse_line(line: bytes, where: str) -> Any:
     """One line of JSON → its value; ValueError begins with `where`."""
     if line.startswith(FAULT):
         raise ValueError(f"{where}: {line[1:].decode()}")
@@ -40,10 +40,7 @@ def unpacked(file: BinaryIO, packing: str | None) -> BinaryIO:
 
 
 def numbered_lines(file: BinaryIO, kind: str) -> Iterator[Numbered]:
-    """The rows of an open text file with their numbers.
-
-    Of lines for JSON lines and CSV, of elements for a JSON list.
-    """
+    """The rows of an open text file, each with the number of its line, or in a JSON list the number of its element."""
     if kind == "lines":
         return _lines(file)
     if kind in ("csv", "tsv"):
@@ -52,7 +49,7 @@ def numbered_lines(file: BinaryIO, kind: str) -> Iterator[Numbered]:
 
 
 def unit(kind: str) -> str:
-    """What the numbers of a kind of file count."""
+    """What the numbers of rows count in a kind of file: lines or rows."""
     return "row" if kind in ("json", "parquet", "arrow") else "line"
 
 
@@ -63,9 +60,9 @@ def _lines(file: BinaryIO) -> Iterator[Numbered]:
 
 
 def _json(file: BinaryIO) -> Iterator[Numbered]:
-    """A list is its elements, unless they are the messages of one conversation; lines stay lines.
+    """The elements of a JSON list, or the lines of JSON lines; any other JSON is one row.
 
-    The rest is one row.
+    A list of the messages of one conversation is one row too.
     """
     content = file.read()
     if not content.strip():
@@ -86,12 +83,12 @@ def _json(file: BinaryIO) -> Iterator[Numbered]:
 
 
 def _cells(file: BinaryIO, delimiter: str) -> Iterator[Numbered]:
-    csv.field_size_limit(1 << 30)  # documents are longer than the 128 KiB that csv takes for a mistake
+    csv.field_size_limit(1 << 30)  # csv refuses more than 128 KiB, but documents are longer
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     try:
         yield from _cell_rows(csv.reader(text, delimiter=delimiter))
     finally:
-        text.detach()  # the file is closed by who opened it
+        text.detach()  # the caller opened the file, so the caller closes it
 
 
 def _cell_rows(reader: Any) -> Iterator[Numbered]:

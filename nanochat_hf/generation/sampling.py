@@ -2,12 +2,20 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import torch
 
 
-def check_sampling(*, max_new_tokens=1, temperature=0.0, top_k=None, top_p=None, num_samples=1):
-    """ValueError, naming value and remedy, unless the settings can be sampled with."""
+def check_sampling(
+    *,
+    max_new_tokens: int = 1,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    num_samples: int = 1,
+) -> None:
+    """Raise ValueError, with value and remedy, for settings that nothing can be sampled with."""
     for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value} must be a whole number of at least 1")
@@ -23,14 +31,21 @@ def check_sampling(*, max_new_tokens=1, temperature=0.0, top_k=None, top_p=None,
         raise ValueError(f"top_p={top_p} must lie above 0 and up to 1; leave it out to sample among all tokens")
 
 
-def sample(logits, uniforms, temperature, top_k=None, top_p=None):
-    """Next ids (N,) from logits (N, V): greedy at temperature 0, else from the top_k and among them the nucleus top_p.
+def sample(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor | None,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> torch.Tensor:
+    """Next ids (N,) from logits (N, V): greedy at temperature 0, else among the top_k and the nucleus top_p of those.
 
-    `uniforms` (N,) in [0, 1) decide, each only its own row, by inverting the cumulative distribution: a row's sample does not
-    depend on the rows beside it, as it does where all rows draw from one generator.
+    Each of the `uniforms` (N,), in [0, 1), decides its own row by inverting the cumulative distribution. So a row's
+    sample does not depend on the other rows, as it would if all rows drew from one generator. Greedy needs none.
     """
     if temperature == 0:
         return logits.argmax(-1)
+    assert uniforms is not None
     logits = logits.float()
     # the greatest becomes 0 before the division, so that no temperature, however small, overflows
     logits, candidates = (logits - logits.amax(-1, keepdim=True)) / temperature, None
@@ -44,34 +59,46 @@ def sample(logits, uniforms, temperature, top_k=None, top_p=None):
         weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0)
     cumulative = weights.cumsum(-1)
     wanted = uniforms.to(weights).clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
-    # the first entry above `wanted` added to the sum, so a token of weight 0 is never taken
+    # the first entry whose cumulative weight exceeds `wanted`, so a token of weight 0 is never taken
     index = torch.searchsorted(cumulative, wanted, right=True).clamp(max=weights.shape[-1] - 1)
     return (index if candidates is None else candidates.gather(-1, index))[:, 0]
 
 
 class Sampler:
-    """How all rows of a batch sample: the settings, and each row's own random numbers, `uniforms` (N, steps) or None when greedy."""
+    """How the rows of a batch sample: the settings, and each row's own random numbers.
 
-    def __init__(self, uniforms, temperature, top_k=None, top_p=None):
+    `uniforms` is (N, steps), or None when greedy.
+    """
+
+    def __init__(
+        self,
+        uniforms: torch.Tensor | None,
+        temperature: float,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> None:
         self.uniforms, self.settings, self.step = uniforms, (temperature, top_k, top_p), 0
 
-    def sample(self, logits, uniforms):
+    def sample(self, logits: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
         """Next ids (N,) from logits (N, V) and one number a row."""
         return sample(logits, uniforms, *self.settings)
 
-    def __call__(self, logits):
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Next ids (N,), by the next number of every row."""
         drawn = None if self.uniforms is None else self.uniforms[:, self.step]
         self.step += 1
         return self.sample(logits, drawn)
 
-    def keep(self, rows):
-        """Only the rows with these numbers are left."""
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows but those with these numbers."""
         self.uniforms = None if self.uniforms is None else self.uniforms[rows]
 
 
-def draw_uniforms(seed, prompts, samples, steps):
-    """(prompts·samples, steps) uniforms; row (i, j) depends on `seed`, i and j only. A list of seeds, one a prompt, leaves i out."""
+def draw_uniforms(seed: int | Sequence[int], prompts: int, samples: int, steps: int) -> torch.Tensor:
+    """Uniform numbers (prompts·samples, steps), of which row (i, j) depends on `seed`, i and j only.
+
+    With a list of seeds, one a prompt, it depends on seed[i] and j only.
+    """
     if not isinstance(seed, int) and len(seed) != prompts:
         raise ValueError(f"seed has {len(seed)} entries for {prompts} prompts; give one int, or one for each prompt")
     keys = [(seed, i) if isinstance(seed, int) else (seed[i], 0) for i in range(prompts)]

@@ -1,40 +1,75 @@
-"""Compiled decoding on a cache of fixed size; on CUDA one graph holds a whole step, and several steps run before the host looks.
+"""Compiled decoding on a cache of fixed size.
 
-Letters: N rows, S slots of the cache (one for each step, whatever the rows' own positions), V vocabulary.
-A row that waits for the host (its tool was called, or it is done) keeps its place: it leaves holes, slots that no query sees.
+On CUDA one graph holds a whole step, and several steps run before the host looks at the tokens.
+
+Letters: N rows, S slots of the cache (one for each step, whatever the rows' own positions), V vocabulary. A row that
+waits for the host, because its tool was called or it is done, still passes a slot at every step. Such slots are holes:
+they hold nothing, and no query sees them.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from .decoding import Eager
+from .sampling import Sampler
+from .tools import Row
 
 HOLE = 2**30  # the position of a slot that holds nothing: beyond every query
 STEPS = 8  # tokens between two looks of the host on CUDA; a tool call costs up to so many holes
 BLOCK = 128  # slots are a multiple of this, rows a power of two: few shapes, few compilations
 KEPT = 4  # shapes whose caches and graphs are kept
 
+Sample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # as Sampler.sample
+
+
+def _held(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
+    # keys and values of a cache layer that was written to
+    assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
+    return layer.keys, layer.values
+
 
 class Slots(DynamicLayer):
     """Keys and values (N, K, S, D) in place; a step writes into the slot that the shared tensor `slot` (1,) names."""
 
-    def __init__(self, like, rows, slots, slot):
-        super().__init__()
-        make = lambda t: t.new_zeros(rows, t.shape[1], slots, t.shape[3])  # noqa: E731
-        self.keys, self.values, self.slot = make(like.keys), make(like.values), slot
-        self.dtype, self.device, self.is_initialized = like.keys.dtype, like.keys.device, True
+    # transformers allows None, which never stands here
+    keys: torch.Tensor  # ty: ignore[incompatible-mutable-override]
+    values: torch.Tensor  # ty: ignore[incompatible-mutable-override]
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Write (N, K, 1, D) into the slot; all slots come back, the mask tells which of them count."""
+    def __init__(self, like: object, rows: int, slots: int, slot: torch.Tensor) -> None:
+        super().__init__()
+        keys, values = _held(like)
+        self.keys, self.values = (t.new_zeros(rows, t.shape[1], slots, t.shape[3]) for t in (keys, values))
+        self.slot, self.dtype, self.device, self.is_initialized = slot, keys.dtype, keys.device, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write (N, K, 1, D) into the slot; returns all slots, of which the mask tells the ones that count."""
         self.keys.index_copy_(2, self.slot, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.slot, value_states.to(self.values.dtype))
         return self.keys, self.values
 
-    def get_seq_length(self):
+    def get_seq_length(self) -> int:
         """Slots there are."""
         return self.keys.shape[2]
 
 
-def _forward(model, ids, positions, slot_positions, cache, window):
-    """Logits (N, V) after one token a row; a query sees the slots whose position is at most its own, and within the window."""
+def _forward(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    slot_positions: torch.Tensor,
+    cache: Cache,
+    window: int | None,
+) -> torch.Tensor:
+    """Logits (N, V) after one token a row.
+
+    A query sees the slots whose position is at most its own, and in a layer with a window within that.
+    """
     seen = slot_positions <= positions  # (N, S)
     mask = seen[:, None, None]
     if window:
@@ -50,31 +85,32 @@ def _forward(model, ids, positions, slot_positions, cache, window):
 class Slate:
     """The tensors of one shape, at fixed addresses, and the step that works on them."""
 
-    def __init__(self, static, like, rows, slots):
+    def __init__(self, static: "Static", like: Sequence[object], rows: int, slots: int) -> None:
         device = static.model.device
-        self.static, self.slots, self.graph, self.captured = static, slots, None, None
-        full = lambda shape, value=0, **k: torch.full(shape, value, device=device, **({"dtype": torch.long} | k))  # noqa: E731
-        self.slot, self.column = full((1,)), full((1,))
-        self.ids, self.positions, self.count = full((rows, 1)), full((rows, 1)), full((rows, 1))
-        self.slot_positions = full((rows, slots), HOLE)
-        self.stalled = full((rows,), True, dtype=torch.bool)
-        self.forced, self.out = full((rows, STEPS), -1), full((rows, STEPS), -1)
-        self.uniforms = full((rows, slots), 0.0, dtype=torch.float32)
-        self.cache = Cache(layers=[Slots(layer, rows, slots, self.slot) for layer in like])
 
-    def fill(self, eager, uniforms):
-        """Take over the rows of `eager`, which were read once and have one cache."""
+        def full(*shape: int, value: float = 0, dtype: torch.dtype = torch.long) -> torch.Tensor:
+            return torch.full(shape, value, device=device, dtype=dtype)
+
+        self.static, self.slots, self.left = static, slots, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.captured: tuple[float, int | None, float | None] | None = None  # the settings in the graph
+        self.slot, self.column = full(1), full(1)
+        self.ids, self.positions, self.count = full(rows, 1), full(rows, 1), full(rows, 1)
+        self.slot_positions = full(rows, slots, value=HOLE)
+        self.stalled = full(rows, value=True, dtype=torch.bool)
+        self.forced, self.out = full(rows, STEPS, value=-1), full(rows, STEPS, value=-1)
+        self.uniforms = full(rows, slots, value=0.0, dtype=torch.float32)
+        self.layers = [Slots(layer, rows, slots, self.slot) for layer in like]
+        self.cache = Cache(layers=[*self.layers])
+
+    def fill(self, eager: Eager, uniforms: torch.Tensor | None) -> None:
+        """Take over the rows of `eager`, whose prompts are in its cache."""
         filled, rows = eager.cache.get_seq_length(), len(eager.logits)
-        for own, given in zip(self.cache.layers, eager.cache.layers, strict=True):
-            own.keys[:rows, :, :filled], own.values[:rows, :, :filled] = (
-                given.keys[:, :, :filled],
-                given.values[:, :, :filled],
-            )
-            # what rows without a prompt read must be numbers; what their own steps write is
-            own.keys[rows:, :, :filled], own.values[rows:, :, :filled] = (
-                given.keys[:1, :, :filled],
-                given.values[:1, :, :filled],
-            )
+        for own, given in zip(self.layers, eager.cache.layers, strict=True):
+            for target, source in zip((own.keys, own.values), _held(given), strict=True):
+                target[:rows, :, :filled] = source[:, :, :filled]
+                # Rows without a prompt must read numbers, not NaN. Their own steps write numbers.
+                target[rows:, :, :filled] = source[:1, :, :filled]
         self.slot.fill_(filled - 1)
         self.slot_positions.fill_(HOLE)
         order = torch.arange(filled, device=self.slot.device)
@@ -87,12 +123,13 @@ class Slate:
             self.uniforms[:rows, : uniforms.shape[1]] = uniforms
         self.left = self.slots - filled
 
-    def step(self, sample, call_end):
+    def step(self, sample: Sample, call_end: int | None) -> None:
         """Feed `ids`, sample the next. Nothing here asks the host, so CUDA can record it."""
         live = (~self.stalled)[:, None]  # (N, 1)
         self.slot.add_(1)
         self.positions.add_(live)
-        # masked_fill takes its number as an argument of the kernel; torch.where would copy it from the host, which no recording allows
+        # masked_fill passes its number to the kernel as an argument. torch.where would copy it from the host, which
+        # cannot be recorded.
         self.slot_positions.index_copy_(1, self.slot, self.positions.masked_fill(~live, HOLE))
         logits = self.static.compiled(
             self.static.model, self.ids, self.positions, self.slot_positions, self.cache, self.static.window
@@ -107,8 +144,8 @@ class Slate:
         if call_end is not None:
             self.stalled.logical_or_((self.ids == call_end)[:, 0])
 
-    def state(self):
-        """What a step changes, except for slots and columns beyond the present ones."""
+    def state(self) -> list[torch.Tensor]:
+        """What a step changes, except for slots and columns that come later."""
         return [
             self.slot,
             self.column,
@@ -120,8 +157,11 @@ class Slate:
             self.out,
         ]
 
-    def record(self, sample, call_end):
-        """A CUDA graph of one step. It is warmed up on a stream of its own, as capturing demands, and the state put back."""
+    def record(self, sample: Sample, call_end: int | None) -> None:
+        """Record a CUDA graph of one step.
+
+        The step first runs on a stream of its own, as capturing demands; then the state is put back.
+        """
         before = [t.clone() for t in self.state()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -135,40 +175,49 @@ class Slate:
             self.step(sample, call_end)
         self.put_back(before)
 
-    def put_back(self, before):
+    def put_back(self, before: Sequence[torch.Tensor]) -> None:
         """Undo a step: the slot it wrote will be written again."""
         for tensor, value in zip(self.state(), before, strict=True):
             tensor.copy_(value)
 
 
 class Static:
-    """Decoding compiled for fixed shapes. Finished rows stay, idle, for leaving would make a new shape and so a new compilation.
+    """Decoding compiled for fixed shapes.
 
-    On CUDA a step is replayed as a graph, STEPS of them between two looks of the host: neither Python nor the kernels' launches cost time.
+    Finished rows stay, idle, because dropping them would make a new shape and so a new compilation. On CUDA a step is
+    replayed as a graph, STEPS of them between two looks of the host, so neither Python nor kernel launches cost time.
+
+    `call_end` is the token after which a row waits for its tool. Raises ValueError for a model that cannot be decoded
+    this way.
     """
 
-    def __init__(self, model, call_end=None):
-        """`call_end`: the token after which a row waits for its tool."""
+    def __init__(self, model: PreTrainedModel, call_end: int | None = None) -> None:
         if model.config._attn_implementation != "sdpa":
             raise ValueError(
-                f"compile=True needs attention sdpa, the model has {model.config._attn_implementation}; load it with sdpa"
+                f"compile=True needs attention sdpa, the model has {model.config._attn_implementation}; "
+                "load it with sdpa"
             )
         window = getattr(model.config, "sliding_window", None)
         if window and model.config.model_type != "nanochat_hf":
             raise ValueError(
-                f"compile=True cannot decode {model.config.model_type} with its sliding_window={window}: after a prompt its "
-                "cache holds the window alone; leave compile out"
+                f"compile=True cannot decode {model.config.model_type} with its sliding_window={window}: "
+                "after a prompt its cache holds the window alone; leave compile out"
             )
         # each shape is one more compilation of the same code, which dynamo stops at 8 unless told
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self.model, self.call_end, self.slates = model, call_end, {}
+        limit = max(torch._dynamo.config.recompile_limit, 64)
+        torch._dynamo.config.recompile_limit = limit  # ty: ignore[invalid-assignment]  # it is declared as literally 8
+        self.model, self.call_end = model, call_end
+        self.slates: dict[tuple[int, int], Slate] = {}  # by rows and slots
         self.compiled = torch.compile(_forward, fullgraph=True, dynamic=False)
         kinds = getattr(model.config, "layer_types", None) or ()
         self.window = model.config.sliding_window if "sliding_attention" in kinds else None
 
     @torch.no_grad()
-    def begin(self, eager, uniforms, reserve):
-        """Take over the rows of `eager`, with room for `reserve` more tokens; returns itself. `uniforms` (N, reserve) or None."""
+    def begin(self, eager: Eager, uniforms: torch.Tensor | None, reserve: int) -> "Static":
+        """Take over the rows of `eager`, with room for `reserve` more tokens; returns itself.
+
+        `uniforms` is (N, reserve), or None when greedy.
+        """
         filled, rows = eager.cache.get_seq_length(), len(eager.logits)
         # some room for holes; when it is used up, the host looks after each token and no more arise
         shape = (1 << (rows - 1).bit_length(), -(-(filled + reserve + 4 * STEPS) // BLOCK) * BLOCK)
@@ -180,14 +229,14 @@ class Static:
         self.slate.fill(eager, uniforms)
         return self
 
-    def keep(self, rows):
+    def keep(self, rows: list[int]) -> bool:
         """False: rows cannot leave a fixed shape."""
         return False
 
     @torch.no_grad()
-    def advance(self, rows, steps, sampler):
+    def advance(self, rows: Sequence[Row], steps: int, sampler: Sampler) -> list[list[int]]:
         """Up to `steps` steps for all rows → the tokens that each took. A done row takes none."""
-        slate, on_cuda = self.slate, self.model.device.type == "cuda"
+        slate = self.slate
         alive = [row for row in rows if not row.done]
         wanted = max(row.left for row in alive)
         steps = min(steps, STEPS, wanted) if slate.left >= wanted + STEPS else 1
@@ -197,17 +246,20 @@ class Static:
         slate.stalled.copy_(torch.tensor([row.done for row in rows] + [True] * idle))
         slate.ids.copy_(torch.tensor([[row.last] for row in rows] + [[0]] * idle))
         slate.column.zero_()
-        if on_cuda and slate.captured != sampler.settings:
+        if self.model.device.type == "cuda" and slate.captured != sampler.settings:
             slate.record(sampler.sample, self.call_end)
             slate.captured = sampler.settings
         for _ in range(steps):
-            slate.graph.replay() if on_cuda else slate.step(sampler.sample, self.call_end)
+            if slate.graph is not None:
+                slate.graph.replay()
+            else:
+                slate.step(sampler.sample, self.call_end)
         slate.left -= steps
         return [[token for token in tokens if token >= 0] for tokens in slate.out[: len(rows), :steps].tolist()]
 
 
-def pad_rows(tensor, rows):
+def pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """Repeat the first row of `tensor` (N, …) until there are `rows`."""
-    return (
-        torch.cat((tensor, tensor[:1].expand(rows - len(tensor), *tensor.shape[1:]))) if len(tensor) < rows else tensor
-    )
+    if len(tensor) >= rows:
+        return tensor
+    return torch.cat((tensor, tensor[:1].expand(rows - len(tensor), *tensor.shape[1:])))

@@ -1,16 +1,19 @@
-"""Checkpoints of the original nanochat ↔ ours: the weights, and the way from a checkpoint folder to a model folder and back.
+"""Checkpoints of the original nanochat ↔ model folders of ours.
 
-The two architectures are one; names, the dtype of the tables and the files differ. Float32 holds every bfloat16 value, so a
-checkpoint imported and exported again is the same, bit for bit: `nanochat.json` in the model folder remembers the rest.
+The two architectures are the same. They differ in the names of the weights, the dtype of the tables, and the files.
+Float32 holds every bfloat16 value, and `nanochat.json` in the model folder keeps what else the checkpoint had. So a
+checkpoint that is imported and exported again is the same, bit for bit.
 """
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from nanochat_hf.interop.folder import export
 
@@ -28,7 +31,7 @@ FIELDS = {  # the reference's name → ours
     "n_embd": "hidden_size",
     "window_pattern": "window_pattern",
 }
-OLD_FIELDS = {"window_pattern": "L"}  # what a checkpoint from before the field was computed with
+OLD_FIELDS = {"window_pattern": "L"}  # checkpoints older than the field were computed with this
 OLD_LAMBDAS = {"resid_lambdas": 1.0, "x0_lambdas": 0.0}
 FIXED = {  # no field of the reference sets these
     "rope_theta": 10000.0,
@@ -48,49 +51,63 @@ MATRICES = {
     "mlp.c_proj": "mlp.down_proj",
 }
 RECORD = "nanochat.json"
+Weights = dict[str, torch.Tensor]
 
 
-def config_from_nanochat(fields, weights=None):
-    """The reference's `model_config` (dict) → NanochatConfig. ValueError where a field is missing or no size can be so.
+def config_from_nanochat(fields: object, weights: Weights | None = None) -> NanochatConfig:
+    """nanochat's `model_config`, a dict → NanochatConfig.
 
-    `weights`, the state dict, says what no field does: checkpoints of 2025 have no value embeddings, and no rows of padding.
+    `weights`, the state dict, tells what no field does: checkpoints of 2025 have no value embeddings, and their tables
+    have no padding.
+
+    Raises ValueError where a field is missing or a size is impossible.
     """
     if not isinstance(fields, dict):
         raise ValueError(f"model_config holds {type(fields).__name__}; it must be an object with {', '.join(FIELDS)}")
-    fields = OLD_FIELDS | {"n_kv_head": fields.get("n_head")} | fields
-    missing = [name for name in FIELDS if fields.get(name) is None]
+    given: dict[str, Any] = OLD_FIELDS | {"n_kv_head": fields.get("n_head")} | fields
+    missing = [name for name in FIELDS if given.get(name) is None]
     if missing:
         raise ValueError(f"model_config lacks {', '.join(missing)}; is this a checkpoint of nanochat?")
     for name in FIELDS.keys() - {"window_pattern"}:
-        if type(fields[name]) is not int or fields[name] < 1:
-            raise ValueError(f"model_config: {name}={fields[name]!r} must be a positive whole number")
-    if not isinstance(fields["window_pattern"], str):
-        raise ValueError(f"model_config: window_pattern={fields['window_pattern']!r} must be text made of S and L")
-    settings = {ours: fields[theirs] for theirs, ours in FIELDS.items()}
+        if type(given[name]) is not int or given[name] < 1:
+            raise ValueError(f"model_config: {name}={given[name]!r} must be a positive whole number")
+    if not isinstance(given["window_pattern"], str):
+        raise ValueError(f"model_config: window_pattern={given['window_pattern']!r} must be text made of S and L")
+    settings: dict[str, Any] = {ours: given[theirs] for theirs, ours in FIELDS.items()}
     if weights is not None:
         settings["use_value_embeddings"] = any(map(VALUE_EMBEDDINGS.fullmatch, weights))
-        if len(weights.get("lm_head.weight", ())) == fields["vocab_size"]:
+        if len(weights.get("lm_head.weight", ())) == given["vocab_size"]:
             settings["pad_vocab_to_multiple_of"] = 1
     return NanochatConfig(**settings)
 
 
-def config_to_nanochat(config, of_2025=False):
-    """NanochatConfig → the reference's `model_config`. ValueError for settings that it has no field for."""
+def config_to_nanochat(config: NanochatConfig, of_2025: bool = False) -> dict[str, Any]:
+    """NanochatConfig → nanochat's `model_config`.
+
+    `of_2025`: the model came from a nanochat without value embeddings, so it may lack them.
+
+    Raises ValueError for a setting that nanochat has no field for.
+    """
     fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
     expected = config_from_nanochat(fields)
     for name in ("intermediate_size", "head_dim", "layer_types", "sliding_window", *FIXED):
         own, theirs = getattr(config, name), FIXED.get(name, getattr(expected, name))
         if name == "use_value_embeddings" and of_2025:
-            continue  # it came from a nanochat that had none
+            continue
         if own != theirs:
             raise ValueError(
-                f"{name}={own} cannot be told to nanochat, which would compute with {theirs}; export a model made with that"
+                f"{name}={own} cannot be told to nanochat, which would compute with {theirs}; "
+                "export a model made with that"
             )
     return fields
 
 
-def name_to_nanochat(name):
-    """'model.layers.3.mlp.up_proj.weight' → 'transformer.h.3.mlp.c_fc.weight', and so on for every parameter of ours."""
+def name_to_nanochat(name: str) -> str:
+    """The name of any parameter of ours → nanochat's.
+
+    >>> name_to_nanochat("model.layers.3.mlp.up_proj.weight")
+    'transformer.h.3.mlp.c_fc.weight'
+    """
     if name == "model.embed_tokens.weight":
         return "transformer.wte.weight"
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
@@ -100,10 +117,12 @@ def name_to_nanochat(name):
     return name.removeprefix("model.")
 
 
-def weights_from_nanochat(weights, config):
-    """A state dict of the reference (no `_orig_mod.` prefixes) → ours, in float32. Absent lambdas get the value that leaves the stream as it was.
+def weights_from_nanochat(weights: Mapping[str, Any], config: NanochatConfig) -> Weights:
+    """A state dict of nanochat, without `_orig_mod.` prefixes → ours, in float32.
 
-    ValueError names a tensor that is missing, unknown, of another shape or no floating point numbers.
+    Where it has no lambdas they get the values that change nothing.
+
+    Raises ValueError, with the name, for a tensor that is missing, unknown, of another shape, or not floating point.
     """
     weights = dict(weights)
     for name, value in OLD_LAMBDAS.items():
@@ -118,18 +137,18 @@ def weights_from_nanochat(weights, config):
     for theirs, (_, shape) in names.items():
         value = weights[theirs]
         if not torch.is_tensor(value) or not value.is_floating_point():
-            raise ValueError(
-                f"{theirs} holds {getattr(value, 'dtype', type(value).__name__)}; weights must be floating point numbers"
-            )
+            held = getattr(value, "dtype", type(value).__name__)
+            raise ValueError(f"{theirs} holds {held}; weights must be floating point numbers")
         if value.shape != shape:
             raise ValueError(f"{theirs} has shape {tuple(value.shape)}, model_config asks for {tuple(shape)}")
     return {ours: weights[theirs].float().contiguous() for theirs, (ours, _) in names.items()}
 
 
-def weights_to_nanochat(weights, dtypes, rows):
-    """Our state dict → the reference's; `dtypes` maps the reference's names to a torch dtype, float32 for the others.
+def weights_to_nanochat(weights: Weights, dtypes: Mapping[str, torch.dtype], rows: int) -> Weights:
+    """Our state dict → nanochat's.
 
-    Tables of the vocabulary get `rows` rows, those that they lack zeros.
+    `dtypes` maps names of nanochat's to a dtype; the other tensors become float32. Tables of the vocabulary get `rows`
+    rows, of which the added ones are zero.
     """
     named = {name_to_nanochat(name): value.detach().cpu() for name, value in weights.items()}
     for name in filter(is_table, named):
@@ -137,16 +156,25 @@ def weights_to_nanochat(weights, dtypes, rows):
     return {name: value.to(dtypes.get(name, torch.float32)).contiguous() for name, value in named.items()}
 
 
-def is_table(name):
-    """Whether the reference's name is that of a table with a row per token."""
+def is_table(name: str) -> bool:
+    """Whether a name of nanochat's is that of a table with a row for each token."""
     return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
 
 
-def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
-    """`checkpoint_dir/model_{step}.pt` with its meta file and tokenizer.pkl → the model folder `output`; returns (model, tokenizer).
+def import_checkpoint(
+    checkpoint_dir: str | Path,
+    output: str | Path,
+    step: int | None = None,
+    tokenizer_dir: str | Path | None = None,
+) -> tuple[NanochatForCausalLM, PreTrainedTokenizerFast]:
+    """Write the model folder `output` from a checkpoint; returns the model and the tokenizer.
 
-    A folder of transformers' own NanoChat (config.json, safetensors, tokenizer) is taken too, and has no steps. `step` defaults to the newest. The tokenizer is looked for beside the weights, then where nanochat keeps it: ../../tokenizer.
-    ValueError where a file is missing or damaged, where they do not fit each other, or where `output` already holds something.
+    The checkpoint is `checkpoint_dir/model_{step}.pt`, its meta file, and a tokenizer.pkl. `step` defaults to the
+    newest. The tokenizer is looked for beside the weights, then where nanochat keeps it: ../../tokenizer. A folder of
+    transformers' own NanoChat (config.json, safetensors, tokenizer) can be imported too, and has no steps.
+
+    Raises ValueError where a file is missing or damaged, where files do not fit each other, and where `output` already
+    holds something.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -156,7 +184,8 @@ def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
         if step is not None:
             raise ValueError(f"--step {step}: {folder} is a folder of transformers, which has no steps; leave it out")
         model, tokenizer = model_from_transformers(folder, tokenizer_dir)
-        export(_told_its_ends(model, tokenizer), tokenizer, output, keep_padding=True)
+        _set_ends(model, tokenizer)
+        export(model, tokenizer, output, keep_padding=True)
         return model.eval(), tokenizer
     step = _newest(folder) if step is None else step
     meta = _read_json(folder / f"meta_{step:06d}.json")
@@ -167,11 +196,13 @@ def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
     tokenizer = tokenizer_from_encoding(encoding, config.max_position_embeddings)
     if len(tokenizer) != config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; give the one it was trained with"
+            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; "
+            "give the one it was trained with"
         )
     model = _empty(config)
     model.load_state_dict(weights, assign=True)
-    export(_told_its_ends(model, tokenizer), tokenizer, output, keep_padding=True)
+    _set_ends(model, tokenizer)
+    export(model, tokenizer, output, keep_padding=True)
     dtypes = {n: str(v.dtype).removeprefix("torch.") for n, v in stored.items() if v.dtype != torch.float32}
     absent = [n for n in OLD_LAMBDAS if n not in stored]
     record = {"step": step, "meta": meta, "dtypes": dtypes, "absent": absent, "tokenizer_name": encoding["name"]}
@@ -179,11 +210,19 @@ def import_checkpoint(checkpoint_dir, output, step=None, tokenizer_dir=None):
     return model.eval(), tokenizer
 
 
-def export_checkpoint(folder, output, step=None, tokenizer_output=None):
-    """The model folder `folder` → `output/model_{step}.pt`, its meta file, tokenizer.pkl and token_bytes.pt; returns the weights' path.
+def export_checkpoint(
+    folder: str | Path,
+    output: str | Path,
+    step: int | None = None,
+    tokenizer_output: str | Path | None = None,
+) -> Path:
+    """Write the model folder `folder` as a checkpoint of nanochat; returns the path of the weights.
 
-    A folder that came from nanochat goes back as it was. Any other gets bfloat16 tables, as the reference keeps them on CUDA: its
-    attention wants values of one dtype. ValueError for a model the reference cannot describe, or where the files exist already.
+    The files are `output/model_{step}.pt`, its meta file, and tokenizer.pkl with token_bytes.pt in `tokenizer_output`
+    or `output`. A folder that came from nanochat goes back as it was. Any other gets bfloat16 tables, as nanochat keeps
+    them on CUDA: its attention wants values of one dtype.
+
+    Raises ValueError for a model that nanochat cannot describe, and where a file exists already.
     """
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != NanochatConfig.model_type:
@@ -197,18 +236,8 @@ def export_checkpoint(folder, output, step=None, tokenizer_output=None):
     output = Path(output)
     path, meta_path = output / f"model_{step:06d}.pt", output / f"meta_{step:06d}.json"
     encoding_folder = Path(tokenizer_output or output)
-    for existing in (path, meta_path, encoding_folder / "tokenizer.pkl"):
-        if existing.exists():
-            raise ValueError(f"{existing} exists already; name another folder")
-    state = NanochatForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    tables = [n for n in map(name_to_nanochat, state) if is_table(n) and n != "lm_head.weight"]
-    stored_rows = len(state["lm_head.weight"])
-    dtypes = (
-        {n: getattr(torch, d) for n, d in record["dtypes"].items()} if record else dict.fromkeys(tables, torch.bfloat16)
-    )
-    weights = weights_to_nanochat(state, dtypes, stored_rows if record else -(-stored_rows // 64) * 64)
-    for name in record.get("absent", ()):
-        del weights[name]
+    _refuse_existing(path, meta_path, encoding_folder / "tokenizer.pkl")
+    weights = _weights_for_export(folder, record)
     encoding_folder.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     write_encoding(tokenizer, encoding_folder, record.get("tokenizer_name", "rustbpe"))
@@ -218,19 +247,39 @@ def export_checkpoint(folder, output, step=None, tokenizer_output=None):
     return path
 
 
-def _told_its_ends(model, tokenizer):
-    """The model, whose generation now ends where a turn or a document does."""
+def _weights_for_export(folder: str | Path, record: dict[str, Any]) -> Weights:
+    # with the dtypes, the rows and the lambdas of the checkpoint that `record` tells of; {} where there was none
+    state = NanochatForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    rows = len(state["lm_head.weight"])
+    if record:
+        dtypes = {n: getattr(torch, d) for n, d in record["dtypes"].items()}
+    else:
+        tables = [n for n in map(name_to_nanochat, state) if is_table(n) and n != "lm_head.weight"]
+        dtypes, rows = dict.fromkeys(tables, torch.bfloat16), -(-rows // 64) * 64
+    weights = weights_to_nanochat(state, dtypes, rows)
+    for name in record.get("absent", ()):
+        del weights[name]
+    return weights
+
+
+def _refuse_existing(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            raise ValueError(f"{path} exists already; name another folder")
+
+
+def _set_ends(model: NanochatForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    # generation ends where a turn or a document ends
     ends = [tokenizer.eos_token_id, tokenizer.bos_token_id]
     model.generation_config.update(bos_token_id=ends[1], eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    return model
 
 
-def _empty(config):
+def _empty(config: NanochatConfig) -> NanochatForCausalLM:
     with torch.device("meta"):  # no memory, and no time spent on random numbers
         return NanochatForCausalLM(config)
 
 
-def _newest(folder):
+def _newest(folder: Path) -> int:
     if not folder.is_dir():
         raise ValueError(f"--checkpoint-dir {folder}: no such folder")
     steps = [int(found[1]) for p in folder.iterdir() if (found := re.fullmatch(r"model_(\d+)\.pt", p.name))]
@@ -241,7 +290,7 @@ def _newest(folder):
     return max(steps)
 
 
-def _read_json(path):
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -253,7 +302,7 @@ def _read_json(path):
     return found
 
 
-def _read_weights(path):
+def _read_weights(path: Path) -> Weights:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -265,7 +314,7 @@ def _read_weights(path):
     return {name.removeprefix("_orig_mod."): value for name, value in found.items()}
 
 
-def _find_tokenizer(folder, given):
+def _find_tokenizer(folder: Path, given: str | Path | None) -> Path:
     places = [Path(given)] if given else [folder, folder.resolve().parent.parent / "tokenizer"]
     for place in places:
         if (place / "tokenizer.pkl").is_file():

@@ -1,16 +1,23 @@
-"""nanochat's tokenizer.pkl, a pickled tiktoken.Encoding ↔ a fast tokenizer. Reading needs no tiktoken and runs nothing from the file."""
+"""nanochat's tokenizer.pkl, a pickled tiktoken.Encoding ↔ a fast tokenizer.
+
+Reading needs no tiktoken and runs no code from the file.
+"""
 
 import json
 import pickle
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ..conversation import SPECIAL_TOKENS
 from ..tokenizer import as_transformers, token_bytes
 
-# byte-level tokens spell bytes as letters (GPT-2): a printable Latin-1 byte as itself, the other 68 as the letters from 256 on
+# Byte-level tokens spell each byte as one letter (GPT-2). A printable byte of Latin-1 is its own letter; the other 68
+# bytes get the letters from 256 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 LETTERS = {b: chr(b) for b in _PRINTABLE} | {
     b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)
@@ -18,25 +25,34 @@ LETTERS = {b: chr(b) for b in _PRINTABLE} | {
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
 
 
-class _Encoding:
-    """Stands where the pickle says tiktoken.core.Encoding, and only keeps what it is given."""
+class Encoding(TypedDict):
+    """The arguments of tiktoken.Encoding."""
 
-    def __setstate__(self, state):
+    name: str
+    pat_str: str
+    mergeable_ranks: dict[bytes, int]
+    special_tokens: dict[str, int]
+
+
+class _StandIn:
+    """Stands in for tiktoken.core.Encoding when the pickle is read, and keeps its state as it is."""
+
+    def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> type[_StandIn]:
         if (module, name) == ("tiktoken.core", "Encoding"):
-            return _Encoding
+            return _StandIn
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def read_encoding(path):
-    """tokenizer.pkl → {"name", "pat_str", "mergeable_ranks": {bytes: rank}, "special_tokens": {str: id}}.
+def read_encoding(path: str | Path) -> Encoding:
+    """tokenizer.pkl → its name, split pattern, ranks of byte strings, and special tokens with their ids.
 
-    Only the name tiktoken.core.Encoding is allowed in the pickle, and even that is not imported: no code of the file or of
-    tiktoken runs. ValueError for everything else.
+    The pickle may name tiktoken.core.Encoding alone, and even that is not imported: no code of the file or of tiktoken
+    runs. Raises ValueError for everything else.
     """
     try:
         with open(path, "rb") as file:
@@ -45,7 +61,7 @@ def read_encoding(path):
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged or hostile file can fail in any way
         raise ValueError(f"{path}: not a pickled tiktoken.Encoding ({error}); give nanochat's tokenizer.pkl") from None
-    state = getattr(found, "state", None) if isinstance(found, _Encoding) else None
+    state = getattr(found, "state", None) if isinstance(found, _StandIn) else None
     types = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in types.items()):
         raise ValueError(f"{path}: not a tiktoken.Encoding with ranks of its own; give nanochat's tokenizer.pkl")
@@ -61,30 +77,36 @@ def read_encoding(path):
     ]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing[:9])}; give nanochat's tokenizer.pkl")
-    return {key: state[key] for key in types}
+    return Encoding(name=state["name"], pat_str=state["pat_str"], mergeable_ranks=ranks, special_tokens=specials)
 
 
-def split_in_merging(token, ranks):
-    """The parts that merges of a lower rank leave of `token`; two for a token made by byte pair encoding.
+def split_in_merging(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The parts of `token` that remain when only merges of a lower rank are made.
 
-    split_in_merging(b"abc", {b"ab": 256, b"abc": 257}) → [b"ab", b"c"]
+    There are two of them for every token that byte pair encoding made.
+
+    >>> split_in_merging(b"abc", {b"ab": 256, b"abc": 257})
+    [b'ab', b'c']
     """
     parts, limit = [token[i : i + 1] for i in range(len(token))], ranks[token]
     while len(parts) > 2:
-        rank, i = min((ranks.get(a + b, limit), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)))
+        rank, i = min((ranks.get(a + b, limit), i) for i, (a, b) in enumerate(pairwise(parts)))
         if rank >= limit:
             break
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
-def tokenizer_from_encoding(encoding, max_length=2048):
-    """What `read_encoding` returned → PreTrainedTokenizerFast with the same ids. ValueError where they cannot be kept."""
-    ranks = encoding["mergeable_ranks"]
+def tokenizer_from_encoding(encoding: Encoding, max_length: int = 2048) -> PreTrainedTokenizerFast:
+    """An encoding of nanochat's → the fast tokenizer with the same ids.
+
+    Raises ValueError where the ids cannot be kept, or the split pattern cannot be read.
+    """
+    ranks, ids = encoding["mergeable_ranks"], encoding["special_tokens"]
     spelled = {token: "".join(LETTERS[b] for b in token) for token in ranks}
-    ordered = sorted((t for t in ranks if len(t) > 1), key=ranks.get)
-    merges = [split for t in ordered if len(split := split_in_merging(t, ranks)) == 2]
-    # tiktoken takes a piece that is a token whole, without merging: so does ignore_merges
+    ordered = sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__)
+    merges = [(split[0], split[1]) for t in ordered if len(split := split_in_merging(t, ranks)) == 2]
+    # tiktoken takes a piece of text that is a token without merging; ignore_merges does the same
     model = models.BPE(
         {spelled[t]: i for t, i in ranks.items()}, [(spelled[a], spelled[b]) for a, b in merges], ignore_merges=True
     )
@@ -99,18 +121,19 @@ def tokenizer_from_encoding(encoding, max_length=2048):
             f"the tokenizer's split pattern cannot be read ({error}); give nanochat's tokenizer.pkl"
         ) from None
     backend.decoder = decoders.ByteLevel()
-    specials = sorted(encoding["special_tokens"], key=encoding["special_tokens"].get)
+    specials = sorted(ids, key=ids.__getitem__)
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
-    moved = [t for t in specials if backend.token_to_id(t) != encoding["special_tokens"][t]]
+    moved = [t for t in specials if backend.token_to_id(t) != ids[t]]
     if moved:
-        raise ValueError(
-            f"special token {moved[0]} has the id {encoding['special_tokens'][moved[0]]}; special ids must follow the merges"
-        )
+        raise ValueError(f"special token {moved[0]} has the id {ids[moved[0]]}; special ids must follow the merges")
     return as_transformers(backend, max_length)
 
 
-def encoding_from_tokenizer(tokenizer, name="rustbpe"):
-    """A fast tokenizer → the arguments of tiktoken.Encoding. ValueError where tiktoken would split or merge differently."""
+def encoding_from_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str = "rustbpe") -> Encoding:
+    """A fast tokenizer → the arguments of tiktoken.Encoding.
+
+    Raises ValueError where tiktoken would split or merge differently.
+    """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = (parts["pre_tokenizer"] or {}).get("pretokenizers", [])
     if parts["model"]["type"] != "BPE" or parts["normalizer"] or [s["type"] for s in steps] != ["Split", "ByteLevel"]:
@@ -119,15 +142,19 @@ def encoding_from_tokenizer(tokenizer, name="rustbpe"):
     merged = list(dict.fromkeys(vocab["".join(pair)] for pair in parts["model"]["merges"]))
     if merged != sorted(merged):
         raise ValueError(
-            "the tokenizer's ids do not follow its merges, so tiktoken would merge in another order; train one with tok_train"
+            "the tokenizer's ids do not follow its merges, so tiktoken would merge in another order; "
+            "train one with tok_train"
         )
     specials = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ranks = {bytes(BYTES[letter] for letter in token): i for token, i in vocab.items() if token not in specials}
     return {"name": name, "pat_str": steps[0]["pattern"]["Regex"], "mergeable_ranks": ranks, "special_tokens": specials}
 
 
-def write_encoding(tokenizer, folder, name="rustbpe"):
-    """Write `folder/tokenizer.pkl` and `folder/token_bytes.pt` (int32, (V,)) as nanochat reads them. ValueError without tiktoken."""
+def write_encoding(tokenizer: PreTrainedTokenizerFast, folder: str | Path, name: str = "rustbpe") -> None:
+    """Write `folder/tokenizer.pkl` and `folder/token_bytes.pt` (int32, (V,)) as nanochat reads them.
+
+    Raises ValueError where tiktoken is not installed, or would split or merge differently.
+    """
     encoding = encoding_from_tokenizer(tokenizer, name)
     try:
         import tiktoken

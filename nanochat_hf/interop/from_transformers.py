@@ -1,8 +1,13 @@
-"""transformers' own NanoChat, nanochat's architecture of October 2025, → ours: the same logits, and from then on all that ours can do."""
+"""From transformers' own NanoChat, nanochat's architecture of October 2025, to ours.
+
+The imported model gives the same logits, and can do all that our models can.
+"""
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, NanoChatForCausalLM
+from transformers import AutoConfig, NanoChatForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from ..model import NanochatConfig, NanochatForCausalLM
 from ..tokenizer import load_tokenizer
@@ -23,10 +28,13 @@ NEEDED = {"hidden_act": "relu2", "attention_bias": False, "attention_dropout": 0
 NAMES = {".mlp.fc1.": ".mlp.up_proj.", ".mlp.fc2.": ".mlp.down_proj."}
 
 
-def config_from_transformers(theirs):
-    """NanoChatConfig of transformers → NanochatConfig without windows and value embeddings. ValueError for what has no counterpart.
+def config_from_transformers(theirs: PreTrainedConfig) -> NanochatConfig:
+    """transformers' NanoChatConfig → NanochatConfig, without windows and value embeddings.
 
-    transformers does not round cosines to bfloat16 in float32, as the original does; the imported model follows transformers.
+    In float32, nanochat rounds the cosines of RoPE to bfloat16 and transformers does not. The imported model follows
+    transformers.
+
+    Raises ValueError for a setting that our architecture lacks.
     """
     for name, needed in NEEDED.items():
         if getattr(theirs, name) != needed:
@@ -42,8 +50,11 @@ def config_from_transformers(theirs):
     )
 
 
-def weights_from_transformers(weights, model):
-    """Their state dict → that of `model` (ours), in float32: other names, lambdas that leave the stream as it is, padded tables."""
+def weights_from_transformers(weights: dict[str, torch.Tensor], model: NanochatForCausalLM) -> dict[str, torch.Tensor]:
+    """Their state dict → the state dict of `model`, which is ours, in float32.
+
+    Tensors get our names and tables get our padding. The lambdas, which they lack, are 1 and 0: these change nothing.
+    """
     named = {}
     for name, value in weights.items():
         for theirs, ours in NAMES.items():
@@ -56,10 +67,14 @@ def weights_from_transformers(weights, model):
     return named
 
 
-def model_from_transformers(folder, tokenizer_folder=None):
-    """A folder of transformers' NanoChat → (NanochatForCausalLM, tokenizer). ValueError for another model or setting, or without a tokenizer.
+def model_from_transformers(
+    folder: str | Path, tokenizer_folder: str | Path | None = None
+) -> tuple[NanochatForCausalLM, PreTrainedTokenizerFast]:
+    """A folder of transformers' NanoChat → our model and its tokenizer.
 
-    The tokenizer keeps its ids and gets our chat template, which also marks what the assistant says.
+    The tokenizer keeps its ids. It gets our chat template, which also marks the tokens of the assistant.
+
+    Raises ValueError for another model, for a setting that cannot be imported, and where there is no tokenizer.
     """
     try:
         theirs = AutoConfig.from_pretrained(folder)
@@ -73,7 +88,8 @@ def model_from_transformers(folder, tokenizer_folder=None):
     tokenizer = load_tokenizer(tokenizer_folder or folder)
     if len(tokenizer) != config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; give the one it was trained with"
+            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; "
+            "give the one it was trained with"
         )
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|bos|>", "<|assistant_end|>", "<|output_end|>"
     tokenizer.add_bos_token, tokenizer.padding_side = True, "left"

@@ -96,6 +96,11 @@ def build_accelerator(
         )
     else:
         on_host = not on_accelerator()
+        if on_host and (precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
+            raise ValueError(
+                "float16 needs a GPU: on the CPU Accelerate would silently train in float32; "
+                "use --dtype bfloat16 or float32"
+            )
         if on_host:
             cpu.set_threads(host.threads)
         if precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION") in (None, "", "no"):
@@ -107,11 +112,6 @@ def build_accelerator(
             log_with=list(tracking.trackers) or None,  # Accelerate warns of an empty list
             project_dir=tracking.folder,
             step_scheduler_with_optimizer=False,
-        )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError(
-            "float16 needs a GPU: on the CPU Accelerate would silently train in float32; "
-            "use --dtype bfloat16 or float32"
         )
     compile_prepared(accelerator, compile)
     set_seed(seed)

@@ -11,17 +11,11 @@ from typing import Any
 from nanochat_hf.files.listing import list_local
 from nanochat_hf.files.rows import load_files
 
-# possessive: a model that writes white space for ever would otherwise cost cubic time
+# Possessive quantifiers: without them a long run of white space would cost cubic time.
 NUMBER = re.compile(r"####\s*+\$?+\s*+(-?+\s*+\$?+\s*+[\d.,]*\d)")
 
-
-SPLITS = (
-    "train",
-    "validation",
-    "test",
-    "dev",
-    "auxiliary_train",
-)  # the words for a split that a local file may be given
+# the splits that may be named for a local file
+SPLITS = ("train", "validation", "test", "dev", "auxiliary_train")
 
 Row = Any  # of a task: a dict of its columns
 Conversation = dict[str, Any]
@@ -29,9 +23,9 @@ Conversation = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """load(split, path=None, limit=None) → rows; to_conversation(row) → conversation.
+    """Rows, how a row becomes a conversation, and how an answer is graded.
 
-    Grade(conversation, completion) → bool.
+    The three are load(split, path=None, limit=None), to_conversation(row) and grade(conversation, completion) → bool.
 
     `kind` is generative or categorical (then the conversation holds its `letters`), `baseline` the accuracy of
     guessing; `notice()`, if any, is a line to print before the answers are graded. to_conversation raises ValueError,
@@ -51,7 +45,7 @@ class Task:
 
 
 def fitting(name: str, to_conversation: Callable[[Row], Conversation]) -> Callable[[Row], Conversation]:
-    """`to_conversation` whose error for a row with other columns or values is one line."""
+    """`to_conversation`, with an error of one line for a row with other columns or values."""
 
     @functools.wraps(to_conversation)
     def converted(row: Row) -> Conversation:
@@ -69,7 +63,7 @@ def fitting(name: str, to_conversation: Callable[[Row], Conversation]) -> Callab
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number behind ####, of several marks the last; None where no number follows one.
+    """The number after the last ####; None where none follows.
 
     >>> final_number("so #### $1,200.0")
     Decimal('1200.0')
@@ -88,7 +82,7 @@ def answer_text(conversation: Conversation) -> str:
 
 
 def same_number(conversation: Conversation, completion: str) -> bool:
-    """True when the number behind #### is that of the reference answer."""
+    """True when the number after #### is that of the reference answer."""
     return final_number(completion) is not None and final_number(completion) == final_number(answer_text(conversation))
 
 
@@ -103,11 +97,9 @@ def pair(question: str, answer: Any) -> Conversation:
 
 
 def load_rows(name: str, config: str | None, split: str, path: str | None, limit: int | None) -> Any:
-    """Rows of a local file where `path` is given, whose split is only a word then; else of the Hub's `name`.
+    """Rows of the local file `path`, else of the Hub's data set `name`; at most `limit`.
 
-    At most `limit`.
-
-    ValueError, in one line, where they cannot be had.
+    The rows of a local file are those of any `split`. Raises ValueError, in one line, where the rows cannot be read.
     """
     from datasets import load_dataset
 

@@ -14,7 +14,7 @@ def _smoltalk_rows(split: str = "train", path: str | None = None, limit: int | N
 
 
 def _custom_rows(split: str = "train", path: str | None = None, limit: int | None = None) -> Rows:
-    """Rows that are a list of messages or an object with `messages`; the split is the file."""
+    """Rows of a file; each is a list of messages or an object with `messages`. The split has no meaning here."""
     if path is None:
         raise ValueError(
             "task custom_json needs a path: a file with one conversation a line, as in {task: custom_json, path: "

@@ -14,7 +14,7 @@ def load(split: str = "train", path: str | None = None, limit: int | None = None
 
 
 def to_conversation(row: Row) -> Conversation:
-    """Marks become tool calls: "2+2=<<2+2=4>>4" → text, python, python_output, text."""
+    """Marks become tool calls: "2+2=<<2+2=4>>4" → parts of text, python, python_output and text."""
     parts, end = [], 0
     for mark in MARK.finditer(row["answer"]):
         parts.append({"type": "text", "text": row["answer"][end : mark.start()]})

@@ -17,22 +17,22 @@ def load(split: str = "test", path: str | None = None, limit: int | None = None)
 
 
 def to_conversation(row: Row) -> Conversation:
-    """The prompt is the question, prompt and solution in one block are the answer.
+    """The prompt is the question; the answer is one block with prompt and solution.
 
-    `test` and `entry_point` go along for the grade.
+    The conversation also holds `test` and `entry_point`, which `grade` needs.
     """
     answer = f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"
     return pair(row["prompt"], answer) | {"test": row["test"], "entry_point": row["entry_point"]}
 
 
 def first_code_block(completion: str) -> str:
-    """The code of the first block within three backticks; a text without a block is code as it stands."""
+    """The code of the first block in triple backticks; a text without such a block is code as a whole."""
     found = BLOCK.search(completion)
     return found[1] if found else completion
 
 
 def imports(prompt: str) -> str:
-    """The import statements on top level of a prompt."""
+    """The top-level import statements of a prompt."""
     try:
         lines = [ast.unparse(node) for node in ast.parse(prompt).body if isinstance(node, ast.Import | ast.ImportFrom)]
     except (SyntaxError, ValueError):
@@ -41,12 +41,12 @@ def imports(prompt: str) -> str:
 
 
 def program(conversation: Conversation, completion: str) -> str:
-    """What decides: imports of the prompt, code of the completion, tests, and their call."""
+    """The program that decides: imports of the prompt, code of the completion, the tests, and their call."""
     parts = (imports(conversation["messages"][0]["content"]), first_code_block(completion), conversation["test"])
     return "\n\n".join((*parts, f"check({conversation['entry_point']})\n"))
 
 
-def grade(conversation: Conversation, completion: str, limits: Any = None) -> bool:
+def grade(conversation: Conversation, completion: str, limits: sandbox.Limits | None = None) -> bool:
     """True when the program ends without an error in the sandbox."""
     return sandbox.run(program(conversation, completion), limits).passed
 

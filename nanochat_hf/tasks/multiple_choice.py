@@ -22,7 +22,7 @@ def question(text: str, choices: Sequence[str], letters: Sequence[str]) -> str:
 def mmlu(row: Row) -> Conversation:
     """Row {question, choices, answer: index} → conversation with `letters`.
 
-    The Hub nests rows of auxiliary_train under `train`.
+    On the Hub, rows of auxiliary_train lie in a field `train`.
     """
     row = row.get("train") or row
     letters = "ABCDEFGHIJ"[: len(row["choices"])]

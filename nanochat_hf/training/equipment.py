@@ -99,7 +99,7 @@ def equip(config: TrainConfig, accelerator: Accelerator, model: NanochatForCausa
         config.run.dry_run,
     )
     higher_order = attention == "flex_attention" or compute.gradient_checkpointing
-    compile_prepared(accelerator, compiled, higher_order, model.model.layers)
+    compile_prepared(accelerator, compiled, higher_order, list(model.model.layers))
     lines = {"kernels": fused, "compiled": f"{'yes' if compiled else 'no'} ({because})"}
     return Equipment(reason, compiled, lines)
 

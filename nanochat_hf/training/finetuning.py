@@ -3,13 +3,14 @@
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from nanochat_hf import NanochatForCausalLM
+from nanochat_hf.data.batches import Batches
 from nanochat_hf.data.overlong import OVERLONG
 from nanochat_hf.data.planned import SFTBatches
 from nanochat_hf.data.reports import check_policy
@@ -104,15 +105,35 @@ def sources_of(sft: SFTConfig, lists: dict[str, list], num_steps: int | None) ->
     return sources
 
 
+class Packing(TypedDict):
+    """How conversations become batches, as SFTBatches and StreamedConversations take it."""
+
+    rows: int
+    positions: int
+    rank: int
+    world_size: int
+    isolate: bool
+    train_on_all_tokens: bool
+    overlong: str
+    bad_rows: str
+
+
+class Tokenising(TypedDict):
+    """How SFTBatches tokenises: with a progress bar or without, by how many processes."""
+
+    progress: bool
+    num_proc: int | None
+
+
 def conversation_data(
     sft: SFTConfig,
     config: TrainConfig,
     accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     sources: Sources,
 ) -> Data:
     """Packed conversations: planned for whole epochs, or streamed."""
-    shape = {
+    shape: Packing = {
         "rows": config.run.device_batch_size,
         "positions": config.run.max_seq_len,
         "rank": accelerator.process_index,
@@ -122,11 +143,13 @@ def conversation_data(
         "overlong": sft.overlong,
         "bad_rows": sft.bad_rows,
     }
-    told = {"progress": accelerator.is_main_process, "num_proc": sft.num_proc}
+    told: Tokenising = {"progress": accelerator.is_main_process, "num_proc": sft.num_proc}
     seed = config.run.seed
     if sft.streaming:
         workers = data_workers(sft.num_workers)
-        batches = StreamedConversations(sources.train, tokenizer, **shape, seed=seed, num_workers=workers)
+        batches: SFTBatches | StreamedConversations = StreamedConversations(
+            sources.train, tokenizer, **shape, seed=seed, num_workers=workers
+        )
         data = f"{len(sources.train)} streams, packed window by window"
     else:
         workers = sft.num_workers or 0
@@ -137,7 +160,7 @@ def conversation_data(
             f"{batches.untrained} without a target left out"
         )
     # so that runs compare, validation always counts the assistant's tokens of conversations that stand alone
-    alone = shape | {"train_on_all_tokens": False, "isolate": True, "rank": 0, "world_size": 1}
+    alone: Packing = {**shape, "train_on_all_tokens": False, "isolate": True, "rank": 0, "world_size": 1}
     count = config.evaluate.eval_batches
     if sft.streaming and not sources.validation:  # the training data must not be read whole for it
         held_out = StreamedConversations(sources.train, tokenizer, **alone, seed=seed + 1, prefetch=0).take(count)
@@ -152,7 +175,7 @@ def conversation_data(
     }
     if batches.report.left_out:
         lines["left out"] = batches.report.left_out
-    if not sft.streaming:
+    if isinstance(batches, SFTBatches):
         accumulation = accelerator.gradient_accumulation_steps
         steps = horizon(sft, config, batches, accumulation)
         lines["passes"] = f"{batches.passes(steps, accumulation):.2f} over the data in {steps:,} steps"
@@ -160,9 +183,12 @@ def conversation_data(
     return Data(tokenizer, batches, own, lines)
 
 
-def horizon(sft: SFTConfig, config: TrainConfig, batches: SFTBatches, accumulation: int) -> int:
+def horizon(sft: SFTConfig, config: TrainConfig, batches: Batches, accumulation: int) -> int:
     """Steps of the run: --num-steps, else --epochs over the planned rows."""
-    return config.run.num_steps or batches.steps(sft.epochs, accumulation)
+    if config.run.num_steps:
+        return config.run.num_steps
+    assert isinstance(batches, SFTBatches)  # `sources_of` refuses a stream without --num-steps
+    return batches.steps(sft.epochs, accumulation)
 
 
 def with_newest(sft: SFTConfig) -> SFTConfig:

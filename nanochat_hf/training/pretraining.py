@@ -1,9 +1,10 @@
 """What pretraining adds to a run: its flags, the sizes that follow from the depth, and text in full rows."""
 
 from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from nanochat_hf import scaling
 from nanochat_hf.data.loading import count_rows, is_remote, load_source
@@ -110,7 +111,7 @@ _OWN = {OptimConfig: BaseOptim, ScheduleConfig: BaseSchedule, EvalConfig: BaseEv
 BASE_PARTS = tuple(_OWN.get(part, part) for part in PARTS)
 
 
-def model_config(base: BaseConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> NanochatConfig:
+def model_config(base: BaseConfig, tokenizer: PreTrainedTokenizerFast, positions: int) -> NanochatConfig:
     """The model that follows from --depth, for rows of `positions` tokens."""
     return scaling.model_config(
         base.depth,
@@ -169,25 +170,42 @@ def hold_out(base: BaseConfig) -> tuple[SourceConfig, SourceConfig]:
     return replace(source, start=count), replace(source, rows=count)
 
 
+class Packing(TypedDict):
+    """How text becomes rows, in training and in validation, as TextBatches takes it."""
+
+    rows: int
+    positions: int
+    text_column: str
+    bad_rows: str
+
+
 def text_data(
-    base: BaseConfig, config: TrainConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase
+    base: BaseConfig, config: TrainConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerFast
 ) -> Data:
     """Full rows of text to train on, and held-out ones. `base` and `config` as `resolved` returns them."""
     processes, rank = accelerator.num_processes, accelerator.process_index
     source, held_out = hold_out(base)
-    shape = {
+    shape: Packing = {
         "rows": config.run.device_batch_size,
         "positions": config.run.max_seq_len,
         "text_column": base.text_column,
         "bad_rows": base.bad_rows,
     }
-    made = {"mode": base.packing, "streaming": base.streaming, "num_workers": base.num_workers}
-    own = {"rank": rank, "world_size": processes, "seed": config.run.seed}
-    batches = TextBatches(source, tokenizer, **shape, **made, **own)
+    batches = TextBatches(
+        source,
+        tokenizer,
+        **shape,
+        rank=rank,
+        world_size=processes,
+        seed=config.run.seed,
+        mode=base.packing,
+        streaming=bool(base.streaming),
+        num_workers=base.num_workers or 0,
+    )
     cropped = batches.outlook(step_tokens(config, accelerator))
     lost = f"{cropped:.0%} of a step's tokens cropped away (--packing keep loses none)"
     # every process packs the same held-out documents and takes its rows, so that each document counts once
-    streaming = base.streaming and not base.validation
+    streaming = bool(base.streaming and not base.validation)
     validation = TextBatches(held_out, tokenizer, **shape, streaming=streaming).once(
         config.evaluate.eval_batches * processes
     )

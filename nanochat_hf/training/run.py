@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
+from nanochat_hf.data.batches import Batches
 from nanochat_hf.errors import say_error
 from nanochat_hf.machine.accelerator import chose_float8
 from nanochat_hf.machine.durable import write_whole
@@ -96,15 +97,16 @@ class Data:
     `train` is endless batches with a state, `lines` what the plan says of them.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    train: Any
+    tokenizer: PreTrainedTokenizerFast
+    train: Batches
     validation: Sequence[dict[str, torch.Tensor]]
     lines: Mapping[str, str] = field(default_factory=dict)
 
     def left_out(self) -> dict[str, Any]:
         """What the report says of rows that could not be used, as far as they have been read."""
-        count, first = getattr(self.train, "bad", (0, ""))
-        return {"bad rows left out": count, "the first of them": first} if count else {}
+        report = self.train.report
+        count = report.total("bad")
+        return {"bad rows left out": count, "the first of them": report.first_bad} if count else {}
 
 
 @dataclass(frozen=True)

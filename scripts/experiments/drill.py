@@ -1,6 +1,6 @@
 """Runs that are killed, stopped, refused room, damaged and started twice, hundreds of times.
 
-Python -m scripts.experiments.drill --minutes 15
+python -m scripts.experiments.drill --minutes 15
 
 Each round trains a tiny model, does one thing to the run at a random moment, lets it go on with --resume auto, and
 compares what it leaves with the uninterrupted run: the final and the best model bit for bit, metrics.jsonl and the

@@ -1,4 +1,4 @@
-"""Base training: where it starts, what it refuses before it starts, which text it holds out, and AdamW as Muon's baseline."""
+"""Base training: its start, what it refuses before, the text that it holds out, and AdamW as Muon's baseline."""
 
 import json
 import math
@@ -245,7 +245,7 @@ def test_a_checkpoint_of_another_vocabulary_is_named(start, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2])
 def test_held_out_documents_are_never_trained_on(start, tokenizer, world, workers):
-    """As base_train splits a stream without --validation: the first 20 of 240 documents, by the same split on both sides."""
+    """As base_train splits a stream without --validation: the first 20 of 240 documents, the same on both sides."""
 
     def marks(source, count):
         seen = set()

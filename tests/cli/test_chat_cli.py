@@ -182,7 +182,8 @@ class Terminal:
     def until(self, wanted, seconds=60, interrupting=False):
         """Read until `wanted` was printed; what came before it is forgotten.
 
-        `interrupting`: press Ctrl-C, and once more where nothing follows: Python misses one between readline's prompt and its waiting.
+        `interrupting`: press Ctrl-C, and again where nothing follows, because Python misses a Ctrl-C that comes after
+        readline's prompt and before it waits.
         """
         end, pressed = time.monotonic() + seconds, float("-inf")
         while wanted not in self.text:

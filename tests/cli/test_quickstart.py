@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_hf.cli import base_train, chat_eval, chat_sft, quickstart, tok_train
+from nanochat_hf.cli import chat_eval, quickstart, tok_train
 from nanochat_hf.cli.stages import Screen, Stage
 from nanochat_hf.config import parse
 from nanochat_hf.hub.push import HubConfig
 from nanochat_hf.machine.cpu import Speed
 from nanochat_hf.training.callbacks.core import CoreConfig
-from nanochat_hf.training.config import TrainConfig
+from nanochat_hf.training.config import PARTS, TrainConfig
+from nanochat_hf.training.finetuning import SFTConfig
+from nanochat_hf.training.pretraining import BASE_PARTS, BaseConfig
 from tests.support.hub import ROOT
 
 FAST, SLOW = Speed(60.0, 7.2), Speed(0.5, 0.1)
@@ -37,20 +39,22 @@ def one_line(capsys):
 def test_every_stage_has_flags_that_its_command_takes(tmp_path):
     stages = {stage.name: stage for stage in quickstart.plan(tmp_path / "a b")}
     parse([tok_train.TokenizerConfig], stages["tokenizer"].argv)
-    base, config, *_ = parse(
-        [base_train.BaseConfig, base_train.BaseTrainConfig, CoreConfig, HubConfig], stages["base"].argv
-    )
+    base, *parts, _, _, _ = parse([BaseConfig, *BASE_PARTS, CoreConfig, HubConfig], stages["base"].argv)
+    config = TrainConfig(*parts)
     lists = ("train_data", "validation_data")
-    sft, tuned, _, data = parse([chat_sft.SFTConfig, TrainConfig, HubConfig], stages["sft"].argv, lists=lists)
+    sft, *parts, _, data = parse([SFTConfig, *PARTS, HubConfig], stages["sft"].argv, lists=lists)
+    tuned = TrainConfig(*parts)
     asked, _ = parse([chat_eval.EvalConfig], stages["evaluation"].argv, lists=("eval_data",))
     assert list(stages) == ["tokenizer", "base", "sft", "evaluation"]
     # each reads what the one before leaves, and can be gone on with
     assert base.tokenizer == str(stages["tokenizer"].makes) and sft.model == str(stages["base"].makes)
     assert asked.model == str(stages["sft"].makes) and asked.output == str(stages["evaluation"].makes)
-    assert config.resume == tuned.resume == "auto" and config.log_every == tuned.log_every == 1
-    assert (stages["base"].steps, stages["sft"].steps) == (config.num_steps, tuned.num_steps)
+    assert config.run.resume == tuned.run.resume == "auto"
+    assert config.track.log_every == tuned.track.log_every == 1
+    assert (stages["base"].steps, stages["sft"].steps) == (config.run.num_steps, tuned.run.num_steps)
     # one graph is compiled for both
-    assert (config.device_batch_size, config.max_seq_len) == (tuned.device_batch_size, tuned.max_seq_len)
+    shapes = [(run.device_batch_size, run.max_seq_len) for run in (config.run, tuned.run)]
+    assert shapes[0] == shapes[1]
     assert {entry["task"] for entry in data["train_data"]} == set(asked.tasks.split(","))
 
 

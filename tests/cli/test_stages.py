@@ -133,7 +133,8 @@ open(argv[0], "w").close()"""
     parent = (
         "import sys\nfrom nanochat_hf.cli.stages import Processes, Screen\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        f"Processes([]).run({name!r}, [{str(tmp_path / 'saved')!r}], Screen(terminal=False))\n"
+        "if __name__ == '__main__':\n"  # the fork server imports this file
+        f"    Processes([]).run({name!r}, [{str(tmp_path / 'saved')!r}], Screen(terminal=False))\n"
     )
     (tmp_path / "parent.py").write_text(parent)
     run = Run(str(tmp_path / "parent.py"), [], tmp_path / "log")

@@ -1,4 +1,4 @@
-"""Data that gives nothing ends with a word, also where somebody wants to stop before it does; what makes rows is in the cache's key."""
+"""Data that gives nothing ends with an error, also for a user who stops early; the cache key holds what makes rows."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""What a user gave is what the model learns, or a line says so: forms, columns, weights, and the kinds of files they come in."""
+"""What a user gave is what the model learns, or a line says so: forms, columns, weights, and kinds of files."""
 
 import csv
 import json

@@ -56,6 +56,7 @@ def test_the_reference_mixture_is_planned_in_seconds_and_nearly_full():
 
 
 def test_planning_and_collating_need_neither_datasets_nor_the_tokenizers_stack():
-    code = "import sys; sys.modules['datasets'] = None\nimport nanochat_hf.packing, nanochat_hf.data.collate, nanochat_hf.data.planned, nanochat_hf.data.streamed\nprint('ok')"
+    modules = "nanochat_hf.packing, nanochat_hf.data.collate, nanochat_hf.data.planned, nanochat_hf.data.streamed"
+    code = f"import sys; sys.modules['datasets'] = None\nimport {modules}\nprint('ok')"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout.strip() == "ok", out.stderr

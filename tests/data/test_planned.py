@@ -1,4 +1,4 @@
-"""Map-style fine-tuning data: cached tokens, named policies, exact resume on any number of processes, errors in one line."""
+"""Planned fine-tuning data: cached tokens, policies, exact resume on any number of processes, errors in one line."""
 
 import gzip
 import hashlib

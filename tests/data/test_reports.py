@@ -1,4 +1,7 @@
-"""--bad-rows skip: rows that are no conversation are left out and counted, planned or streamed; more than half of them is an error."""
+"""--bad-rows skip: rows that are no conversation are left out and counted, planned or streamed.
+
+More than half of them is an error.
+"""
 
 import json
 

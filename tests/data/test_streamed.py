@@ -1,4 +1,7 @@
-"""Streams: each document once an epoch over ranks and workers, exact resume with workers, and what is said of streams that cannot be."""
+"""Streams: each document once an epoch over ranks and workers, and exact resume with workers.
+
+Also what is said of streams that cannot be.
+"""
 
 import hashlib
 import json
@@ -263,7 +266,8 @@ def test_a_stream_of_other_data_is_refused_and_the_same_in_another_folder_is_not
     make(tmp_path / "moved").load_state_dict(json_like(first.state_dict()))
     with pytest.raises(
         ValueError,
-        match=r"is of part-0.parquet to part-3.parquet \(4 files, .*, this run's of .*rows from 3; resume with the former",
+        match=r"is of part-0.parquet to part-3.parquet \(4 files, .*, this run's of .*rows from 3; "
+        r"resume with the former",
     ):
         make(tmp_path / "moved", start=3).load_state_dict(first.state_dict())
     (tmp_path / "moved" / "part-1.parquet").unlink()

@@ -1,4 +1,6 @@
-"""The engine: sampling, seeds, samples of one prefill, rows that leave, tools in batches, the compiled cache, other models."""
+"""The engine: sampling, seeds, samples of one prefill, rows that leave, tools in batches, compilation, other models."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -204,13 +206,13 @@ def test_tool_results_are_forced_into_their_own_rows_of_a_batch(model, tokenizer
 
 
 def calling(model, tokenizer, monkeypatch, every=5):
-    """The model, but it calls the calculator often: some tokens lead to python_start, and that to 3*4 and python_end."""
+    """The model, but it often calls the calculator: some tokens lead to python_start, that to 3*4 and python_end."""
     token = tokenizer.convert_tokens_to_ids
     chain = [token("<|python_start|>"), *tokenizer.encode("3*4", add_special_tokens=False), token("<|python_end|>")]
     push = torch.zeros(280, 280)
     for i in range(0, 256, every):
         push[i, chain[0]] = 100
-    for i, j in zip(chain, chain[1:], strict=False):
+    for i, j in pairwise(chain):
         push[i] = 0
         push[i, j] = 100
     original = model.forward

@@ -94,7 +94,7 @@ def test_settings_that_cannot_be_and_other_models_are_refused_in_one_line(theirs
         import_checkpoint(folder, tmp_path / "out", step=3)
 
 
-def test_nanochats_own_checkpoints_of_2025_come_in_and_go_back(tmp_path, encoding):  # noqa: F811
+def test_nanochats_own_checkpoints_of_2025_come_in_and_go_back(tmp_path, encoding):
     fields = {k: v for k, v in FIELDS.items() if k != "window_pattern"}
     weights = {
         n: w

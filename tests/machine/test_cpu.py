@@ -156,7 +156,8 @@ def test_a_resumed_run_keeps_precision_and_threads(tmp_path):
     checkpoint = tmp_path / "checkpoint-000004"
     checkpoint.mkdir()
     settings = {"mixed_precision": "bf16", "cpu_threads": 3}
-    (checkpoint / "trainer.json").write_text(json.dumps({"settings": settings}))
+    facts = {"state": {"step": 4}, "num_processes": 1, "settings": settings}
+    (checkpoint / "trainer.json").write_text(json.dumps(facts))
     assert measured_before(tmp_path, "auto") == measured_before("elsewhere", str(checkpoint)) == ("bfloat16", 3)
     assert measured_before(tmp_path, None) == measured_before(tmp_path / "empty", "auto") == (None, None)
 

@@ -1,7 +1,10 @@
-"""cuDNN's graphs of attention in plain torch on the CPU: a module `cudnn` with what nvidia-cudnn-frontend 1.18 documents, run from addresses.
+"""cuDNN's graphs of attention in plain torch on the CPU.
 
-Letters: n sequences of at most T tokens, H query heads, K key/value heads, D head_dim. A tensor lies in dims (n, heads, T, D) with strides in
-elements; one with ragged offsets (n + 1) has sequence b begin at element offset[b], the stride of n unused.
+It is a module `cudnn` with what nvidia-cudnn-frontend 1.18 documents, run from addresses.
+
+Letters: n sequences of at most T tokens, H query heads, K key/value heads, D head_dim. A tensor lies in dims
+(n, heads, T, D) with strides in elements. In one with ragged offsets (n + 1), sequence b begins at element offset[b],
+and the stride of n is unused.
 """
 
 import ctypes
@@ -149,7 +152,10 @@ class Graph:
                     sequence(tensor, pack, b, queries[b]).copy_(result)
 
     def compute(self, q, k, v, o=None, do=None, stats=None):
-        """One sequence: forward (o, stats), or (dq, dk, dv) by the given o and stats. "At or before row − left" and behind row + right is masked."""
+        """One sequence: forward (o, stats), or (dq, dk, dv) by the given o and stats.
+
+        Columns at or before row − left, and those after row + right, are masked.
+        """
         q, k, v = q.float(), k.float(), v.float()
         groups, scale = len(q) // len(k), self.band["attn_scale"]
         k, v = (t.repeat_interleave(groups, dim=0) for t in (k, v))

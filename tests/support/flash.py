@@ -1,7 +1,8 @@
 """FlashAttention's public functions in plain torch, and transformers persuaded to call them on the CPU.
 
-Letters: B rows, Q queries, S keys, H query heads, K key/value heads, D head_dim. The meaning is that of flash-attn's own docstrings; the
-parameter names are those of flash-attn 2.8, of FlashAttention 3's `flash_attn_interface` and of flash-attn-4 4.0.0b36.
+Letters: B rows, Q queries, S keys, H query heads, K key/value heads, D head_dim. The meaning is that of flash-attn, by
+its own docstrings; the parameter names are those of flash-attn 2.8, of FlashAttention 3 (`flash_attn_interface`) and of
+flash-attn-4 4.0.0b36.
 """
 
 import sys
@@ -17,21 +18,23 @@ QKV, VARLEN = "q k v", "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
 PARAMETERS = {  # version: (flash_attn_func's, flash_attn_varlen_func's), in the order in which they are declared
     2: (
         f"{QKV} dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs",
-        f"{QKV} {VARLEN} dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs block_table",
+        f"{QKV} {VARLEN} dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic "
+        "return_attn_probs block_table",
     ),
     3: (
-        f"{QKV} softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk softcap num_splits pack_gqa deterministic "
-        "sm_margin return_attn_probs",
-        f"{QKV} {VARLEN} seqused_q seqused_k softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk softcap "
-        "num_splits pack_gqa deterministic sm_margin return_attn_probs",
+        f"{QKV} softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk softcap num_splits "
+        "pack_gqa deterministic sm_margin return_attn_probs",
+        f"{QKV} {VARLEN} seqused_q seqused_k softmax_scale causal qv q_descale k_descale v_descale window_size "
+        "attention_chunk softcap num_splits pack_gqa deterministic sm_margin return_attn_probs",
     ),
     4: (
-        f"{QKV} qv gather_kv_indices softmax_scale causal window_size learnable_sink softcap num_splits pack_gqa deterministic score_mod "
-        "score_mod_bwd mask_mod aux_tensors aux_scalars block_sparse_tensors block_sparse_tensors_bwd return_lse gather_bwd_recompute_p "
-        "gather_bwd_token_chunk",
-        f"{QKV} qv {VARLEN} min_seqlen_k seqused_q seqused_k gather_kv_indices page_table softmax_scale causal window_size learnable_sink "
-        "softcap num_splits pack_gqa deterministic score_mod score_mod_bwd mask_mod block_sparse_tensors aux_tensors aux_scalars return_lse "
-        "scheduler_metadata seqlen_k_per_split disable_scheduler_metadata gather_bwd_recompute_p gather_bwd_token_chunk",
+        f"{QKV} qv gather_kv_indices softmax_scale causal window_size learnable_sink softcap num_splits pack_gqa "
+        "deterministic score_mod score_mod_bwd mask_mod aux_tensors aux_scalars block_sparse_tensors "
+        "block_sparse_tensors_bwd return_lse gather_bwd_recompute_p gather_bwd_token_chunk",
+        f"{QKV} qv {VARLEN} min_seqlen_k seqused_q seqused_k gather_kv_indices page_table softmax_scale causal "
+        "window_size learnable_sink softcap num_splits pack_gqa deterministic score_mod score_mod_bwd mask_mod "
+        "block_sparse_tensors aux_tensors aux_scalars return_lse scheduler_metadata seqlen_k_per_split "
+        "disable_scheduler_metadata gather_bwd_recompute_p gather_bwd_token_chunk",
     ),
 }
 NAMES = {  # implementation: the version whose functions it calls
@@ -48,8 +51,8 @@ MEANT = {"softmax_scale", "causal", "window_size", *QKV.split(), *VARLEN.split()
 def attention(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1)):
     """One sequence: q (Q, H, D), k and v (S, K, D) → (Q, H, D). A query that sees no key gives zeros.
 
-    The last query stands at the last key: query i sees keys i + S − Q − left to i + S − Q + right, both included; −1 or None is no
-    border, and causal sets right to 0.
+    The last query stands at the last key: query i sees keys i + S − Q − left to i + S − Q + right, both included. A
+    side that is −1 or None has no limit, and causal sets right to 0.
     """
     left, right = (None if side in (None, -1) else side for side in window_size)
     place = torch.arange(len(q))[:, None] + len(k) - len(q)  # of each query among the keys (Q, 1)
@@ -111,7 +114,10 @@ class FlashAttention:
 
 
 def unpad_input(hidden_states, attention_mask):
-    """(B, S, …), mask (B, S) → tokens in line, their indices, borders of the rows, the longest row, lengths; as flash_attn.bert_padding's."""
+    """(B, S, …), mask (B, S) → tokens in line, their indices, starts of the rows, the longest row, and lengths.
+
+    As unpad_input of flash_attn.bert_padding.
+    """
     lengths = attention_mask.sum(-1, dtype=torch.int32)
     indices = attention_mask.flatten().nonzero().flatten()
     borders = torch.cat((lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)))
@@ -125,7 +131,10 @@ def pad_input(hidden_states, indices, batch, seqlen):
 
 
 def install(monkeypatch, name):
-    """Let transformers find the functions where it looks for those of `name`; all its own code before them runs. → FlashAttention."""
+    """Let transformers find these functions where it looks for those of `name`; returns the FlashAttention.
+
+    All of transformers' own code before them runs.
+    """
     functions = FlashAttention(NAMES[name])
     public = dict(flash_attn_func=functions.flash_attn_func, flash_attn_varlen_func=functions.flash_attn_varlen_func)
     kvcache = dict(flash_attn_with_kvcache=None)  # for continuous batching alone

@@ -1,4 +1,4 @@
-"""What the Hub on loopback (hub_server.py) answers: repositories in memory, and one method for each endpoint that the client uses."""
+"""What the Hub on loopback (hub_server.py) answers: repositories in memory, and a method for each endpoint."""
 
 import base64
 import hashlib
@@ -46,7 +46,10 @@ class Refused(Exception):
 
 
 class Endpoints:
-    """Methods called with the request's body and the groups of its route; they use `answer`, `server`, `token`, `query`, `headers`."""
+    """Methods called with the request's body and the groups of its route.
+
+    They use `answer`, `server`, `token`, `query` and `headers`.
+    """
 
     def user(self):
         """The name behind the token; 401 without one."""
@@ -55,7 +58,7 @@ class Endpoints:
         return self.server.tokens[self.token]
 
     def repo(self, kind, repo_id, write=False):
-        """The repository; as on the Hub, a private one is not there for strangers, and others' namespaces are not writable."""
+        """The repository. As on the Hub, strangers do not find a private one, and others cannot write to it."""
         found = self.server.repos.get((kind, repo_id))
         if found is None or (found.private and self.token is None):
             raise Refused(404 if self.token else 401, "RepoNotFound", "Repository not found")
@@ -132,7 +135,10 @@ class Endpoints:
         self.answer({"files": files})
 
     def batch(self, body, id, kind="models"):
-        """POST ….git/info/lfs/objects/batch: where to put each object; several parts above a size, nothing where it is there."""
+        """POST ….git/info/lfs/objects/batch: where to put each object.
+
+        Several parts above a size, nothing where the object is there already.
+        """
         self.repo(kind, id, write=True)
         objects, server = [], self.server
         for item in json.loads(body)["objects"]:

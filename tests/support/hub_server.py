@@ -1,6 +1,7 @@
-"""A Hub of its own on loopback: the endpoints that huggingface_hub's client uses to log in, create, upload, list and download.
+"""A Hub on loopback: the endpoints by which huggingface_hub's client logs in, creates, uploads, lists and downloads.
 
-It stores repositories in memory, checks tokens and checksums, and misbehaves on request (`fail`), so that tests drive the real client.
+It stores repositories in memory, checks tokens and checksums, and misbehaves on request (`fail`), so that tests drive
+the real client.
 Xet storage is not spoken: clients need HF_HUB_DISABLE_XET=1.
 """
 
@@ -16,7 +17,10 @@ from tests.support.hub_endpoints import ROUTES, Endpoints, Refused
 
 
 class HubServer(ThreadingHTTPServer):
-    """`with HubServer(tokens={"hf_x": "user"}) as hub:` serves on hub.endpoint; hub.requests logs (method, path, token)."""
+    """A server: `with HubServer(tokens={"hf_x": "user"}) as hub:` serves on hub.endpoint.
+
+    hub.requests logs (method, path, token).
+    """
 
     daemon_threads = True
 
@@ -38,7 +42,10 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def fail(self, method, pattern, kind, times=1):
-        """Answer the next `times` matching requests with the status `kind`, or with "drop" cut the connection inside the request's body."""
+        """Answer the next `times` matching requests with the status `kind`.
+
+        With "drop" the connection is cut inside the request's body.
+        """
         self.faults.append([method, re.compile(pattern), kind, times])
 
     def fault(self, method, path):

@@ -1,4 +1,4 @@
-"""What the tests of kernels share: where they run, tiny models, tables of kernels, and how far two tensors are apart."""
+"""What the tests of kernels share: where they run, tiny models, tables of kernels, and the distance of tensors."""
 
 from dataclasses import replace
 from importlib.util import find_spec
@@ -41,7 +41,10 @@ def randoms(*shapes, dtype=KIND):
 
 
 def tiny(device="cpu", **settings):
-    """A model of four layers in training, none of whose matrices is zero: at their initialisation most paths carry no gradient."""
+    """A model of four layers in training, none of whose matrices is zero.
+
+    Some are zero at their initialisation, which leaves most paths without a gradient.
+    """
     torch.manual_seed(0)
     sizes = dict(vocab_size=IDS, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
     config = NanochatConfig(**sizes | dict(max_position_embeddings=32) | settings)
@@ -62,7 +65,10 @@ def batch(device="cpu"):
 
 
 def with_kernels(model, *names):
-    """Give `model` the kernels of these names (default: those that fit it on a GPU, those of ANYWHERE by the interpreter)."""
+    """Give `model` the kernels of these names.
+
+    By default those that fit it on a GPU, and those of ANYWHERE by the interpreter.
+    """
     if not names and HALF:
         model.model.training_ops, _ = kernels.choose(model, torch.device(DEVICE), torch.bfloat16)
         return model

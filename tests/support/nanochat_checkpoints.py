@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from itertools import pairwise
 
 import pytest
 import tiktoken
@@ -25,7 +26,7 @@ def merged(texts, size):
     while len(ranks) < size:
         counts = {}
         for piece in pieces:
-            for pair in zip(piece, piece[1:], strict=False):
+            for pair in pairwise(piece):
                 counts[pair] = counts.get(pair, 0) + 1
         a, b = max(counts, key=lambda pair: (counts[pair], pair))
         ranks[a + b] = len(ranks)

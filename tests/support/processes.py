@@ -1,7 +1,8 @@
 """Runs a script's main, a file, or a function on each of several ranks, in fresh processes.
 
-A fork server has the heavy imports ready: a start takes a tenth of a second in place of the ten seconds of CPU that they take. Its children leave by os._exit: in an interpreter that shuts down, gloo's
-threads can still hold tensors, and torch then aborts the process now and then, all work done.
+A fork server has the heavy imports ready, so a start takes a tenth of a second instead of the ten seconds of CPU that
+the imports take. Its children leave by os._exit: in an interpreter that shuts down, threads of gloo can still hold
+tensors, and torch then sometimes aborts the process after all its work is done.
 """
 
 import contextlib
@@ -45,7 +46,10 @@ def _child(module, argv, environment, log, limit, folder):
 
 
 def _read_environment_again():
-    """Let the libraries find another Hub and another cache: they read the environment when they are imported, which the server has done."""
+    """Let the libraries find another Hub and another cache.
+
+    They read the environment when they are imported, which the server has done.
+    """
     import datasets.config
     import huggingface_hub.constants
 
@@ -83,14 +87,20 @@ def _call(rank, function, world, port, args):
 
 
 def on_ranks(function, world, *args):
-    """`function(rank, world, *args)` in each of `world` processes, whose environment torch.distributed and Accelerate read; raises what one raises."""
+    """`function(rank, world, *args)` in each of `world` processes; raises what one of them raises.
+
+    torch.distributed and Accelerate read the environment of these processes.
+    """
     from torch.multiprocessing import start_processes
 
     start_processes(_call, args=(function, world, free_port(), args), nprocs=world, start_method="forkserver")
 
 
 class Run:
-    """`world` processes of `python -m module argv`, or of `python file.py argv`, on the CPU; `log` holds what they print."""
+    """`world` processes of `python -m module argv`, or of `python file.py argv`, on the CPU.
+
+    `log` holds what they print.
+    """
 
     def __init__(self, module, argv, log, world=1, environment=None, limit=None, folder="."):
         port = free_port()

@@ -55,9 +55,9 @@ def test_docstrings_are_found_without_their_indentation(tmp_path):
     assert embedded.docstrings(path, 1) == [
         "Of the module.",
         "Of the class, with a \\d.",
-        "Of the method,\n\n    indented further,\nand not.\n",
+        "Of the method,\n\n    indented further,\nand not.",
     ]
-    assert embedded.docstrings(path, 30) == ["Of the method,\n\n    indented further,\nand not.\n"]
+    assert embedded.docstrings(path, 30) == ["Of the method,\n\n    indented further,\nand not."]
     path.write_bytes('"""Ünreadable."""'.encode("latin-1"))
     assert embedded.docstrings(path, 1) == [] == embedded.docstrings(tmp_path / "none.py", 1)
 

@@ -49,7 +49,7 @@ LETTERS = [
     (".", False),
     ("()", False),
     ("B\0", False),
-    ("Ｂ", False),
+    ("\uff22", False),
 ]
 NUMBERS = [
     ("#### 18", True),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from nanochat_hf import NanochatForCausalLM
 from nanochat_hf.training.tracking import read_metrics
-from tests.support.training import STEPS, train, weights
+from tests.support.training import STEPS, here, train, weights
 
 
 def test_plan_and_dry_run_and_smoke_test_write_nothing(start, tmp_path):
@@ -147,6 +147,14 @@ def test_bpb_is_the_same_on_two_processes(start, tmp_path):
     for world, run in zip((1, 2), runs, strict=True):
         assert run.wait() == [0] * world, run.text()
     one, two = (
-        [e["val/bpb"] for e in read_metrics(tmp_path / str(w) / "metrics.jsonl") if "val/bpb" in e][0] for w in (1, 2)
+        next(e["val/bpb"] for e in read_metrics(tmp_path / str(w) / "metrics.jsonl") if "val/bpb" in e) for w in (1, 2)
     )
     assert two == pytest.approx(one, rel=1e-6)
+
+
+def test_the_report_counts_rows_that_were_left_out(start, tmp_path):
+    rows = (start / "chats.jsonl").read_text() + '{"messages": "no conversation"}\n' * 3
+    (tmp_path / "chats.jsonl").write_text(rows)
+    assert here(start, tmp_path / "run", data=tmp_path / "chats.jsonl", bad_rows="skip", num_steps=1) == 0
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| bad rows left out | 3 |" in report and "| the first of them | " in report, report

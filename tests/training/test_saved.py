@@ -201,7 +201,7 @@ def test_each_kind_is_one_line_that_names_the_file(good, trainer, tmp_path, kind
     (folder / CHECKSUMS).unlink()
     if sealed:
         seal(folder)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011, the words are looked at below
+    with pytest.raises(ValueError) as caught:  # the words are looked at below
         checkpoint.load(trainer, choose(trainer.accelerator, str(tmp_path), str(folder)))
     said = str(caught.value)
     assert named in said and "\n" not in said and "; " in said, said

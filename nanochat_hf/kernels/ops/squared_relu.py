@@ -32,8 +32,8 @@ def run(x: Tensor, up_proj: nn.Module, down_proj: nn.Module) -> Tensor:
 class SquaredReluMLP(torch.autograd.Function):
     """x (…, C), up (W, C), down (C, W) → relu(x·upᵀ)²·downᵀ (…, C), in autocast's dtype.
 
-    Of the two wide activations only a = relu(u)² is kept for backward: its slope is 2·relu(u) = 2·√a, so u (…, W)
-    is not needed. The weights' gradients are added to their sums, where those are given.
+    Of the two wide activations only a = relu(u)² is kept for backward: its slope is 2·relu(u) = 2·√a, so u (…, W) is
+    not needed. The weights' gradients are added to their sums, where those are given.
     """
 
     @staticmethod
