@@ -18,43 +18,13 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanochat_hf import GATE_CHANNELS, NanochatConfig
+from .layers_nanochat_hf import eager_attention_forward, has_value_embedding, initialise, linear
 from .loss_nanochat_hf import LossSizes, SoftcappedLoss, chunked_loss
 from .masks_nanochat_hf import masks_and_documents, takes_borders, varlen_arguments
 from .ops_nanochat_hf import PLAIN, Attend, Heads, Ops, ValueEmbedding, are_plain, norm
 from .resizing_nanochat_hf import ResizableTables, table_rows
 
 LOSS_CHUNK = 8192  # tokens whose logits exist at one time: 512 MiB in bfloat16 at V = 32768
-
-
-def linear(inputs: int, outputs: int, init_scheme: str = "uniform") -> nn.Linear:
-    """A linear layer without bias that knows how it is initialised."""
-    layer = nn.Linear(inputs, outputs, bias=False)
-    layer.init_scheme = init_scheme  # ty: ignore[invalid-assignment]  torch declares only tensors and modules
-    return layer
-
-
-def has_value_embedding(config: NanochatConfig, layer_idx: int) -> bool:
-    """Every second layer has a table of value embeddings, counted from the last, unless the config turns them off."""
-    return config.use_value_embeddings and layer_idx % 2 == (config.num_hidden_layers - 1) % 2
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Plain attention: query (B, H, T, D), key and value (B, K, S, D), as in transformers → (B, T, H, D), weights."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[-2]]
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class NanochatAttention(nn.Module):
@@ -189,13 +159,7 @@ class NanochatPreTrainedModel(ResizableTables, PreTrainedModel):
             init.constant_(module.resid_lambdas, 1.0)
             init.constant_(module.x0_lambdas, 0.1)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
-            scheme = getattr(module, "init_scheme", "uniform")
-            if scheme == "uniform":
-                init.uniform_(module.weight, -bound, bound)
-            elif scheme == "zero":
-                init.zeros_(module.weight)
-            else:
-                init.normal_(module.weight, std={"unit": 1.0, "head": 0.001}[scheme])
+            initialise(module.weight, getattr(module, "init_scheme", "uniform"), bound)
 
 
 class NanochatModel(NanochatPreTrainedModel):
@@ -247,7 +211,7 @@ class NanochatModel(NanochatPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        ops, eps = self.ops, self.config.rms_norm_eps
+        ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             # the residual stream too is in low precision, as in nanochat, whose embedding is bfloat16: half the bytes
@@ -260,9 +224,7 @@ class NanochatModel(NanochatPreTrainedModel):
         if use_cache and past_key_values is None:
             # after the masks, because those keep documents apart only where no cache is given
             past_key_values = DynamicCache(config=self.config)
-        rope = ops.rope_tables(
-            position_ids, self.config.head_dim, float(self.config.rope_theta), self.config.rope_in_bfloat16
-        )
+        rope = ops.rope_tables(position_ids, config.head_dim, float(config.rope_theta), config.rope_in_bfloat16)
         lambdas = torch.stack((self.resid_lambdas, self.x0_lambdas), dim=1)  # (layers, 2)
         x = x0 = norm(x, eps)
         update = nothing = torch.zeros_like(x)
@@ -347,25 +309,16 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         """
         # no named argument: Trainer takes each one with "label" in its name for a column that evaluation needs
         shift_labels = kwargs.pop("shift_labels", None)
-        output = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            return_dict=True,
-            **kwargs,
-        )
+        inputs = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
+        output = self.model(*inputs, return_dict=True, **kwargs)
         hidden = output.last_hidden_state
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
         loss = logits = None
         if shift_labels is not None:
-            loss = self._loss(hidden, shift_labels, loss_weights)
             # without a single valid target the loss is 0, not NaN
             valid = (shift_labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = loss / valid
+            loss = self._loss(hidden, shift_labels, loss_weights) / valid
         if skip_logits is None:
             skip_logits = self.training and shift_labels is not None
         if not skip_logits:
