@@ -225,7 +225,6 @@ class NanochatModel(NanochatPreTrainedModel):
             # after the masks, because those keep documents apart only where no cache is given
             past_key_values = DynamicCache(config=self.config)
         rope = ops.rope_tables(position_ids, config.head_dim, float(config.rope_theta), config.rope_in_bfloat16)
-        lambdas = torch.stack((self.resid_lambdas, self.x0_lambdas), dim=1)  # (layers, 2)
         x = x0 = norm(x, eps)
         update = nothing = torch.zeros_like(x)
         hidden = []
@@ -240,7 +239,9 @@ class NanochatModel(NanochatPreTrainedModel):
                 x,
                 update,
                 x0,
-                lambdas[i],
+                torch.stack(
+                    (self.resid_lambdas[i], self.x0_lambdas[i])
+                ),  # of one stack for all, gradients would be views
                 rope,
                 input_ids,
                 self.value_embeds[str(i)] if str(i) in self.value_embeds else None,  # noqa: SIM401  no .get there
