@@ -233,15 +233,14 @@ class NanochatModel(NanochatPreTrainedModel):
             if self.gradient_checkpointing or output_hidden_states:
                 x, update = x + update, nothing  # checkpointing then keeps one tensor a layer, the one in hidden_states
                 hidden.append(x)
-            # The cache is a keyword because gradient checkpointing removes it by name. Otherwise recomputing a layer
-            # would write to the cache twice.
+            # Each layer stacks its own two scalars: with one stack for all their gradients would be views, for which XLA
+            # compiles one more program. The cache is a keyword because gradient checkpointing removes it by name.
+            # Otherwise recomputing a layer would write to the cache twice.
             x, update, x0 = layer(
                 x,
                 update,
                 x0,
-                torch.stack(
-                    (self.resid_lambdas[i], self.x0_lambdas[i])
-                ),  # of one stack for all, gradients would be views
+                torch.stack((self.resid_lambdas[i], self.x0_lambdas[i])),
                 rope,
                 input_ids,
                 self.value_embeds[str(i)] if str(i) in self.value_embeds else None,  # noqa: SIM401  no .get there
