@@ -233,8 +233,8 @@ class NanochatModel(NanochatPreTrainedModel):
             if self.gradient_checkpointing or output_hidden_states:
                 x, update = x + update, nothing  # checkpointing then keeps one tensor a layer, the one in hidden_states
                 hidden.append(x)
-            # Each layer stacks its own two scalars: with one stack for all their gradients would be views, for which XLA
-            # compiles one more program. The cache is a keyword because gradient checkpointing removes it by name.
+            # Each layer stacks its own two scalars: with one stack for all, their gradients would be views, for which
+            # XLA compiles one more program. The cache is a keyword because gradient checkpointing removes it by name.
             # Otherwise recomputing a layer would write to the cache twice.
             x, update, x0 = layer(
                 x,
