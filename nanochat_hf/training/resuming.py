@@ -74,10 +74,11 @@ def choose(accelerator: Accelerator, output_dir: str, resume: str | None, set_as
     `set_aside` they are renamed, so that they neither count for pruning nor are taken another time. ValueError where
     all are damaged, or the folder is no whole checkpoint.
     """
-    answer: list[Any] = [None, None]
+    answer: list[str | None] = [None, None]  # text, since the broadcast of XLA takes no other objects
     if accelerator.is_main_process:  # reads every byte, so one process does it for all
         try:
-            answer[0] = _newest_whole(accelerator, output_dir, set_aside) if resume == "auto" else _named(resume)
+            chosen = _newest_whole(accelerator, output_dir, set_aside) if resume == "auto" else _named(resume)
+            answer[0] = None if chosen is None else str(chosen)
         except ValueError as error:
             answer[1] = str(error)
     folder, said = broadcast_object_list(answer)
@@ -85,7 +86,7 @@ def choose(accelerator: Accelerator, output_dir: str, resume: str | None, set_as
         raise ValueError(said)
     if resume and not folder:
         accelerator.print(f"no checkpoint in {output_dir} to resume from: the run starts anew")
-    return folder
+    return None if folder is None else Path(folder)
 
 
 def _named(resume):
