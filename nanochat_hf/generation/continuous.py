@@ -207,7 +207,8 @@ class Continuous:
         if request.temperature:
             drawn = row_uniforms(request.seed, 0, sample, request.max_new_tokens)
             self.table.uniforms[place, : len(drawn)] = drawn.to(self.table.uniforms.device)
-        row = Row(self.tokenizer, self.calculator, self.specials, request.max_new_tokens)
+        calculator = self.calculator if request.calculate else None
+        row = Row(self.tokenizer, calculator, self.specials, request.max_new_tokens)
         self.live += [None] * (place + 1 - len(self.live))
         self.live[place] = Live(job.handle, sample, request, row)
 

@@ -19,7 +19,7 @@ class Request:
 
     Sample j depends on `seed` and j alone, whatever else runs, up to the rounding of the kernels. It is
     sample j of `Engine.generate([prompt], seed=[seed])`. `log_probs` and `top` (so many of the likeliest tokens) ask
-    for the fields of that name in `Completion`.
+    for the fields of that name in `Completion`. Without `calculate` calls of the calculator stay without an answer.
     """
 
     prompt: Sequence[int]
@@ -31,6 +31,7 @@ class Request:
     num_samples: int = 1
     log_probs: bool = False
     top: int = 0
+    calculate: bool = True
 
     def __post_init__(self) -> None:
         check_sampling(

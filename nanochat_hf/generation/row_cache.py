@@ -98,10 +98,11 @@ class Masks:
         kinds = set(getattr(config, "layer_types", None) or ())
         if kind not in ("sdpa", "eager"):
             raise ValueError(f"rows with lengths of their own need attention sdpa or eager, the model has {kind}")
-        if kinds - KINDS or getattr(model, "_is_stateful", False) or config.is_encoder_decoder:
+        # models without transformers' attention interface take masks in forms of their own
+        if kinds - KINDS or config.is_encoder_decoder or not model._supports_attention_backend:
             raise ValueError(
-                f"{config.model_type} keeps more than keys and values ({', '.join(sorted(kinds)) or 'a state'}), "
-                "which rows with lengths of their own cannot share; use Engine"
+                f"{config.model_type} cannot be decoded in rows with lengths of their own: its layers "
+                f"({', '.join(sorted(kinds)) or 'of one kind'}) need more than keys, values and a mask; use Engine"
             )
         # our model takes finished masks by kind of layer, and so do transformers' models that mix kinds
         self.by_kind = config.model_type == "nanochat_hf" or "sliding_attention" in kinds
