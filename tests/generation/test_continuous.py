@@ -15,7 +15,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from nanochat_hf import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.generation import Continuous, Engine, Request
+from nanochat_hf.generation.row_cache import RowCache
 from tests.support.generating import PROMPTS, calling, reference, shaken
 
 SAMPLED = dict(temperature=1.0, top_k=40, top_p=0.95, num_samples=3)
@@ -49,12 +51,12 @@ def test_greedy_is_generate_beyond_the_window_and_the_first_cache(model, tokeniz
 @pytest.mark.parametrize("rows", [1, 2, 12])
 @pytest.mark.parametrize("settings", [{}, SAMPLED])
 def test_a_sample_is_the_engines_whatever_row_it_runs_in(model, tokenizer, rows, settings):
-    calls = Engine(model, tokenizer)
-    expected = calls.generate(PROMPTS, max_new_tokens=24, seed=list(range(4)), **settings)
+    settings = settings | dict(max_new_tokens=10 if rows == 1 else 20)
+    expected = Engine(model, tokenizer).generate(PROMPTS, seed=list(range(4)), **settings)
     engine = Continuous(model, tokenizer, rows=rows, length=80)
-    assert engine.run(requests(max_new_tokens=24, **settings)) == expected
-    assert engine.run(requests(max_new_tokens=24, **settings)[::-1]) == expected[::-1]
-    if settings:
+    assert engine.run(requests(**settings)) == expected
+    assert rows == 1 or engine.run(requests(**settings)[::-1]) == expected[::-1]
+    if len(settings) > 1:
         assert len({tuple(c.ids) for row in expected for c in row}) > 4, "samples differ"
 
 
@@ -86,8 +88,8 @@ def test_models_that_cannot_share_rows_are_refused(model, tokenizer):
         model.set_attn_implementation("sdpa")
 
 
-@pytest.mark.parametrize("limit", [9, 60])
-@pytest.mark.parametrize("settings", [{}, dict(temperature=1.0, num_samples=2)])
+@pytest.mark.parametrize("limit", [9, 40])
+@pytest.mark.parametrize("settings", [{}, dict(temperature=1.0)])
 def test_tools_answer_within_their_rows(model, tokenizer, monkeypatch, limit, settings):
     calling(model, tokenizer, monkeypatch)
     expected = Engine(model, tokenizer).generate(PROMPTS, max_new_tokens=limit, seed=list(range(4)), **settings)
@@ -97,20 +99,23 @@ def test_tools_answer_within_their_rows(model, tokenizer, monkeypatch, limit, se
     assert not any(any(c.forced) for row in Continuous(model, tokenizer, rows=3, length=100).run(silent) for c in row)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 8])
-@pytest.mark.parametrize("settings", [{}, dict(temperature=1.0, num_samples=2, log_probs=True)])
-def test_compiled_steps_and_several_between_two_looks_give_the_same(model, tokenizer, traced, steps, settings):
-    expected = Continuous(model, tokenizer, rows=8, length=80).run(requests(max_new_tokens=30, **settings))
-    engine = Continuous(model, tokenizer, rows=5, length=80, compile=True)
-    engine.steps = steps
+def test_compiled_steps_and_several_between_two_looks_give_the_same(tokenizer, traced, monkeypatch):
+    monkeypatch.setattr("nanochat_hf.generation.continuous.HALVINGS", 1)
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32)
+    model = shaken(lambda: NanochatForCausalLM(NanochatConfig(vocab_size=280, **sizes)))
+    way = dict(temperature=1.0, num_samples=2, log_probs=True)
+    asked = [Request(p, seed=i, max_new_tokens=20 - 5 * i, **way) for i, p in enumerate(PROMPTS)]
+    expected = Continuous(model, tokenizer, rows=8, length=64).run(asked)
+    engine = Continuous(model, tokenizer, rows=4, length=64, compile=True)
     shapes = []
     run = engine.table.run
     engine.table.run = lambda rows, *rest, **more: shapes.append(rows) or run(rows, *rest, **more)
-    for mine, theirs in zip(engine.run(requests(max_new_tokens=30, **settings)), expected, strict=True):
-        for a, b in zip(mine, theirs, strict=True):
-            assert (a.ids, a.end, a.forced) == (b.ids, b.end, b.forced)
-            assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
-    assert set(shapes) <= {5, 3, 2, 1} and shapes[-1] < 5, "fewer rows run in the tail"
+    for engine.steps in (1, 3, 8):
+        for mine, theirs in zip(engine.run(asked), expected, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                assert (a.ids, a.end, a.forced) == (b.ids, b.end, b.forced)
+                assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
+    assert set(shapes) == {4, 2}, "fewer rows run in the tail"
 
 
 @pytest.mark.parametrize("steps", [3, 8])
@@ -137,10 +142,8 @@ def ended(model, tokenizer, **settings):
 def test_a_row_that_ends_makes_room_for_the_next_request(model, tokenizer, monkeypatch):
     engine, plain, late = ended(model, tokenizer, rows=2)
     started = []
-    put = type(engine.table.cache or __import__("nanochat_hf.generation.row_cache", fromlist=["RowCache"]).RowCache).put
-    monkeypatch.setattr(
-        "nanochat_hf.generation.row_cache.RowCache.put", lambda *a: started.append((a[1], steps)) or put(*a)
-    )
+    put = RowCache.put
+    monkeypatch.setattr(RowCache, "put", lambda *a: started.append((a[1], steps)) or put(*a))
     handles = [engine.submit(request) for request in requests(max_new_tokens=12)]
     steps, done = 0, {}
     assert (engine.running, engine.queued, engine.idle) == (0, 4, False)
@@ -194,12 +197,11 @@ def test_cancelling_frees_rows_and_the_queue(model, tokenizer):
             order.append((event.handle, event.sample))
             if event.done:
                 done[event.handle, event.sample] = event.completion
-    assert set(done) == {(second, 0), (second, 1), (second, 2), (third, 0), (third, 2)} | {
-        (fourth, j) for j in range(3)
-    }
+    rest = [(second, 0), (second, 1), (second, 2), (third, 0), (third, 2), *((fourth, j) for j in range(3))]
+    assert sorted(done) == rest
     assert set(order) == set(done), "no event follows"
     assert all(completion == expected[handle - first][sample] for (handle, sample), completion in done.items())
-    engine.submit(requests()[0])
+    engine.submit(requests(max_new_tokens=2)[0])
     engine.clear()
     assert engine.idle and engine.step() == []
 
@@ -207,7 +209,7 @@ def test_cancelling_frees_rows_and_the_queue(model, tokenizer):
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_log_probs_are_those_of_the_full_softmax_end_token_included(model, tokenizer, monkeypatch, temperature):
     calling(model, tokenizer, monkeypatch)
-    settings = dict(max_new_tokens=40, temperature=temperature, log_probs=True, top=3)
+    settings = dict(max_new_tokens=20, temperature=temperature, log_probs=True, top=3)
     engine = Continuous(model, tokenizer, rows=3, length=100)
     for prompt, (completion,) in zip(PROMPTS, engine.run(requests(**settings)), strict=True):
         said = [*completion.ids, *([completion.end] if completion.finished else [])]
