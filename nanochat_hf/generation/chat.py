@@ -8,13 +8,11 @@ from typing import Any, TypedDict, Unpack
 
 from ..conversation import PARTS, encode_plain, render, render_prompt
 from .engine import Engine
+from .pieces import Piece, Pieces
 from .sampling import check_sampling
-from .tools import answer_parts, decode
+from .tools import answer_parts
 
-LONGEST_CHARACTER = 4  # bytes in UTF-8, and so the most tokens of which none is a whole character
 NEW_TOKENS = 256  # the most in an answer, where no setting says
-
-Piece = tuple[str, str]  # kind (text, python or python_output) and text
 
 
 class ChatSettings(TypedDict, total=False):
@@ -94,23 +92,11 @@ class Chat:
 
     def _pieces(self, stream: Iterable[int], answer: list[int]) -> Iterator[Piece]:
         """Decode a stream of ids, which also go into `answer`."""
-        tokenizer = self.engine.tokenizer
-        kind, pending = "text", []
+        pieces = Pieces(self.engine.tokenizer)
         for token in stream:
             answer.append(token)
-            if token in self.opening or token in self.closing:
-                if pending:
-                    yield kind, decode(tokenizer, pending)
-                kind, pending = self.opening.get(token, "text"), []
-                continue
-            pending.append(token)
-            piece = decode(tokenizer, pending)
-            # An unfinished character waits for its other bytes, but not for ever: some bytes never become one.
-            if not piece.endswith("\ufffd") or len(pending) > LONGEST_CHARACTER:
-                yield kind, piece
-                pending = []
-        if pending:
-            yield kind, decode(tokenizer, pending)
+            yield from pieces.feed(token)
+        yield from pieces.rest()
 
     def _whole(self, answer: list[int]) -> list[int]:
         """`answer` without a tool call that was cut off before its end, or before the end of its output."""

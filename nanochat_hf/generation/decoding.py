@@ -9,12 +9,18 @@ from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .sampling import Sampler
 from .tools import Row
 
 GROWTH = 256  # positions by which a cache grows at once, so that it is copied once in so many steps
+
+
+def held(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a cache layer that was written to."""
+    assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
+    return layer.keys, layer.values
 
 
 class Batch(Protocol):

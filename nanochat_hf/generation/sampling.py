@@ -102,9 +102,10 @@ def draw_uniforms(seed: int | Sequence[int], prompts: int, samples: int, steps: 
     if not isinstance(seed, int) and len(seed) != prompts:
         raise ValueError(f"seed has {len(seed)} entries for {prompts} prompts; give one int, or one for each prompt")
     keys = [(seed, i) if isinstance(seed, int) else (seed[i], 0) for i in range(prompts)]
-    rows = []
-    for key, i in keys:
-        for j in range(samples):
-            generator = torch.Generator().manual_seed(random.Random(f"{key} {i} {j}").getrandbits(63))
-            rows.append(torch.rand(steps, generator=generator))
-    return torch.stack(rows)
+    return torch.stack([row_uniforms(key, i, j, steps) for key, i in keys for j in range(samples)])
+
+
+def row_uniforms(seed: int | str, prompt: int, sample: int, steps: int) -> torch.Tensor:
+    """Uniform numbers (steps,) that depend on the three keys only; fewer steps are a prefix of more."""
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} {prompt} {sample}").getrandbits(63))
+    return torch.rand(steps, generator=generator)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
-from .decoding import Eager
+from .decoding import Eager, held
 from .sampling import Sampler
 from .tools import Row
 
@@ -26,12 +26,6 @@ KEPT = 4  # shapes whose caches and graphs are kept
 Sample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # as Sampler.sample
 
 
-def _held(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
-    # keys and values of a cache layer that was written to
-    assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
-    return layer.keys, layer.values
-
-
 class Slots(DynamicLayer):
     """Keys and values (N, K, S, D) in place; a step writes into the slot that the shared tensor `slot` (1,) names."""
 
@@ -41,7 +35,7 @@ class Slots(DynamicLayer):
 
     def __init__(self, like: object, rows: int, slots: int, slot: torch.Tensor) -> None:
         super().__init__()
-        keys, values = _held(like)
+        keys, values = held(like)
         self.keys, self.values = (t.new_zeros(rows, t.shape[1], slots, t.shape[3]) for t in (keys, values))
         self.slot, self.dtype, self.device, self.is_initialized = slot, keys.dtype, keys.device, True
 
@@ -107,7 +101,7 @@ class Slate:
         """Take over the rows of `eager`, whose prompts are in its cache."""
         filled, rows = eager.cache.get_seq_length(), len(eager.logits)
         for own, given in zip(self.layers, eager.cache.layers, strict=True):
-            for target, source in zip((own.keys, own.values), _held(given), strict=True):
+            for target, source in zip((own.keys, own.values), held(given), strict=True):
                 target[:rows, :, :filled] = source[:, :, :filled]
                 # Rows without a prompt must read numbers, not NaN. Their own steps write numbers.
                 target[rows:, :, :filled] = source[:1, :, :filled]
@@ -203,9 +197,7 @@ class Static:
                 f"compile=True cannot decode {model.config.model_type} with its sliding_window={window}: "
                 "after a prompt its cache holds the window alone; leave compile out"
             )
-        # each shape is one more compilation of the same code, which dynamo stops at 8 unless told
-        limit = max(torch._dynamo.config.recompile_limit, 64)
-        torch._dynamo.config.recompile_limit = limit  # ty: ignore[invalid-assignment]  # it is declared as literally 8
+        allow_shapes()
         self.model, self.call_end = model, call_end
         self.slates: dict[tuple[int, int], Slate] = {}  # by rows and slots
         self.compiled = torch.compile(_forward, fullgraph=True, dynamic=False)
@@ -256,6 +248,12 @@ class Static:
                 slate.step(sampler.sample, self.call_end)
         slate.left -= steps
         return [[token for token in tokens if token >= 0] for tokens in slate.out[: len(rows), :steps].tolist()]
+
+
+def allow_shapes() -> None:
+    """Let dynamo compile the same code for many shapes; unless told it stops at 8."""
+    limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.recompile_limit = limit  # ty: ignore[invalid-assignment]  # it is declared as literally 8
 
 
 def pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:

@@ -21,13 +21,21 @@ class Completion:
     """What was generated: `ids`, and `text`, their decoding with special tokens.
 
     `forced[i]` is True where the tool, not the model, wrote ids[i]. `finished` is True where the row met an end token,
-    which is not among the ids, and False where it ran out of max_new_tokens.
+    which is not among the ids, and False where it ran out of max_new_tokens; `end` is that token's id, or None.
+
+    `log_probs` and `top` are filled where they were asked for (`Request` in continuous.py): one entry for each of the
+    ids, and one more for the end token. `log_probs` holds the log-probability of the token among all tokens, at the
+    request's temperature (at 1 where that is 0), and 0 for forced ones. `top` holds the likeliest tokens of the place
+    as (id, log-probability), the likeliest first, and nothing for forced ones.
     """
 
     ids: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
     text: str = ""
     finished: bool = False
+    end: int | None = None
+    log_probs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int | None], frozenset[int]]:
@@ -100,6 +108,7 @@ class Row:
         token = self.pending.popleft() if forced else token
         if not forced and token in self.ends:
             self.done = self.out.finished = True
+            self.out.end = token
             return token
         self.last = token
         self.out.ids.append(token)

@@ -1,53 +1,11 @@
 """The engine: sampling, seeds, samples of one prefill, rows that leave, tools in batches, compilation, other models."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from nanochat_hf import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.generation import Engine, answer_parts, check_sampling, draw_uniforms, sample
-from nanochat_hf.tokenizer import train_tokenizer
-
-TEXT = ["The cat sat on the mat and counted 12 letters: 'letter'.count('t') + 3*4"] * 3
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(TEXT, 280)
-
-
-def shaken(make):
-    torch.manual_seed(0)
-    model = make()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def model():
-    sizes = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=32)
-    return shaken(lambda: NanochatForCausalLM(NanochatConfig(vocab_size=280, **sizes)))
-
-
-PROMPTS = [[1, 5, 9, 12], [3, 4], [7, 8, 9, 10, 11, 12] * 5, [20]]
-
-
-def reference(model, tokenizer, prompt, new):
-    ends = [tokenizer.eos_token_id, tokenizer.bos_token_id]
-    mask = torch.ones(1, len(prompt))
-    ids = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=mask,
-        max_new_tokens=new,
-        do_sample=False,
-        eos_token_id=ends,
-        pad_token_id=0,
-    )
-    return [i for i in ids[0, len(prompt) :].tolist() if i not in ends]
+from tests.support.generating import PROMPTS, calling, reference, shaken
 
 
 def quiet(model, tokenizer, **settings):
@@ -81,15 +39,6 @@ def test_eager_attention_gives_the_same(model, tokenizer):
             Engine(model, tokenizer, compile=True)
     finally:
         model.set_attn_implementation("sdpa")
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """torch.compile that traces in full but generates no code, which takes seconds a shape."""
-    compile = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **settings: compile(function, **(settings | {"backend": "eager"}))
-    )
 
 
 @pytest.mark.parametrize("steps", [1, 8])
@@ -203,26 +152,6 @@ def test_tool_results_are_forced_into_their_own_rows_of_a_batch(model, tokenizer
         {"type": "python_output", "text": "12"},
     ]
     assert answer_parts(tokenizer, talk) == tokenizer.decode(talk)
-
-
-def calling(model, tokenizer, monkeypatch, every=5):
-    """The model, but it often calls the calculator: some tokens lead to python_start, that to 3*4 and python_end."""
-    token = tokenizer.convert_tokens_to_ids
-    chain = [token("<|python_start|>"), *tokenizer.encode("3*4", add_special_tokens=False), token("<|python_end|>")]
-    push = torch.zeros(280, 280)
-    for i in range(0, 256, every):
-        push[i, chain[0]] = 100
-    for i, j in pairwise(chain):
-        push[i] = 0
-        push[i, j] = 100
-    original = model.forward
-
-    def forward(**kwargs):
-        output = original(**kwargs)
-        output.logits = output.logits + push[kwargs["input_ids"][:, -1:]]
-        return output
-
-    monkeypatch.setattr(model, "forward", forward)
 
 
 @pytest.mark.parametrize("settings", [{}, dict(temperature=1.0, num_samples=2, seed=[5, 6, 7])])
