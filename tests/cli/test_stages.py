@@ -138,7 +138,7 @@ open(argv[0], "w").close()"""
     )
     (tmp_path / "parent.py").write_text(parent)
     run = Run(str(tmp_path / "parent.py"), [], tmp_path / "log")
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while "ready" not in run.text() and time.monotonic() < end:
         time.sleep(0.05)
     run.kill()

@@ -45,7 +45,7 @@ def test_chat_completions_are_answered(tmp_path):
             json.dumps(body).encode(),
             {"content-type": "application/json"},
         )
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while True:
             try:
                 answer = json.load(urllib.request.urlopen(request, timeout=60))

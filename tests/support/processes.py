@@ -114,7 +114,7 @@ class Run:
             )
             self.processes[-1].start()
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=280):
         """Exit codes, rank by rank; a run that hangs is killed and fails the test."""
         for process in self.processes:
             process.join(timeout)

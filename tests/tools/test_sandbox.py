@@ -46,7 +46,7 @@ def left_over():
 
 
 def none_left():
-    deadline = time.monotonic() + 2  # a killed process may take a moment to go
+    deadline = time.monotonic() + 30  # a killed process may take a moment to go
     while left_over() and time.monotonic() < deadline:
         time.sleep(0.02)
     return not left_over()
