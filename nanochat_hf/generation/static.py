@@ -8,11 +8,13 @@ they hold nothing, and no query sees them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
+
+from nanochat_hf.model.smear_nanochat_hf import TokenHistory, history_of
 
 from .decoding import Eager, held
 from .sampling import Sampler
@@ -52,18 +54,24 @@ class Slots(DynamicLayer):
         return self.keys.shape[2]
 
 
-def _forward(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    slot_positions: torch.Tensor,
-    cache: Cache,
-    window: int | None,
-) -> torch.Tensor:
+class Feed(NamedTuple):
+    """What a step gives to the model: a token a row, its position, and the positions of all slots.
+
+    ids, previous and positions (N, 1), slot_positions (N, S). `previous`: the tokens before, for models with smear.
+    """
+
+    ids: torch.Tensor
+    previous: torch.Tensor | None
+    positions: torch.Tensor
+    slot_positions: torch.Tensor
+
+
+def _forward(model: PreTrainedModel, feed: Feed, cache: Cache, window: int | None) -> torch.Tensor:
     """Logits (N, V) after one token a row.
 
     A query sees the slots whose position is at most its own, and in a layer with a window within that.
     """
+    ids, previous, positions, slot_positions = feed
     seen = slot_positions <= positions  # (N, S)
     mask = seen[:, None, None]
     if window:
@@ -71,8 +79,9 @@ def _forward(
             "full_attention": mask,
             "sliding_attention": (seen & (slot_positions > positions - window))[:, None, None],
         }
+    before = {} if previous is None else {"previous_ids": previous}
     return model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **before
     ).logits[:, -1]
 
 
@@ -94,13 +103,18 @@ class Slate:
         self.stalled = full(rows, value=True, dtype=torch.bool)
         self.forced, self.out = full(rows, STEPS, value=-1), full(rows, STEPS, value=-1)
         self.uniforms = full(rows, slots, value=0.0, dtype=torch.float32)
-        self.layers = [Slots(layer, rows, slots, self.slot) for layer in like]
+        self.previous = full(rows, 1) if static.smears else None
+        self.layers = [Slots(layer, rows, slots, self.slot) for layer in like if not isinstance(layer, TokenHistory)]
         self.cache = Cache(layers=[*self.layers])
 
     def fill(self, eager: Eager, uniforms: torch.Tensor | None) -> None:
         """Take over the rows of `eager`, whose prompts are in its cache."""
         filled, rows = eager.cache.get_seq_length(), len(eager.logits)
-        for own, given in zip(self.layers, eager.cache.layers, strict=True):
+        history = history_of(eager.cache)
+        if self.previous is not None and history is not None:
+            self.previous.copy_(pad_rows(history.last(), len(self.ids)))
+        filling = [layer for layer in eager.cache.layers if layer is not history]
+        for own, given in zip(self.layers, filling, strict=True):
             for target, source in zip((own.keys, own.values), held(given), strict=True):
                 target[:rows, :, :filled] = source[:, :, :filled]
                 # Rows without a prompt must read numbers, not NaN. Their own steps write numbers.
@@ -125,9 +139,10 @@ class Slate:
         # masked_fill passes its number to the kernel as an argument. torch.where would copy it from the host, which
         # cannot be recorded.
         self.slot_positions.index_copy_(1, self.slot, self.positions.masked_fill(~live, HOLE))
-        logits = self.static.compiled(
-            self.static.model, self.ids, self.positions, self.slot_positions, self.cache, self.static.window
-        )
+        feed = Feed(self.ids, self.previous, self.positions, self.slot_positions)
+        logits = self.static.compiled(self.static.model, feed, self.cache, self.static.window)
+        if self.previous is not None:  # a row that waits feeds a token that its next step will feed again
+            self.previous.copy_(torch.where(live, self.ids, self.previous))
         drawn = self.uniforms.gather(1, self.count.clamp(max=self.slots - 1))[:, 0]
         given = self.forced.index_select(1, self.column)  # (N, 1)
         token = torch.where(given >= 0, given, sample(logits, drawn)[:, None])
@@ -140,7 +155,9 @@ class Slate:
 
     def state(self) -> list[torch.Tensor]:
         """What a step changes, except for slots and columns that come later."""
+        before = [] if self.previous is None else [self.previous]
         return [
+            *before,
             self.slot,
             self.column,
             self.ids,
@@ -203,6 +220,7 @@ class Static:
         self.compiled = torch.compile(_forward, fullgraph=True, dynamic=False)
         kinds = getattr(model.config, "layer_types", None) or ()
         self.window = model.config.sliding_window if "sliding_attention" in kinds else None
+        self.smears = bool(getattr(model.config, "smear", False))
 
     @torch.no_grad()
     def begin(self, eager: Eager, uniforms: torch.Tensor | None, reserve: int) -> "Static":

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -17,12 +16,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_nanochat_hf import GATE_CHANNELS, NanochatConfig
-from .layers_nanochat_hf import eager_attention_forward, has_value_embedding, initialise, linear
+from .configuration_nanochat_hf import NanochatConfig
+from .layers_nanochat_hf import NanochatMLP, eager_attention_forward, has_value_embedding, initialise, linear
 from .loss_nanochat_hf import LossSizes, SoftcappedLoss, chunked_loss
 from .masks_nanochat_hf import masks_and_documents, takes_borders, varlen_arguments
 from .ops_nanochat_hf import PLAIN, Attend, Heads, Ops, ValueEmbedding, are_plain, norm
 from .resizing_nanochat_hf import ResizableTables, table_rows
+from .smear_nanochat_hf import Smear, follows, remember, token_before
 
 LOSS_CHUNK = 8192  # tokens whose logits exist at one time: 512 MiB in bfloat16 at V = 32768
 
@@ -34,13 +34,15 @@ class NanochatAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         C, D, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        self.num_key_value_groups, self.scaling, self.is_causal = H // K, D**-0.5, True
+        # qk_scale is on queries and on keys, so squared on their products
+        self.num_key_value_groups, self.scaling, self.is_causal = H // K, config.qk_scale**2 * D**-0.5, True
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         self.q_proj = linear(C, H * D)
         self.k_proj = linear(C, K * D)
         self.v_proj = linear(C, K * D)
         self.o_proj = linear(H * D, C, "zero")
-        self.ve_gate = linear(GATE_CHANNELS, K, "zero") if has_value_embedding(config, layer_idx) else None
+        gated = has_value_embedding(config, layer_idx)
+        self.ve_gate = linear(config.value_gate_channels, K, "value gate") if gated else None
 
     def forward(
         self,
@@ -82,24 +84,11 @@ class NanochatAttention(nn.Module):
         )
         value = None
         if self.ve_gate is not None:
-            gate = (2 * torch.sigmoid(self.ve_gate(first))).to(first.dtype)  # (B, T, K)
-            value = ValueEmbedding(gate, table, input_ids)  # ty: ignore[invalid-argument-type]  given where a gate is
+            gate = self.config.value_gate_scale * torch.sigmoid(self.ve_gate(first))  # (B, T, K)
+            value = ValueEmbedding(gate.to(first.dtype), table, input_ids)  # ty: ignore[invalid-argument-type]  given where a gate is
         heads = Heads(self.q_proj, self.k_proj, self.v_proj, self.head_dim, self.config.rms_norm_eps)
         y, weights = ops.attention(ops, x, heads, value, rope, attend)
         return ops.project_and_add(y.reshape(*x.shape[:-1], -1), self.o_proj, stream), weights
-
-
-class NanochatMLP(nn.Module):
-    """C → 4C → C with relu(·)²."""
-
-    def __init__(self, config: NanochatConfig):
-        super().__init__()
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size, "zero")
-
-    def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        """Normed x (B, T, C) → the update (B, T, C)."""
-        return ops.squared_relu_mlp(x, self.up_proj, self.down_proj)
 
 
 class NanochatDecoderLayer(GradientCheckpointingLayer):
@@ -107,7 +96,8 @@ class NanochatDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: NanochatConfig, layer_idx: int):
         super().__init__()
-        self.eps, self.channels = config.rms_norm_eps, GATE_CHANNELS if has_value_embedding(config, layer_idx) else 0
+        self.eps = config.rms_norm_eps
+        self.channels = config.value_gate_channels if has_value_embedding(config, layer_idx) else 0
         self.self_attn = NanochatAttention(config, layer_idx)
         self.mlp = NanochatMLP(config)
 
@@ -140,7 +130,7 @@ class NanochatPreTrainedModel(ResizableTables, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["NanochatDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["resid_lambdas", "x0_lambdas"]
+    _keep_in_fp32_modules_strict = ["resid_lambdas", "x0_lambdas", "backout_lambda", "strength"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"attentions": NanochatAttention}
@@ -153,13 +143,7 @@ class NanochatPreTrainedModel(ResizableTables, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # transformers calls this for each module that owns parameters; `init_scheme` names its distribution
-        bound = (3 / self.config.hidden_size) ** 0.5  # uniform(−bound, bound) has the standard deviation 1/√C
-        if isinstance(module, NanochatModel):
-            init.constant_(module.resid_lambdas, 1.0)
-            init.constant_(module.x0_lambdas, 0.1)
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            initialise(module.weight, getattr(module, "init_scheme", "uniform"), bound)
+        initialise(module, self.config)  # transformers calls this for each module that owns parameters
 
 
 class NanochatModel(NanochatPreTrainedModel):
@@ -170,12 +154,14 @@ class NanochatModel(NanochatPreTrainedModel):
         rows, width = table_rows(config), config.num_key_value_heads * config.head_dim
         layers = range(config.num_hidden_layers)
         self.embed_tokens = nn.Embedding(rows, config.hidden_size)
-        self.embed_tokens.init_scheme = "unit"  # ty: ignore[invalid-assignment]  as in `linear`
+        self.embed_tokens.init_scheme = "embedding"  # ty: ignore[invalid-assignment]  as in `linear`
         tables = {str(i): nn.Embedding(rows, width) for i in layers if has_value_embedding(config, i)}
         self.value_embeds = nn.ModuleDict(tables)
         self.layers = nn.ModuleList(NanochatDecoderLayer(config, i) for i in layers)
         self.resid_lambdas = nn.Parameter(torch.ones(config.num_hidden_layers))
-        self.x0_lambdas = nn.Parameter(torch.full((config.num_hidden_layers,), 0.1))
+        self.x0_lambdas = nn.Parameter(torch.zeros(config.num_hidden_layers))
+        self.smear = Smear() if config.smear else None
+        self.backout_lambda = nn.Parameter(torch.zeros(1)) if config.backout else None
         self.gradient_checkpointing = False
         self.training_ops = PLAIN
         self.post_init()
@@ -195,18 +181,19 @@ class NanochatModel(NanochatPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        previous_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Ids (B, T) → normed hidden states (B, T, C).
 
         `position_ids` (B, T) that start again within a row keep the documents of that row apart, as long as neither
         mask nor cache is given. `hidden_states` of the result: the stream before each layer, then the input of the
-        head.
+        head. `previous_ids` (B, 1), the tokens before these, is for caches that do not remember tokens; only smear
+        needs it.
         """
-        if input_ids is None and (inputs_embeds is None or self.config.use_value_embeddings):
-            raise ValueError(
-                "inputs_embeds cannot replace input_ids: value embeddings are looked up by id; give input_ids"
-            )
+        if input_ids is None and (inputs_embeds is None or self.config.use_value_embeddings or self.config.smear):
+            looked_up = "value embeddings are" if self.config.use_value_embeddings else "the token before is"
+            raise ValueError(f"inputs_embeds cannot replace input_ids: {looked_up} looked up by id; give input_ids")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -225,7 +212,13 @@ class NanochatModel(NanochatPreTrainedModel):
             # after the masks, because those keep documents apart only where no cache is given
             past_key_values = DynamicCache(config=self.config)
         rope = ops.rope_tables(position_ids, config.head_dim, float(config.rope_theta), config.rope_in_bfloat16)
-        x = x0 = norm(x, eps)
+        x = norm(x, eps)
+        if self.smear is not None:
+            last = token_before(config, past_key_values) if previous_ids is None else previous_ids
+            last = None if last is None else norm(self.embed_tokens(last).to(x.dtype), eps)
+            borders = kwargs.get("cu_seq_lens_q") if past_key_values is None else None
+            x = self.smear(x, last, follows(position_ids, attention_mask, len(x), borders))
+        x0, middle = x, None
         update = nothing = torch.zeros_like(x)
         hidden = []
         # transformers shortens num_hidden_layers for a draft by the first layers (assistant_early_exit)
@@ -249,7 +242,14 @@ class NanochatModel(NanochatPreTrainedModel):
                 ops=ops,
                 **documents | kwargs,
             )
-        x = norm(x + update, eps)
+            if i == len(self.layers) // 2 and self.backout_lambda is not None:
+                middle = x + update
+        x = x + update
+        if middle is not None:
+            x = x - self.backout_lambda[0] * middle  # ty: ignore[not-subscriptable]  there is one where a middle is
+        if self.smear is not None and previous_ids is None and past_key_values is not None:
+            remember(past_key_values, input_ids)  # ty: ignore[invalid-argument-type]  refused above without ids
+        x = norm(x, eps)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,

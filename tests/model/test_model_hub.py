@@ -18,7 +18,7 @@ from nanochat_hf.model import NanochatConfig, NanochatForCausalLM, NanochatModel
 from nanochat_hf.model.modeling_nanochat_hf import NanochatAttention
 from tests.support.models import build, tokens
 
-PARTS = ("configuration", "modeling", "layers", "ops", "loss", "masks", "resizing")
+PARTS = ("configuration", "modeling", "layers", "ops", "loss", "masks", "resizing", "smear")
 CODE = {f"{part}_nanochat_hf.py" for part in PARTS}
 AUTO = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 

@@ -15,6 +15,16 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=3,
 )
+# the parts that nanochat got in March 2026, with shorter windows than a third of 16 positions
+LATER = dict(
+    smear=True,
+    backout=True,
+    qk_scale=1.2,
+    value_gate_channels=12,
+    value_gate_scale=3.0,
+    rope_theta=100000.0,
+    sliding_window=9,
+)
 
 
 def build(**changes):
