@@ -24,6 +24,7 @@ LAYERS = (
         "files",
         "machine",
         "scaling",
+        "recipes",
     ),
     *("tools", "model", "tokenizer", "conversation", "messages", "config", "errors", "__about__"),
 )

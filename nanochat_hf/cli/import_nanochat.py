@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.interop import import_checkpoint
+from nanochat_hf.interop import Decisions, import_checkpoint
+from nanochat_hf.interop.dates import CHOICES
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,23 @@ class ImportConfig:
     tokenizer: str | None = field(
         default=None, metadata={"help": "folder with tokenizer.pkl (default: beside the weights, or ../../tokenizer)"}
     )
+    recipe: str | None = field(
+        default=None, metadata={"help": f"of which date it is, where its files leave that open: {', '.join(CHOICES)}"}
+    )
+    probe: str | None = field(
+        default=None, metadata={"help": "a text or a file of text, on which losses decide what the files leave open"}
+    )
+    sequence_len: int | None = field(
+        default=None, metadata={"help": "positions that the windows were trained for (default: the checkpoint's own)"}
+    )
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Import, and say how large the model and its tokenizer are."""
     config, _ = parse([ImportConfig], argv, description=__doc__)
-    model, tokenizer = import_checkpoint(config.checkpoint_dir, config.output, config.step, config.tokenizer)
+    decisions = Decisions(config.recipe, config.probe, config.sequence_len)
+    model, tokenizer = import_checkpoint(config.checkpoint_dir, config.output, config.step, config.tokenizer, decisions)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters and {len(tokenizer)} tokens saved in {config.output}")
 

@@ -1,5 +1,5 @@
 """Checkpoints of the original nanochat ↔ ours."""
 
-from .checkpoints import export_checkpoint, import_checkpoint
+from .checkpoints import Decisions, export_checkpoint, import_checkpoint
 
-__all__ = ["export_checkpoint", "import_checkpoint"]
+__all__ = ["Decisions", "export_checkpoint", "import_checkpoint"]

@@ -5,6 +5,7 @@ Reading needs no tiktoken and runs no code from the file.
 
 import json
 import pickle
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,6 +23,8 @@ _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 LETTERS = {b: chr(b) for b in _PRINTABLE} | {
     b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)
 }
+# what a quantifier stands behind: an escape with its property, a class, an operator of an open group, any character
+ATOM = re.compile(r"\\[pP]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]|.", re.DOTALL)
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
 
 
@@ -97,6 +100,37 @@ def split_in_merging(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
+def with_atomic_intervals(pattern: str) -> str:
+    r"""A split pattern with each possessive interval as an atomic group, which means the same.
+
+    tiktoken takes `{1,3}+` as possessive; the regular expressions of `tokenizers` take it as a repeated interval, and
+    would make one piece of a long number.
+
+    >>> with_atomic_intervals(r"\p{N}{1,3}+|[^\s]{2}+|a++")
+    '(?>\\p{N}{1,3})|(?>[^\\s]{2})|a++'
+    """
+    made: list[str] = []  # atoms and operators so far; groups and classes as one atom each
+    opened: list[int] = []  # where in `made` the groups begin
+    at = 0
+    while at < len(pattern):
+        interval = re.compile(r"\{\d*,?\d*\}\+").match(pattern, at)
+        if interval and made:
+            made[-1] = f"(?>{made[-1]}{interval[0][:-1]})"
+            at = interval.end()
+            continue
+        atom = ATOM.match(pattern, at)
+        assert atom is not None  # its last alternative takes any character
+        if atom[0] == ")" and opened:
+            begin = opened.pop()
+            made[begin:] = ["".join(made[begin:]) + ")"]
+        else:
+            if atom[0] == "(":
+                opened.append(len(made))
+            made.append(atom[0])
+        at = atom.end()
+    return "".join(made)
+
+
 def tokenizer_from_encoding(encoding: Encoding, max_length: int = 2048) -> PreTrainedTokenizerFast:
     """An encoding of nanochat's → the fast tokenizer with the same ids.
 
@@ -114,7 +148,7 @@ def tokenizer_from_encoding(encoding: Encoding, max_length: int = 2048) -> PreTr
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     try:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(encoding["pat_str"]), "isolated"), byte_level]
+            [pre_tokenizers.Split(Regex(with_atomic_intervals(encoding["pat_str"])), "isolated"), byte_level]
         )
     except Exception as error:
         raise ValueError(
@@ -150,12 +184,18 @@ def encoding_from_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str = "rus
     return {"name": name, "pat_str": steps[0]["pattern"]["Regex"], "mergeable_ranks": ranks, "special_tokens": specials}
 
 
-def write_encoding(tokenizer: PreTrainedTokenizerFast, folder: str | Path, name: str = "rustbpe") -> None:
+def write_encoding(
+    tokenizer: PreTrainedTokenizerFast, folder: str | Path, name: str = "rustbpe", pattern: str | None = None
+) -> None:
     """Write `folder/tokenizer.pkl` and `folder/token_bytes.pt` (int32, (V,)) as nanochat reads them.
+
+    `pattern`: the split pattern as the original had it, where the tokenizer has the same with atomic groups.
 
     Raises ValueError where tiktoken is not installed, or would split or merge differently.
     """
     encoding = encoding_from_tokenizer(tokenizer, name)
+    if pattern is not None and with_atomic_intervals(pattern) == encoding["pat_str"]:
+        encoding["pat_str"] = pattern
     try:
         import tiktoken
     except ImportError:

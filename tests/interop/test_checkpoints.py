@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanochat_hf.cli import export_nanochat, import_nanochat
 from nanochat_hf.conversation import render
-from nanochat_hf.interop.checkpoints import config_to_nanochat, export_checkpoint, import_checkpoint
+from nanochat_hf.interop import export_checkpoint, import_checkpoint
 from nanochat_hf.interop.encoding import (
     encoding_from_tokenizer,
     read_encoding,
     split_in_merging,
     tokenizer_from_encoding,
 )
+from nanochat_hf.interop.fields import config_to_nanochat
 from nanochat_hf.model import NanochatConfig
 from nanochat_hf.tokenizer import train_tokenizer
 from tests.support.nanochat_checkpoints import FIELDS, TEXT, formula, state_dict, write
@@ -211,7 +212,7 @@ def test_unfit_checkpoints_say_why(tmp_path, encoding, spoil, reason):
 
 def test_models_that_nanochat_cannot_describe_are_refused():
     sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=16)
-    assert config_to_nanochat(NanochatConfig(**sizes))["window_pattern"] == "SSSL"
+    assert config_to_nanochat(NanochatConfig(**sizes))[0]["window_pattern"] == "SSSL"
     for name, value in {
         "sliding_window": 4,
         "intermediate_size": 100,

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, NanoChatConfig, NanoChatForCausalLM
 
 from nanochat_hf.interop import export_checkpoint, import_checkpoint
-from nanochat_hf.interop.checkpoints import config_to_nanochat
+from nanochat_hf.interop.fields import config_to_nanochat
 from nanochat_hf.model import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.tokenizer import train_tokenizer
 from tests.support.nanochat_checkpoints import FIELDS, TEXT, formula, state_dict, write

@@ -159,7 +159,7 @@ def add_product():
 
 CASES = {
     "rope_tables": [rope_tables(True), rope_tables(False)],
-    "mix_and_norm": [mix_and_norm(resid, channels) for resid in (0.9, -0.3, 0.2, 0.0) for channels in (0, 32)],
+    "mix_and_norm": [mix_and_norm(resid, channels) for resid in (0.9, -0.3, 0.2, 0.0) for channels in (0, 12, 32)],
     "stream_and_norm": [stream_and_norm],
     "queries_keys_values": [
         queries_keys_values(counts, head_dim, rows)
