@@ -1,6 +1,7 @@
 """Configuration: frozen dataclasses, filled first from a recipe (YAML), then from the command line, which wins."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -56,18 +57,23 @@ def parse(
     *,
     lists: Sequence[str] = (),
     description: str | None = None,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
     """Parse `types` (frozen dataclasses) from `--config recipe.yaml` and from flags; flags win over the recipe.
 
     `argv` is the command line by default. `lists` names recipe keys that hold lists of mappings (data sets); they have
-    no flag. Returns one instance per type, then one dict with those lists. An unknown flag, an unknown
-    recipe key and a value that a dataclass refuses end the program with exit code 2 and one line on stderr.
+    no flag. `presets` are named recipes, {name: {flag: value}}, that `--recipe NAME` (or that key of the YAML file)
+    puts in the place of the defaults; keys without a flag here are left out.
+
+    Returns one instance per type, then one dict with those lists. An unknown flag, an unknown recipe key and a value
+    that a dataclass refuses end the program with exit code 2 and one line on stderr.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(types, description=description, allow_abbrev=False)
     parser.error = functools.partial(_refuse, parser)
     parser.add_argument("--config", help="recipe (YAML) whose keys are the flags' names; flags win over it")
-    path = _config_argument(argv)
+    path = _argument(argv, "--config")
+    _apply_preset(parser, argv, path, presets or {})
     extras = {} if path is None else _apply_recipe(parser, path, types, lists)
     values = vars(_known_flags(parser, argv))
     try:
@@ -143,11 +149,31 @@ def guessed(names: Iterable[str], known: Iterable[str], separator: str = ", ") -
     return separator.join(told)
 
 
-def _config_argument(argv: Sequence[str]) -> str | None:
+def _apply_preset(
+    parser: argparse.ArgumentParser, argv: Sequence[str], path: str | None, presets: Mapping[str, Mapping[str, Any]]
+) -> None:
+    # the defaults of a named recipe, under those of the YAML file
+    name = _argument(argv, "--recipe")
+    if not presets:
+        return
+    if name is None and path is not None and Path(path).is_file():
+        with contextlib.suppress(ValueError):  # a file that cannot be read is refused later
+            name = read_recipe(path).get("recipe")
+    if name is None:
+        return
+    if name not in presets:
+        parser.error(f"--recipe {name} is unknown; choose from {', '.join(presets)}")
+    flags = {action.dest for action in parser._actions}
+    parser.set_defaults(
+        **{key: str(value) for key, value in presets[name].items() if key in flags and value is not None}
+    )
+
+
+def _argument(argv: Sequence[str], flag: str) -> str | None:
     for index, argument in enumerate(argv):
-        if argument == "--config" and index + 1 < len(argv):
+        if argument == flag and index + 1 < len(argv):
             return argv[index + 1]
-        if argument.startswith("--config="):
+        if argument.startswith(f"{flag}="):
             return argument.split("=", 1)[1]
     return None
 

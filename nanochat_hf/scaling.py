@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .model import NanochatConfig, NanochatForCausalLM
+from .model.configuration_nanochat_hf import SMEAR_CHANNELS
 
 # Bytes of activations that training keeps per token and channel of each layer, with the fused kernels: two
 # normalised inputs, q, k, v, the attention's output, the residual stream, and the squared ReLU, 4 times as wide.
@@ -66,7 +67,7 @@ def skeleton(config: NanochatConfig) -> NanochatForCausalLM:
 
 
 def parameter_counts(model: NanochatForCausalLM) -> dict[str, int]:
-    """Number of parameters by kind: embedding, value_embedding, head, scalar, matrix, and total."""
+    """Number of parameters by kind: embedding, value_embedding, head, scalar (smear too), matrix, and total."""
     counts = dict.fromkeys(("embedding", "value_embedding", "head", "scalar", "matrix"), 0)
     for name, parameter in model.named_parameters():
         if "value_embeds" in name:
@@ -76,7 +77,7 @@ def parameter_counts(model: NanochatForCausalLM) -> dict[str, int]:
         elif "lm_head" in name:
             kind = "head"
         else:
-            kind = "scalar" if parameter.ndim < 2 else "matrix"
+            kind = "scalar" if parameter.ndim < 2 or "smear" in name else "matrix"
         counts[kind] += parameter.numel()
     return counts | {"total": sum(counts.values())}
 
@@ -84,7 +85,8 @@ def parameter_counts(model: NanochatForCausalLM) -> dict[str, int]:
 def flops_per_token(model: NanochatForCausalLM, positions: int) -> int:
     """FLOPs of forward and backward for one token in rows of `positions` tokens.
 
-    6 per weight of a matrix or the head, and 12·H·D·keys per layer for attention (PaLM, arXiv:2204.02311, appendix B).
+    6 per weight of a matrix, the head or the gate of smear, and 12·H·D·keys per layer for attention (PaLM,
+    arXiv:2204.02311, appendix B).
     """
     config, counts = model.config, parameter_counts(model)
     heads = config.num_attention_heads * config.head_dim
@@ -92,7 +94,8 @@ def flops_per_token(model: NanochatForCausalLM, positions: int) -> int:
     for kind in config.layer_types:
         window = config.sliding_window - 1 if kind == "sliding_attention" else positions
         attention += 12 * heads * min(window, positions)
-    return 6 * (counts["matrix"] + counts["head"]) + attention
+    smear = SMEAR_CHANNELS if config.smear else 0
+    return 6 * (counts["matrix"] + counts["head"] + smear) + attention
 
 
 def training_horizon(
@@ -224,3 +227,27 @@ def batch_lr_scale(total_batch_size: int) -> float:
 def base_weight_decay(depth: int, weight_decay: float = 0.2) -> float:
     """Muon's weight decay in a base run, which falls with depth: weight_decay·(12/depth)²."""
     return weight_decay * (12 / depth) ** 2
+
+
+def auto_batch(tokens: float, tokens_at_12: float) -> int:
+    """Tokens of a step for a run of so many tokens: 2^19·(tokens / those of depth 12)^0.383, to a power of two.
+
+    >>> [auto_batch(ratio, 1.0) for ratio in (0.4, 1.0, 4.0, 12.0)]
+    [262144, 524288, 1048576, 1048576]
+    """
+    return 2 ** round(math.log2(2**19 * (tokens / tokens_at_12) ** 0.383))
+
+
+def decay_by_data(weight_decay: float, batch: int, tokens: float, tokens_at_12: float) -> float:
+    """Muon's weight decay by the run's length: weight_decay·√(batch / 2^19)·(tokens at depth 12 / tokens).
+
+    >>> decay_by_data(0.28, 2**21, 4.0, 1.0)
+    0.14
+    """
+    return weight_decay * batch_lr_scale(batch) * tokens_at_12 / tokens
+
+
+def counted_parameters(config: NanochatConfig) -> int:
+    """The parameters by which base runs are measured in tokens: matrices of the layers, and the head."""
+    counts = parameter_counts(skeleton(config))
+    return counts["matrix"] + counts["head"]

@@ -10,12 +10,22 @@ from dataclasses import asdict
 from nanochat_hf import NanochatForCausalLM, scaling
 from nanochat_hf.config import parse, user_errors
 from nanochat_hf.hub.push import HubConfig, HubPusher, fetch_checkpoint
+from nanochat_hf.recipes import RECIPES
 from nanochat_hf.tokenizer import load_tokenizer
+from nanochat_hf.training.architecture import recipe_line
 from nanochat_hf.training.callbacks.core import CoreConfig
 from nanochat_hf.training.config import TrainConfig
 from nanochat_hf.training.equipment import step_tokens
 from nanochat_hf.training.opening import opened
-from nanochat_hf.training.pretraining import BASE_PARTS, BaseConfig, horizon, model_config, resolved, text_data
+from nanochat_hf.training.pretraining import (
+    BASE_PARTS,
+    BaseConfig,
+    horizon,
+    model_config,
+    resolved,
+    text_data,
+    with_decay,
+)
 from nanochat_hf.training.run import Hooks, Run, Stage
 
 PROMPTS = (
@@ -32,24 +42,27 @@ PROMPTS = (
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, fit."""
-    base, *parts, core, hub, _ = parse([BaseConfig, *BASE_PARTS, CoreConfig, HubConfig], argv, description=__doc__)
-    base, config = resolved(base, TrainConfig(*parts).smoked())
+    base, *parts, core, hub, _ = parse(
+        [BaseConfig, *BASE_PARTS, CoreConfig, HubConfig], argv, description=__doc__, presets=RECIPES
+    )
+    config, recipe = TrainConfig(*parts).smoked(), recipe_line(base.recipe, base, *parts)
     pusher = HubPusher.from_config(hub, idle=not config.run.writes)
     tokenizer = load_tokenizer(base.tokenizer)
+    base, config = resolved(base, config, tokenizer)
     output = config.run.output_dir if config.run.writes else None
     more = [] if config.run.smoke_test else core.callbacks(tokenizer, output)
 
     sizes = model_config(base, tokenizer, config.run.max_seq_len)
     with opened(config, sizes.hidden_size, fetch_checkpoint) as run:
         tokens = step_tokens(config, run.accelerator)
-        num_steps = horizon(base, config, sizes, tokens)
+        num_steps, config = horizon(base, config, sizes, tokens), with_decay(base, config, tokenizer, tokens)
         data = text_data(base, config, run.accelerator, tokenizer)
         stage = Stage(
             f"base d{base.depth}",
             num_steps,
             settings=asdict(base) | asdict(core),
             lr_scale=scaling.batch_lr_scale(tokens) if base.scale_lr_to_batch else 1.0,
-            decay_falls=True,
+            lines=recipe,
             prompts=[
                 (text, [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS
             ],

@@ -9,7 +9,9 @@ from typing import Any
 
 from nanochat_hf import scaling
 from nanochat_hf.config import parse, user_errors
-from nanochat_hf.model import NanochatForCausalLM
+from nanochat_hf.model import NanochatConfig, NanochatForCausalLM
+from nanochat_hf.recipes import RECIPES
+from nanochat_hf.training.architecture import ArchitectureConfig, recipe_line
 
 # GiB as the driver reports them or the vendor's data sheet says
 MEMORY = {
@@ -27,7 +29,7 @@ MEMORY = {
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(ArchitectureConfig):
     """Which run to plan, and on what."""
 
     depth: str = field(default="12", metadata={"help": "layers, or several, 4,8,12, for a table"})
@@ -48,15 +50,18 @@ class PlanConfig:
     target_param_data_ratio: float = field(
         default=10.5, metadata={"help": "horizon in tokens per matrix and head parameter, else"}
     )
-    aspect_ratio: int = field(default=64, metadata={"help": "width per layer"})
-    head_dim: int = field(default=128, metadata={"help": "width of an attention head"})
-    window_pattern: str = field(
-        default="SSSL", metadata={"help": "attention windows, tiled over the layers: S half, L whole"}
+    auto_batch: bool = field(
+        default=False, metadata={"help": "tokens of a step by the run's length, where --total-batch-size is not given"}
     )
 
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of an optimizer step."""
+    def sizes(self, depth: int) -> NanochatConfig:
+        """The model of this depth."""
+        return scaling.model_config(depth, self.vocab_size, self.max_seq_len, **self.architecture)
+
+    def step_tokens(self, depth: int) -> int:
+        """Tokens of an optimizer step at this depth."""
+        if self.auto_batch and self.total_batch_size is None:
+            return scaling.auto_batch(*(scaling.counted_parameters(self.sizes(size)) for size in (depth, 12)))
         return self.total_batch_size or self.gpus * self.device_batch_size * self.max_seq_len
 
     def __post_init__(self) -> None:
@@ -72,13 +77,14 @@ class PlanConfig:
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan of one depth, or a table of several."""
-    config, _ = parse([PlanConfig], argv, description=__doc__)
+    config, _ = parse([PlanConfig], argv, description=__doc__, presets=RECIPES)
     depths = [int(part) for part in config.depth.split(",")]
     if len(depths) == 1:
         run, model = figures(config, depths[0])
         room = MEMORY[config.gpu.lower()]
-        lines = scaling.describe(
-            model, config.device_batch_size, config.max_seq_len, config.gpus, config.step_tokens, run["steps"]
+        tokens = config.step_tokens(depths[0])
+        lines = recipe_line(config.recipe, config) | scaling.describe(
+            model, config.device_batch_size, config.max_seq_len, config.gpus, tokens, run["steps"]
         )
         lines["time"] = (
             f"about {scaling.shown_hours(run['hours'])} on {config.gpus} × {config.gpu.upper()} at {config.mfu:.0%} MFU"
@@ -100,27 +106,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def figures(config: PlanConfig, depth: int) -> tuple[dict[str, Any], NanochatForCausalLM]:
     """The figures of one depth by column, and its model, which has no memory."""
-    model = scaling.skeleton(
-        scaling.model_config(
-            depth,
-            config.vocab_size,
-            config.max_seq_len,
-            aspect_ratio=config.aspect_ratio,
-            head_dim=config.head_dim,
-            window_pattern=config.window_pattern,
-        )
-    )
-    scaling.accumulation_steps(config.step_tokens, config.device_batch_size, config.max_seq_len, config.gpus)
+    model, step_tokens = scaling.skeleton(config.sizes(depth)), config.step_tokens(depth)
+    scaling.accumulation_steps(step_tokens, config.device_batch_size, config.max_seq_len, config.gpus)
     counts, flops = scaling.parameter_counts(model), scaling.flops_per_token(model, config.max_seq_len)
     steps = scaling.training_horizon(
         counts["matrix"] + counts["head"],
         flops,
-        config.step_tokens,
+        step_tokens,
         num_steps=config.num_steps,
         target_flops=config.target_flops,
         ratio=config.target_param_data_ratio,
     )
-    tokens = steps * config.step_tokens
+    tokens = steps * step_tokens
     peak = scaling.peak_of(config.gpu)
     if peak is None:
         raise ValueError(f"--gpu {config.gpu}: its FLOP/s are unknown; choose from {', '.join(MEMORY)}")

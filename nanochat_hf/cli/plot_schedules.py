@@ -8,18 +8,18 @@ from pathlib import Path
 
 from nanochat_hf.config import user_errors
 from nanochat_hf.training.pretraining import BaseSchedule
-from nanochat_hf.training.schedules import Schedule, ScheduleConfig, muon_momentum
+from nanochat_hf.training.schedules import Schedule, ScheduleConfig
 
 
 def curves(num_steps: int, points: int = 200) -> dict[str, list[tuple[float, float]]]:
     """What trains by default, as pairs of progress and value, at `points` steps of a run of `num_steps`."""
     steps = [round(i * (num_steps - 1) / (points - 1)) for i in range(points)]
-    base = Schedule(num_steps, BaseSchedule(), decay_falls=True)
+    base = Schedule(num_steps, BaseSchedule())
     sft = Schedule(num_steps, ScheduleConfig())
     series = {
         "base learning rate": base.lr,
         "SFT learning rate": sft.lr,
-        "Muon momentum": muon_momentum,
+        "Muon momentum": base.momentum,
         "base weight decay": base.weight_decay,
     }
     return {name: [(step / num_steps, value(step)) for step in steps] for name, value in series.items()}

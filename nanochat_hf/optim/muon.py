@@ -42,19 +42,55 @@ class MuonSettings(NamedTuple):
     momentum: torch.Tensor
     beta2: float
     dtype: torch.dtype
+    variant: "Variant"
+
+
+class Variant(NamedTuple):
+    """How Muon orthogonalises: by what share the norm is raised before, MuonEq's equal rows, Muon+'s norm after."""
+
+    margin: float = 0.02
+    equal_rows: bool = False
+    renormed: bool = False
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> "Variant":
+        """That of a parameter group; groups of older checkpoints have the defaults."""
+        return cls(group.get("muon_margin", 0.02), group.get("muon_eq", False), group.get("muon_plus", False))
+
+    @property
+    def unfused(self) -> str | None:
+        """Why the fused kernels do not compute this variant, or None."""
+        names = [name for name, on in (("muon_eq", self.equal_rows), ("muon_plus", self.renormed)) if on]
+        return f"the fused kernels do not know {' and '.join(names)}" if names else None
+
+
+def with_equal_rows(matrices: torch.Tensor) -> torch.Tensor:
+    """Each row of (n, r, c) scaled to the root mean square of its matrix's row norms (MuonEq)."""
+    rows = torch.linalg.vector_norm(matrices, dim=-1, keepdim=True)  # (n, r, 1)
+    common = rows.square().mean(dim=-2, keepdim=True).sqrt()
+    return matrices * (common / rows.clamp_min(1e-6))
+
+
+def with_orthogonal_norm(matrices: torch.Tensor) -> torch.Tensor:
+    """(n, r, c) scaled to the Frobenius norm √min(r, c), which orthogonal matrices have (Muon+)."""
+    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    return matrices * (min(matrices.shape[-2:]) ** 0.5 / norm.clamp_min(1e-6))
 
 
 def orthogonalize(
-    matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16, norm: torch.Tensor | None = None
+    matrices: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    norm: torch.Tensor | None = None,
+    margin: float = 0.02,
 ) -> torch.Tensor:
     """Approximate polar factor of each matrix: (n, r, c) → (n, r, c) of `dtype`, with singular values near 1.
 
     `norm`: the Frobenius norms (n, 1, 1), if they are known. Source: Polar Express, arXiv:2505.16932; the norm is
-    raised by 2 %, so that rounding cannot push a singular value above 1.
+    raised by `margin`, so that rounding cannot push a singular value above 1.
     """
     if norm is None:
         norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
-    x = (matrices / (1.02 * norm + 1e-6)).to(dtype)
+    x = (matrices / ((1 + margin) * norm + 1e-6)).to(dtype)
     tall = x.size(-2) > x.size(-1)
     exact = torch.promote_types(dtype, torch.float32)
     identity = torch.eye(min(x.shape[-2:]), dtype=exact, device=x.device)
@@ -88,10 +124,14 @@ def factored_update(
     ok: torch.Tensor,
     *,
     beta2: float,
-    dtype: torch.dtype,
+    products: tuple[torch.dtype, float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Directions (n, r, c) and their norms (n, 1, 1) → orthogonalised (n, r, c) of `dtype`, and `variance_factor`."""
-    update = orthogonalize(direction, dtype, norm)
+    """Directions (n, r, c) and their norms (n, 1, 1) → orthogonalised (n, r, c), and `variance_factor`.
+
+    `products`: the dtype of the products, which the result has, and the margin of the norm.
+    """
+    dtype, margin = products
+    update = orthogonalize(direction, dtype, norm, margin)
     return update, variance_factor(update, second, ok, beta2=beta2)
 
 
@@ -107,8 +147,13 @@ def muon_update(
     live = ok.to(torch.float32)
     grad = torch.where(ok, grad.float(), 0.0)
     state.buffer.lerp_(grad, (1 - settings.momentum) * live)
-    update = orthogonalize(torch.lerp(grad, state.buffer, settings.momentum * live), settings.dtype)
-    update = update.float() * variance_factor(update, state.second, ok, beta2=settings.beta2)
+    direction, variant = torch.lerp(grad, state.buffer, settings.momentum * live), settings.variant
+    if variant.equal_rows:
+        direction = with_equal_rows(direction)
+    update = orthogonalize(direction, settings.dtype, margin=variant.margin).float()
+    if variant.renormed:
+        update = with_orthogonal_norm(update)
+    update = update * variance_factor(update, state.second, ok, beta2=settings.beta2)
     value = param.float()
     agrees = (update * value >= 0).float()  # decay only the weights that the update shrinks as well
     change = update + settings.weight_decay * value * agrees
@@ -191,6 +236,8 @@ class MuonStack:
         from nanochat_hf.kernels.muon import fit
 
         grads = [param.grad for param in self.owned]
+        if Variant.of(self.group).unfused:
+            return False
         return not any(grad is None or is_dtensor(grad) for grad in grads) and fit(
             [*self.owned, *grads], self.buffer[0].numel()
         )
@@ -203,8 +250,8 @@ class MuonStack:
         grads = tables.get("grads", [param.grad for param in self.owned])
         values, targets = tables.get("params", self.owned), tables.get("out", out)
         direction, norm = kernels.momentum_(grads, self.buffer, float(group["momentum"]), ok, compute.dtype)
-        factored = compute.kernel(factored_update)
-        update, factor = factored(direction, norm, self.second, ok, beta2=group["betas"][1], dtype=compute.dtype)
+        factored, products = compute.kernel(factored_update), (compute.dtype, Variant.of(group).margin)
+        update, factor = factored(direction, norm, self.second, ok, beta2=group["betas"][1], products=products)
         rate = float(group["lr"]) * shape_scale(update)
         kernels.apply(values, targets, update.contiguous(), factor.contiguous(), rate, float(group["weight_decay"]), ok)
 
@@ -223,7 +270,7 @@ class MuonStack:
         every = len(present) == len(self.owned)
         index = torch.tensor(present, device=stack.device)
         state = MuonState(*(t if every else t.index_select(0, index) for t in (self.buffer, self.second)))
-        settings = MuonSettings(*rates, self.group["betas"][1], compute.dtype)
+        settings = MuonSettings(*rates, self.group["betas"][1], compute.dtype, Variant.of(self.group))
         new = compute.kernel(muon_update)(stack, grad, state, settings, ok)
         if not every:
             self.buffer.index_copy_(0, index, state.buffer)

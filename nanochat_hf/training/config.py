@@ -82,18 +82,42 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Learning rates, weight decay, and what is done about gradients that are too large or not finite."""
+    """Learning rates, betas, weight decays, and what is done about gradients that are too large or not finite.
+
+    The fields that OptimizerConfig has too are passed on to it.
+    """
 
     _argument_group_name = "optimizer"
 
     embedding_lr: float = field(default=0.3, metadata={"help": "lr of token and value embeddings (AdamW)"})
+    value_embeds_lr: float | None = field(
+        default=None, metadata={"help": "lr of the value embeddings (default: --embedding-lr)"}
+    )
     unembedding_lr: float = field(default=0.004, metadata={"help": "lr of the head (AdamW)"})
     matrix_lr: float = field(default=0.02, metadata={"help": "lr of the matrices (Muon)"})
     matrix_optimizer: str = field(
         default="muon", metadata={"help": "muon, or adamw: a baseline that wants about --matrix-lr 0.002"}
     )
     scalar_lr: float = field(default=0.5, metadata={"help": "lr of the residual scalars (AdamW)"})
+    scalar_eps: float = field(
+        default=1e-10, metadata={"help": "AdamW's epsilon for the residual scalars: 1e-5 ignores gradients of rounding"}
+    )
+    smear_lr: float = field(default=0.2, metadata={"help": "lr of smear and backout (AdamW)"})
     weight_decay: float = field(default=0.0, metadata={"help": "cautious weight decay of the matrices"})
+    unembedding_decay: float = field(default=0.0, metadata={"help": "weight decay of the head"})
+    embedding_decay: float = field(default=0.0, metadata={"help": "weight decay of the token embedding"})
+    value_embeds_decay: float = field(default=0.0, metadata={"help": "weight decay of the value embeddings"})
+    resid_decay: float = field(default=0.0, metadata={"help": "weight decay of the residual scalars"})
+    unembedding_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 of the head"})
+    embedding_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 of token and value embeddings"})
+    muon_beta2: float = field(default=0.95, metadata={"help": "beta2 of Muon's variance reduction"})
+    muon_margin: float = field(
+        default=0.02, metadata={"help": "share by which Muon raises the norm before it orthogonalises"}
+    )
+    muon_eq: bool = field(default=False, metadata={"help": "equal rows before Muon orthogonalises (MuonEq), unfused"})
+    muon_plus: bool = field(
+        default=False, metadata={"help": "the norm of an orthogonal matrix after it (Muon+), unfused"}
+    )
     init_lr_frac: float = field(default=1.0, metadata={"help": "factor on every lr"})
     max_grad_norm: float | None = field(
         default=None, metadata={"help": "clip the gradient to this norm (default: off)"}
@@ -113,14 +137,9 @@ class OptimConfig:
 
     def optimizer(self, lr_scale: float = 1.0) -> OptimizerConfig:
         """The optimizer's own configuration, with every learning rate times `lr_scale` and --init-lr-frac."""
+        own = {part.name for part in dataclasses.fields(OptimizerConfig)}
         return OptimizerConfig(
-            embedding_lr=self.embedding_lr,
-            unembedding_lr=self.unembedding_lr,
-            matrix_lr=self.matrix_lr,
-            scalar_lr=self.scalar_lr,
-            weight_decay=self.weight_decay,
-            batch_lr_scale=lr_scale * self.init_lr_frac,
-            matrix_optimizer=self.matrix_optimizer,
+            **{name: value for name, value in dataclasses.asdict(self).items() if name in own}, batch_lr_scale=lr_scale
         )
 
 

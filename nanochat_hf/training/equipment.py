@@ -15,6 +15,7 @@ from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.machine.compiling import choose_compile, compile_prepared
 from nanochat_hf.machine.xla import enable_checkpointing
 from nanochat_hf.model import NanochatForCausalLM
+from nanochat_hf.optim.muon import Variant
 from nanochat_hf.scaling import accumulation_steps, flops_per_token
 
 from .config import TrainConfig
@@ -101,6 +102,9 @@ def equip(config: TrainConfig, accelerator: Accelerator, model: NanochatForCausa
     higher_order = attention == "flex_attention" or compute.gradient_checkpointing
     compile_prepared(accelerator, compiled, higher_order, list(model.model.layers))
     lines = {"kernels": fused, "compiled": f"{'yes' if compiled else 'no'} ({because})"}
+    unfused = Variant(equal_rows=config.optim.muon_eq, renormed=config.optim.muon_plus).unfused
+    if unfused:
+        lines["Muon"] = f"plain formula ({unfused})"
     return Equipment(reason, compiled, lines)
 
 

@@ -13,17 +13,21 @@ from nanochat_hf.data.sources import SourceConfig
 from nanochat_hf.data.streamed import TextBatches
 from nanochat_hf.model import NanochatConfig
 
+from .architecture import ArchitectureConfig
 from .callbacks.evaluate import EvalConfig, divided
 from .config import PARTS, OptimConfig, TrainConfig
 from .equipment import data_workers, step_tokens
 from .run import Data
-from .schedules import ScheduleConfig
+from .schedules import DECAY_SHAPES, ScheduleConfig
 
 HELD_OUT = 1000  # documents, where no validation data is named
 
 
+DECAY_RULES = ("depth", "data", "given")
+
+
 @dataclass(frozen=True)
-class BaseConfig:
+class BaseConfig(ArchitectureConfig):
     """Which model, on which text."""
 
     _argument_group_name = "model and text"
@@ -55,11 +59,6 @@ class BaseConfig:
         default=None, metadata={"help": "processes that tokenise and pack; 0: a thread (default: 4 on CUDA, else 0)"}
     )
     depth: int = field(default=12, metadata={"help": "layers; everything else follows from it"})
-    aspect_ratio: int = field(default=64, metadata={"help": "width per layer"})
-    head_dim: int = field(default=128, metadata={"help": "width of an attention head"})
-    window_pattern: str = field(
-        default="SSSL", metadata={"help": "attention windows, tiled over the layers: S half, L whole"}
-    )
     scale_lr_to_batch: bool = field(
         default=True,
         metadata={
@@ -73,9 +72,25 @@ class BaseConfig:
     target_param_data_ratio: float = field(
         default=10.5, metadata={"help": "horizon in tokens per matrix and head parameter, else"}
     )
+    auto_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "tokens of a step by the run's length, where --total-batch-size is not given: "
+            "2^19 at depth 12, × (tokens / those of depth 12)^0.383, to a power of two"
+        },
+    )
+    decay_rule: str = field(
+        default="depth",
+        metadata={
+            "help": "how --weight-decay scales, which is that of depth 12 (Muon): depth, × (12/depth)²; data, "
+            "× √(tokens of a step / 2^19) × tokens of depth 12 / those of the run; given, not at all"
+        },
+    )
 
     def __post_init__(self) -> None:
         check_policy(self.bad_rows)
+        if self.decay_rule not in DECAY_RULES:
+            raise ValueError(f"--decay-rule {self.decay_rule} is unknown; choose from {', '.join(DECAY_RULES)}")
 
 
 @dataclass(frozen=True)
@@ -84,9 +99,7 @@ class BaseOptim(OptimConfig):
 
     weight_decay: float = field(
         default=0.2,
-        metadata={
-            "help": "cautious weight decay of the matrices at depth 12: × (12/depth)² (Muon), falls linearly to 0"
-        },
+        metadata={"help": "cautious weight decay of the matrices at depth 12, see --decay-rule and --decay-shape"},
     )
 
 
@@ -94,7 +107,10 @@ class BaseOptim(OptimConfig):
 class BaseSchedule(ScheduleConfig):
     """Pretraining lowers its rates over half of the run."""
 
-    warmdown_ratio: float = field(default=0.5, metadata={"help": "last share of the run in which lr falls to 0"})
+    warmdown_ratio: float = field(default=0.5, metadata={"help": "last share of the run in which lr falls"})
+    decay_shape: str = field(
+        default="linear", metadata={"help": f"the matrices' weight decay over the run: {', '.join(DECAY_SHAPES)}"}
+    )
 
 
 @dataclass(frozen=True)
@@ -117,13 +133,21 @@ def model_config(base: BaseConfig, tokenizer: PreTrainedTokenizerFast, positions
         base.depth,
         len(tokenizer),
         positions,
-        aspect_ratio=base.aspect_ratio,
-        head_dim=base.head_dim,
-        window_pattern=base.window_pattern,
+        **base.architecture,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def ratio_tokens(base: BaseConfig, tokenizer: PreTrainedTokenizerFast, positions: int) -> tuple[int, float]:
+    """Tokens that --target-param-data-ratio asks for, at --depth and at depth 12 with the same flags."""
+    own, at_12 = (
+        base.target_param_data_ratio
+        * scaling.counted_parameters(model_config(replace(base, depth=depth), tokenizer, positions))
+        for depth in (base.depth, 12)
+    )
+    return int(own), at_12
 
 
 def horizon(base: BaseConfig, config: TrainConfig, model: NanochatConfig, tokens: int) -> int:
@@ -140,15 +164,35 @@ def horizon(base: BaseConfig, config: TrainConfig, model: NanochatConfig, tokens
     )
 
 
-def resolved(base: BaseConfig, config: TrainConfig) -> tuple[BaseConfig, TrainConfig]:
-    """Both with what they leave open decided: streaming, data workers, and the weight decay of this depth."""
+def resolved(
+    base: BaseConfig, config: TrainConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[BaseConfig, TrainConfig]:
+    """Both with what they leave open decided: streaming, data workers, and the tokens of a step."""
     source = SourceConfig(path=base.data, split=base.split)
     streaming = is_remote(source) if base.streaming is None else base.streaming
     base = replace(base, streaming=streaming, num_workers=data_workers(base.num_workers))
-    if config.optim.matrix_optimizer == "muon":  # the rule is Muon's; another optimizer takes the decay as it is given
-        decay = scaling.base_weight_decay(base.depth, config.optim.weight_decay)
-        config = replace(config, optim=replace(config.optim, weight_decay=decay))
+    if base.auto_batch and config.run.total_batch_size is None and not config.run.smoke_test:
+        batch = scaling.auto_batch(*ratio_tokens(base, tokenizer, config.run.max_seq_len))
+        config = replace(config, run=replace(config.run, total_batch_size=batch))
     return base, config
+
+
+def with_decay(
+    base: BaseConfig, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, step_tokens: int
+) -> TrainConfig:
+    """`config` with the weight decay of this depth and batch.
+
+    The rules are Muon's; another optimizer takes the decay as it is given.
+    """
+    given = config.optim.weight_decay
+    if config.optim.matrix_optimizer != "muon" or base.decay_rule == "given":
+        return config
+    if base.decay_rule == "depth":
+        decay = scaling.base_weight_decay(base.depth, given)
+    else:
+        own, at_12 = ratio_tokens(base, tokenizer, config.run.max_seq_len)
+        decay = scaling.decay_by_data(given, step_tokens, own, at_12)
+    return replace(config, optim=replace(config.optim, weight_decay=decay))
 
 
 def hold_out(base: BaseConfig) -> tuple[SourceConfig, SourceConfig]:

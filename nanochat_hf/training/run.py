@@ -78,16 +78,16 @@ class RunResult:
 class Stage:
     """What a command adds to the shared flags.
 
-    `settings` are its own flags, for config.json; `lr_scale` multiplies every learning rate; `decay_falls`: the weight
-    decay falls to 0; `prompts` are (text shown, ids) that --sample-every answers.
+    `settings` are its own flags, for config.json; `lr_scale` multiplies every learning rate; `prompts` are (text shown,
+    ids) that --sample-every answers; `lines` are the plan's, beside those of every run.
     """
 
     name: str
     num_steps: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     lr_scale: float = 1.0
-    decay_falls: bool = False
     prompts: Sequence[tuple[str, list[int]]] = ()
+    lines: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Run:
         self.config, self.model, self.data = config, model, data
         self.accelerator, self.resumed = opened.accelerator, opened.checkpoint
         self.stage, self.hooks = stage, hooks or Hooks()
-        self.schedule = Schedule(stage.num_steps, config.schedule, stage.decay_falls)
+        self.schedule = Schedule(stage.num_steps, config.schedule)
         self.output = config.run.output_dir if config.run.writes else None
 
     def fit(self) -> RunResult:
@@ -145,7 +145,7 @@ class Run:
         config, accelerator, stage = self.config, self.accelerator, self.stage
         equipment = equip(config, accelerator, self.model, stage.num_steps)
         lines = lines_of(config, accelerator, self.model, equipment, stage.num_steps)
-        announce(stage.name, lines | dict(self.data.lines), accelerator)
+        announce(stage.name, dict(stage.lines) | lines | dict(self.data.lines), accelerator)
         warn_of_memory(config, accelerator, self.model)
         if config.run.plan_only:
             return RunResult(RunStatus.PLANNED)

@@ -45,12 +45,16 @@ def adamw_group(params, **settings):
     return {"kind": "adamw", "params": params, "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, **settings}
 
 
-def reference_muon(param, grad, buffer, second, lr, weight_decay, momentum, beta2=0.95):
+def reference_muon(
+    param, grad, buffer, second, lr, weight_decay, momentum, beta2=0.95, margin=0.02, eq=False, plus=False
+):
     """One matrix in float64, written from the formulas and without stacks."""
     rows, columns = param.shape
     buffer = momentum * buffer + (1 - momentum) * grad
     x = (1 - momentum) * grad + momentum * buffer
-    x = x / (1.02 * x.norm() + 1e-6)
+    if eq:
+        x = torch.stack([row * (x.norm() / rows**0.5) / max(row.norm().item(), 1e-6) for row in x])
+    x = x / ((1 + margin) * x.norm() + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         if rows > columns:
             gram = x.T @ x
@@ -58,8 +62,10 @@ def reference_muon(param, grad, buffer, second, lr, weight_decay, momentum, beta
         else:
             gram = x @ x.T
             x = a * x + (b * gram + c * gram @ gram) @ x
+    if plus:
+        x = x * min(rows, columns) ** 0.5 / max(x.norm().item(), 1e-6)
     mean = (x**2).mean(1, keepdim=True) if rows >= columns else (x**2).mean(0, keepdim=True)
-    second = beta2 * second + (1 - beta2) * mean
+    second = 0.95 * second + 0.05 * mean
     scaled = x / second.clamp(min=1e-10).sqrt()
     x = scaled * x.norm() / scaled.norm()
     rate = lr * max(1, rows / columns) ** 0.5
@@ -67,16 +73,26 @@ def reference_muon(param, grad, buffer, second, lr, weight_decay, momentum, beta
 
 
 @pytest.mark.parametrize("shape", [(16, 4), (4, 16), (8, 8)])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_muon_is_the_float64_formula(shape, weight_decay):
+@pytest.mark.parametrize(
+    ("weight_decay", "variant"),
+    [
+        (0.0, {}),
+        (0.3, {}),
+        (0.3, {"margin": 0.01, "eq": True}),
+        (0.0, {"plus": True}),
+        (0.3, {"eq": True, "plus": True}),
+    ],
+)
+def test_muon_is_the_float64_formula(shape, weight_decay, variant):
     params = parameters(shape, shape, shape)
-    optimizer = MuonAdamW([muon_group(params, weight_decay=weight_decay)], orthogonalize_dtype=torch.float32)
+    named = {f"muon_{name}": value for name, value in variant.items()}
+    optimizer = MuonAdamW([muon_group(params, weight_decay=weight_decay, **named)], orthogonalize_dtype=torch.float32)
     reduced = (shape[0], 1) if shape[0] >= shape[1] else (1, shape[1])
     expected = [(p.detach().double(), torch.zeros(shape).double(), torch.zeros(reduced).double()) for p in params]
     for step in range(4):
         set_grads(params, step)
         expected = [
-            reference_muon(p, param.grad.double(), b, s, 0.02, weight_decay, 0.9)
+            reference_muon(p, param.grad.double(), b, s, 0.02, weight_decay, 0.9, **variant)
             for param, (p, b, s) in zip(params, expected, strict=True)
         ]
         optimizer.step()

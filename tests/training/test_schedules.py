@@ -27,12 +27,31 @@ def test_docstring_numbers():
 
 def test_a_step_sets_rates_momentum_and_weight_decay():
     base, sft = Groups(), Groups()
-    assert Schedule(4, BaseSchedule(), decay_falls=True)(base, 3) == 0.25
+    assert Schedule(4, BaseSchedule())(base, 3) == 0.25
     assert [group["lr"] for group in base.param_groups] == [0.5, 0.75]
     assert base.param_groups[0]["weight_decay"] == 1.0 and "weight_decay" not in base.param_groups[1]
     assert base.param_groups[0]["momentum"] == pytest.approx(0.85 + 0.1 * 3 / 300)
     assert Schedule(4, ScheduleConfig())(sft, 2) == 1.0
     assert sft.param_groups[0]["weight_decay"] == 4.0
+
+
+def test_residual_scalars_may_stand_still_and_rise_alone():
+    optimizer = Groups()
+    optimizer.param_groups += [
+        {"kind": "adamw", "name": name, "initial_lr": 1.0, "initial_weight_decay": 0.0} for name in ("x0_lambdas", "x")
+    ]
+    schedule = Schedule(100, ScheduleConfig(scalar_hold_steps=2, scalar_warmup_steps=4))
+    rates = []
+    for step in range(8):
+        schedule(optimizer, step)
+        rates.append([group["lr"] for group in optimizer.param_groups[2:]])
+    assert rates == [[0.0, 1], [0.0, 1], [0.25, 1], [0.5, 1], [0.75, 1], [1, 1], [1, 1], [1, 1]]
+
+
+def test_rates_fall_to_their_share_and_momentum_with_them():
+    schedule = Schedule(1000, ScheduleConfig(warmdown_ratio=0.5, final_lr_frac=0.1, momentum=0.97, momentum_final=0.9))
+    assert schedule.lr(999) == pytest.approx(0.1, abs=1e-3) and schedule.lr(499) == 1.0
+    assert [schedule.momentum(step) for step in (300, 499, 750)] == pytest.approx([0.97, 0.97, 0.935])
 
 
 def test_without_a_warm_down_the_rate_stays():
@@ -55,7 +74,7 @@ def test_rates_and_decay_never_rise_without_warmup_and_no_step_is_lost(num_steps
 
 def test_the_plot_draws_what_trains():
     drawn = curves(40, points=40)
-    base, sft = Schedule(40, BaseSchedule(), decay_falls=True), Schedule(40, ScheduleConfig())
+    base, sft = Schedule(40, BaseSchedule()), Schedule(40, ScheduleConfig())
     for name, schedule in (("base", base), ("SFT", sft)):
         optimizer = Groups()
         trained = [(step / 40, schedule(optimizer, step)) for step in range(40)]
@@ -72,6 +91,9 @@ def test_the_plot_draws_what_trains():
     [
         (lambda: Schedule(8, ScheduleConfig(warmup_steps=4, warmdown_ratio=1.0)), "overlap in a run of 8 steps"),
         (lambda: ScheduleConfig(warmdown_ratio=1.5), "--warmdown-ratio 1.5 must lie between 0 and 1; "),
+        (lambda: ScheduleConfig(final_lr_frac=2), "--final-lr-frac 2 must lie between 0 and 1"),
+        (lambda: ScheduleConfig(decay_shape="step"), "--decay-shape step is unknown; choose from constant, linear"),
+        (lambda: ScheduleConfig(momentum=1.0), "--momentum 1.0 must lie from 0 to below 1"),
         (lambda: ScheduleConfig(warmup_steps=-1), "--warmup-steps -1 must be at least 0"),
     ],
 )
