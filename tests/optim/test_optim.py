@@ -45,9 +45,7 @@ def adamw_group(params, **settings):
     return {"kind": "adamw", "params": params, "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, **settings}
 
 
-def reference_muon(
-    param, grad, buffer, second, lr, weight_decay, momentum, beta2=0.95, margin=0.02, eq=False, plus=False
-):
+def reference_muon(param, grad, buffer, second, lr, weight_decay, momentum, margin=0.02, eq=False, plus=False):
     """One matrix in float64, written from the formulas and without stacks."""
     rows, columns = param.shape
     buffer = momentum * buffer + (1 - momentum) * grad
