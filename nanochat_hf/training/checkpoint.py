@@ -109,6 +109,7 @@ def _write(trainer, folder, tokenizer, facts):
     # collectives where weights or state are split, so every rank asks
     weights, optimizer = whole_weights(trainer.raw_model), trainer.optimizer.optimizer.full_state_dict(rank0_only=True)
     # a loader of the user's own, prepared by Accelerate or not, may have no state
+    kept = {c.name: c.weights(trainer) for c in trainer.callbacks if isinstance(c, Callback) and c.name}
     data = trainer.batches.state_dict() if hasattr(trainer.batches, "state_dict") else None
 
     def own():
@@ -118,6 +119,9 @@ def _write(trainer, folder, tokenizer, facts):
             tokenizer.save_pretrained(folder)
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             torch.save({"optimizer": optimizer, "scaler": scaler}, folder / "optimizer.pt")
+            for name, tensors in kept.items():
+                if tensors:
+                    torch.save(tensors, folder / f"{name}.pt")
             (folder / "trainer.json").write_text(json.dumps(asdict(facts), indent=2, default=str))
 
     together(accelerator, own)
@@ -130,6 +134,17 @@ def states(trainer: "Trainer") -> dict[str, dict[str, Any]]:
         if isinstance(callback, Callback) and callback.name:
             found[callback.name] = callback.state_dict()
     return found
+
+
+def resume_callback(callback: Callback, trainer: "Trainer", folder: Path) -> None:
+    """Give a callback what the checkpoint in `folder` keeps of it; ValueError names the file where that is damaged."""
+    with blamed(folder / "trainer.json"):
+        callback.load_state_dict(trainer.restored[str(callback.name)])
+    path = folder / f"{callback.name}.pt"
+    if path.is_file():
+        weights = read_plain(path)
+        with blamed(path):
+            callback.load_weights(trainer, weights)
 
 
 def refuse_not_finite(trainer: "Trainer", output_dir: str | Path) -> None:

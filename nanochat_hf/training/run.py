@@ -4,6 +4,7 @@ import enum
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nanochat_hf.scaling import flops_per_token
 from nanochat_hf.tokenizer import token_bytes
 
 from . import checkpoint
+from .callbacks.average import Average
 from .callbacks.base import Callback, Measurement
 from .callbacks.evaluate import Evaluate
 from .callbacks.garbage import CollectGarbage
@@ -36,7 +38,6 @@ from .opening import Opened
 from .plan import announce, lines_of, warn_of_memory
 from .report import write_report
 from .resuming import changed_settings, in_force, restore
-from .saved import blamed
 from .schedules import Schedule
 from .stopping import StopSignal
 from .together import on_main
@@ -139,6 +140,7 @@ class Run:
         self.stage, self.hooks = stage, hooks or Hooks()
         self.schedule = Schedule(stage.num_steps, config.schedule)
         self.output = config.run.output_dir if config.run.writes else None
+        self.average: Average | None = None
 
     def fit(self) -> RunResult:
         """Print the plan, train (from the checkpoint that --resume names), evaluate, save and report."""
@@ -208,7 +210,9 @@ class Run:
         log = Log(trainer, self.stage.name, flops, config.track.log_every, output, config.optim.max_skipped)
         evaluate = Evaluate(config.evaluate, self.data.validation, token_bytes(tokenizer), tokenizer, output)
         # saved before anything that could fail: evaluation and samples come after
-        callbacks: list[Callable] = [log]
+        averaging = config.evaluate.ema
+        self.average = Average(averaging, config.evaluate.ema_share, trainer.num_steps) if averaging else None
+        callbacks: list[Callable] = [log, *([self.average] if self.average else [])]
         if output:
             callbacks.append(Save(config.save, output, tokenizer, settings))
         callbacks.append(evaluate)
@@ -217,8 +221,7 @@ class Run:
         trainer.callbacks = [*callbacks, *self.hooks.callbacks, CollectGarbage()]
         for callback in trainer.callbacks:
             if self.resumed and isinstance(callback, Callback) and callback.name in trainer.restored:
-                with blamed(self.resumed / "trainer.json"):
-                    callback.load_state_dict(trainer.restored[callback.name])
+                checkpoint.resume_callback(callback, trainer, self.resumed)
         return log, evaluate
 
     def _measure_first(self, trainer, evaluate) -> None:
@@ -239,17 +242,35 @@ class Run:
             accelerator.print(f"stopped at step {state.step}; continue with --resume auto")
             accelerator.end_training()
             return RunResult(RunStatus.STOPPED, step=state.step, bpb=evaluate.minimum)
+        averaged, better = self._averaged(trainer, evaluate)
         figures, folder, where = self._figures(trainer, evaluate, log), None, "nothing written (dry run)"
+        figures |= averaged
         if self.output:
             output = Path(self.output)
             folder, title = output / "final", f"{output.name}: {self.stage.name}"
-            export_model(trainer, self.data.tokenizer, folder)
+            with better:
+                export_model(trainer, self.data.tokenizer, folder)
             on_main(accelerator, lambda: write_report(output, title, settings, figures))
             where = f"model in {folder}, report in {output}/report.md"
         accelerator.print(f"minimum validation bpb {evaluate.minimum:.4f}; {state.seconds:.0f} s of training; {where}")
         accelerator.wait_for_everyone()
         accelerator.end_training()
         return RunResult(RunStatus.FINISHED, folder, state.step, evaluate.minimum)
+
+    def _averaged(self, trainer, evaluate) -> tuple[dict[str, float], AbstractContextManager[None]]:
+        # the averaged weights' figure, and a context that puts them in the model's place if they are better
+        if self.average is None or not self.average.average:
+            return {}, nullcontext()
+        with self.average.in_place(trainer):
+            bpb = evaluate.bpb(trainer)
+        trainer.accelerator.log({"val/ema_bpb": bpb}, step=trainer.state.step)
+        better = bpb < evaluate.last
+        trainer.accelerator.print(
+            f"averaged weights {bpb:.4f} bpb, the last ones {evaluate.last:.4f}: the "
+            f"{'averaged' if better else 'last'} are exported"
+        )
+        figures = {"validation bpb of the averaged weights": bpb}
+        return figures, self.average.in_place(trainer) if better else nullcontext()
 
     def _diverged(self, trainer, error) -> RunResult:
         # every process learned it at the same point

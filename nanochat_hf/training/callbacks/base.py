@@ -1,7 +1,7 @@
 """What callbacks share. Each is called with (trainer, StepInfo) after every step, and owns its cadence."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,13 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict."""
+
+    def weights(self, trainer: "Trainer") -> dict[str, torch.Tensor]:
+        """Whole tensors by name that checkpoints keep too, on the CPU; {} for none. All processes ask."""
+        return {}
+
+    def load_weights(self, trainer: "Trainer", weights: Mapping[str, Any]) -> None:
+        """Go on from `weights`."""
 
 
 class Measurement(Callback):

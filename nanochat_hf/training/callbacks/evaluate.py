@@ -44,11 +44,23 @@ class EvalConfig:
     keep_best: bool = field(
         default=False, metadata={"help": "export the model of the lowest validation bpb to OUTPUT_DIR/best"}
     )
+    ema: float = field(
+        default=0.0,
+        metadata={
+            "help": "average the weights over the last steps, with so much decay a step (0.99 looks back 100 steps); "
+            "evaluated at the end, and exported if it is better; 0: off"
+        },
+    )
+    ema_share: float = field(default=0.2, metadata={"help": "last share of the run over which --ema averages"})
     sample_every: int = field(default=0, metadata={"help": "steps between answers to fixed prompts; 0: none"})
 
     def __post_init__(self) -> None:
         at_least(self, 1, "eval_batches")
         at_least(self, 0, "eval_every", "sample_every")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"--ema {self.ema} must lie from 0, which is off, to below 1; 0.99 looks back 100 steps")
+        if not 0 < self.ema_share <= 1:
+            raise ValueError(f"--ema-share {self.ema_share} must be above 0 and at most 1; 0.2 is the last fifth")
 
 
 def divided(batches: list[dict], rank: int, world_size: int) -> list[dict]:
@@ -126,9 +138,7 @@ class Evaluate(Measurement):
     def measure(self, trainer: "Trainer") -> None:
         """Evaluate now; `last` is then the bpb, equal on all ranks."""
         accelerator, step = trainer.accelerator, trainer.state.step
-        with evaluating(trainer) as model:
-            batches = step_by_step(model.device, pieces(self.batches))
-            self.last = evaluate_bpb(model, batches, self.token_bytes, reduce=sum_over_ranks(accelerator))
+        self.last = self.bpb(trainer)
         self.first = self.last if self.first is None else self.first
         if self.last > WORSE * self.best:
             rose = f"validation rose to {self.last:.4f} bpb from {self.best:.4f}; the run may be diverging"
@@ -139,6 +149,12 @@ class Evaluate(Measurement):
         say(accelerator, f"step {step}: validation {self.last:.4f} bpb")
         self._keep(trainer, step)
         self.best = min(self.best, self.last)
+
+    def bpb(self, trainer: "Trainer") -> float:
+        """Bits per byte of the model as it is, equal on all ranks."""
+        with evaluating(trainer) as model:
+            batches = step_by_step(model.device, pieces(self.batches))
+            return evaluate_bpb(model, batches, self.token_bytes, reduce=sum_over_ranks(trainer.accelerator))
 
     def _keep(self, trainer, step):
         # the main process decides: another could have read best/ at another moment
