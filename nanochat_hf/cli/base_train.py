@@ -13,6 +13,7 @@ from nanochat_hf.hub.push import HubConfig, HubPusher, fetch_checkpoint
 from nanochat_hf.recipes import RECIPES
 from nanochat_hf.tokenizer import load_tokenizer
 from nanochat_hf.training.architecture import recipe_line
+from nanochat_hf.training.base_texts import LISTS, text_data, text_sources
 from nanochat_hf.training.callbacks.core import CoreConfig
 from nanochat_hf.training.config import TrainConfig
 from nanochat_hf.training.equipment import step_tokens
@@ -23,7 +24,6 @@ from nanochat_hf.training.pretraining import (
     horizon,
     model_config,
     resolved,
-    text_data,
     with_decay,
 )
 from nanochat_hf.training.run import Hooks, Run, Stage
@@ -42,12 +42,13 @@ PROMPTS = (
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, fit."""
-    base, *parts, core, hub, _ = parse(
-        [BaseConfig, *BASE_PARTS, CoreConfig, HubConfig], argv, description=__doc__, presets=RECIPES
+    base, *parts, core, hub, lists = parse(
+        [BaseConfig, *BASE_PARTS, CoreConfig, HubConfig], argv, lists=LISTS, description=__doc__, presets=RECIPES
     )
     config, recipe = TrainConfig(*parts).smoked(), recipe_line(base.recipe, base, *parts)
     pusher = HubPusher.from_config(hub, idle=not config.run.writes)
     tokenizer = load_tokenizer(base.tokenizer)
+    base, sources = text_sources(base, lists)
     base, config = resolved(base, config, tokenizer)
     output = config.run.output_dir if config.run.writes else None
     more = [] if config.run.smoke_test else core.callbacks(tokenizer, output)
@@ -56,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with opened(config, sizes.hidden_size, fetch_checkpoint) as run:
         tokens = step_tokens(config, run.accelerator)
         num_steps, config = horizon(base, config, sizes, tokens), with_decay(base, config, tokenizer, tokens)
-        data = text_data(base, config, run.accelerator, tokenizer)
+        data = text_data(base, config, run.accelerator, tokenizer, sources)
         stage = Stage(
             f"base d{base.depth}",
             num_steps,
-            settings=asdict(base) | asdict(core),
+            settings=asdict(base) | asdict(core) | (sources.settings() if sources else {}),
             lr_scale=scaling.batch_lr_scale(tokens) if base.scale_lr_to_batch else 1.0,
             lines=recipe,
             prompts=[

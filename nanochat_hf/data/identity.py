@@ -35,6 +35,7 @@ def identity(source: SourceConfig, reader: Reader | None = None) -> str:
             told += f", {len(reader.sharded)} shards"
         elif isinstance(reader, MapReader):
             told += f", {len(reader.rows):,} rows"
+    told += f", files {source.files}" if source.files else ""
     if source.start or source.rows is not None:
         told += f", rows from {source.start}" + (f" to {source.start + source.rows}" if source.rows is not None else "")
     return told + (f", columns {source.columns}" if source.columns else "")

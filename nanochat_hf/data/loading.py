@@ -36,7 +36,7 @@ def load_shards(source: SourceConfig) -> list[Shard]:
     ValueError for every fault that shows without reading all of the data; other faults show when their rows are read.
     """
     try:
-        splits = saved_files(source) or listed(source).splits
+        splits = chosen_files(source, saved_files(source) or listed(source).splits)
         shards: list[Shard] = []
         for name, part in _parts(source, splits):
             files = [file for file in splits[name] if file.is_remote or file.count(1)]
@@ -62,6 +62,11 @@ def listed(source: SourceConfig) -> Listing:
 
 
 _hub = functools.lru_cache(maxsize=64)(list_hub)  # several functions here ask for the same listing
+
+
+def chosen_files(source: SourceConfig, splits: dict[str, list[DataFile]]) -> dict[str, list[DataFile]]:
+    """The files of each split that `source.files` chooses."""
+    return {name: source.chosen_files(files) for name, files in splits.items()} if source.files else splits
 
 
 def unread(source: SourceConfig) -> list[str]:
@@ -101,9 +106,11 @@ def _whole(source: SourceConfig) -> tuple[dict[str, Callable[[], Rows]], bool]:
         return {part.name: functools.partial(_task_rows, source, part) for part in parse_split(source.split)}, True
     saved = _saved(source)
     if saved is not None:
+        if source.files is not None:
+            raise ValueError(f"{source.label}: files={source.files!r} needs data files, not a saved data set; use rows")
         return {name: functools.partial(TableRows, dataset, source.label) for name, dataset in saved.items()}, False
     try:
-        splits = listed(source).splits
+        splits = chosen_files(source, listed(source).splits)
     except ValueError as error:
         raise _named(source, error) from error
     except Exception as error:  # the Hub does not answer; datasets may still have the data from an earlier run
@@ -166,7 +173,7 @@ def _parts(source: SourceConfig, splits: dict[str, Any]) -> list[tuple[str, Spli
 def _from_files(source: SourceConfig, split: str, files: list[DataFile]) -> Rows:
     if not any(file.is_remote for file in files):
         return load_files(files, source.label)
-    if len({file.kind for file in files}) == 1 and files[0].is_table:
+    if len({file.kind for file in files}) == 1 and files[0].is_table and source.files is None:
         return _from_hub(source, split)  # datasets keeps it under this name, so later runs need no connection
     from concurrent.futures import ThreadPoolExecutor
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from nanochat_hf.files.splits import parse_split
 
 from .formats import FORMATS
 
+SLICE = re.compile(r"-?\d*:-?\d*")
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -19,7 +22,8 @@ class SourceConfig:
 
     `split` is written as in datasets ("train[:90%]"); `start` and `rows` choose rows `start` to `start + rows` of it.
     They are taken `repeat` times, or `weight` times: 0.5 takes a seeded half, 1.5 takes all and a half once more.
-    `name` is the configuration of a Hub data set or a folder. `columns` renames columns: {prompt: question, completion:
+    `name` is the configuration of a Hub data set or a folder. `files` chooses among the files of a split, in order, as
+    a slice: ":-1" all but the last, "-1:" the last. `columns` renames columns: {prompt: question, completion:
     answer}. `converter` sets the form of the rows, one of formats.FORMATS. Numbers may be text, because YAML reads 1e3
     as text. ValueError says which key is wrong and what it may be.
     """
@@ -34,9 +38,10 @@ class SourceConfig:
     weight: float | None = None
     columns: dict[str, str] | None = None
     converter: str | None = None
+    files: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("path", "name", "split", "task", "converter"):
+        for key in ("path", "name", "split", "task", "converter", "files"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise ValueError(f"data source: {key}={value!r} must be text; quote it, or leave the key out")
@@ -58,6 +63,10 @@ class SourceConfig:
         names = self.columns or {}
         if not isinstance(names, dict) or not all(isinstance(n, str) for pair in names.items() for n in pair):
             raise ValueError(f"{self.label}: columns={self.columns!r} must map new names to those of the data")
+        if self.files is not None and (self.path is None or not SLICE.fullmatch(self.files)):
+            raise ValueError(
+                f"{self.label}: files={self.files!r} must be a slice of the files of a path, as ':-1' or '-1:'"
+            )
         try:
             parse_split(self.split)
         except ValueError as error:
@@ -78,6 +87,16 @@ class SourceConfig:
         if value is None or not 0 < value < math.inf:
             raise ValueError(f"{self.label}: weight={self.weight!r} must be above 0; leave the source out instead")
         return float(value)
+
+    def chosen_files(self, files: Sequence[Any]) -> list[Any]:
+        """Those of a split's files that `files` chooses; ValueError where none is left."""
+        if self.files is None:
+            return list(files)
+        start, _, stop = self.files.partition(":")
+        chosen = list(files)[slice(*(int(end) if end else None for end in (start, stop)))]
+        if not chosen:
+            raise ValueError(f"{self.label}: files={self.files!r} leaves none of {len(files)} files; give more files")
+        return chosen
 
     @property
     def label(self) -> str:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ from .overlong import Fit
 from .readers import Consumer, MapReader, MixedReader, Reader, StreamReader
 from .reports import DataReport, Reported, check_policy
 from .sources import SourceConfig
-from .texts import Texts
+from .texts import MixedTexts, Texts
 from .windows import PackConversations, PackedStream, Packer, PackText, Row
 from .workers import ahead, first, plain_errors, worker_loader
 
@@ -103,7 +103,7 @@ class _Windows(Reported):
                 raise ValueError(
                     f"the checkpoint's stream has {name}={theirs}, this run {value}; resume with the former"
                 )
-        for theirs, own in zip(state.get("data", self.data), self.data, strict=True):  # absent in older checkpoints
+        for theirs, own in zip_longest(state.get("data", self.data), self.data):  # absent in older checkpoints
             if theirs != own:
                 raise ValueError(
                     f"the checkpoint's stream is of {theirs}, this run's of {own}; resume with the former, or begin "
@@ -128,14 +128,15 @@ class TextBatches(_Windows):
     """Endless micro-batches of plain text in full rows: best fit from a window of documents.
 
     Where no document fits, the shortest is cut. `mode` "crop" drops its rest, "keep" puts it back for a later row.
-    `streaming` reads without downloading first. In an epoch each document goes to one process and worker.
+    `streaming` reads without downloading first. In an epoch each document goes to one process and worker. Several
+    sources give documents in proportion to their weight (or repeat).
     ValueError before the first batch for data without `text_column`. A row without text is a ValueError too; with
     `bad_rows` "skip" it is left out and counted.
     """
 
     def __init__(  # noqa: PLR0913 - a run has a flag for each, given by name
         self,
-        source: SourceConfig,
+        source: SourceConfig | Sequence[SourceConfig],
         tokenizer: PreTrainedTokenizerBase,
         *,
         rows: int,
@@ -153,14 +154,13 @@ class TextBatches(_Windows):
     ) -> None:
         if mode not in ("crop", "keep"):
             raise ValueError(f"mode={mode!r} must be crop or keep")
-        self.texts = Texts(source, text_column, streaming=streaming, bad_rows=bad_rows)
+        sources = [source] if isinstance(source, SourceConfig) else list(source)
+        parts = [Texts(part, text_column, streaming=streaming, bad_rows=bad_rows) for part in sources]
+        readers = [_text_reader(part, seed, world_size) for part in parts]
+        single = len(parts) == 1
+        self.texts = parts[0] if single else MixedTexts(parts)
         self.positions = positions
-        reader: Reader
-        if self.texts.rows is None:
-            _tell_uneven(source, len(self.texts.shards), world_size)
-            reader = StreamReader(self.texts.shards, source, seed)
-        else:
-            reader = MapReader(self.texts.rows, source.label, seed)
+        reader = readers[0] if single else MixedReader(readers, [part.copies for part in sources])
         settings: dict[str, Any] = {"positions": positions, "mode": mode, "streaming": streaming}
         super().__init__(
             reader,
@@ -168,7 +168,7 @@ class TextBatches(_Windows):
             PackingCollator(positions, tokenizer.pad_token_id, isolate),
             Shape(rows, rank, world_size, seed, num_workers, prefetch),
             settings | ({"bad_rows": bad_rows} if bad_rows != "error" else {}),
-            [identity(source, reader)],
+            [identity(part, own) for part, own in zip(sources, readers, strict=True)],
         )
 
     def once(self, count: int) -> list[Batch]:
@@ -210,16 +210,16 @@ class TextBatches(_Windows):
                 return pack.counts["cropped"] / pack.counts["read"]
         if not pack.counts["read"]:
             raise pack.nothing()
+        labels = " and ".join(report.label for report in self.texts.reports)
         raise ValueError(
-            f"{self.texts.source.label}: {pack.counts['read']:,} tokens are fewer than the {tokens:,} of one step; "
+            f"{labels}: {pack.counts['read']:,} tokens are fewer than the {tokens:,} of one step; "
             "give more text or lower --total-batch-size, --device-batch-size or --max-seq-len"
         )
 
     def _fresh_pack(self) -> PackText:
         """A copy of the packer with its own counts, so that rows read for a look do not count as trained on."""
         pack = cast(PackText, copy.copy(self.stream.pack))  # the one that the constructor made
-        pack.texts = copy.copy(self.texts)
-        pack.texts.report = copy.deepcopy(self.texts.report)
+        pack.texts = self.texts.fresh()
         pack.counts = dict.fromkeys(pack.counts, 0)
         return pack
 
@@ -276,6 +276,13 @@ class StreamedConversations(_Windows):
             settings,
             [identity(source, reader) for source, reader in zip(sources, readers, strict=True)],
         )
+
+
+def _text_reader(texts: Texts, seed: int, world_size: int) -> Reader:
+    if texts.rows is not None:
+        return MapReader(texts.rows, texts.source.label, seed)
+    _tell_uneven(texts.source, len(texts.shards), world_size)
+    return StreamReader(texts.shards, texts.source, seed)
 
 
 def _reader(source: SourceConfig, seed: int, world_size: int) -> Reader:

@@ -1,6 +1,7 @@
 """Plain text: which rows a source has, and the texts in them."""
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 
 from nanochat_hf.files.data_file import Raw
 from nanochat_hf.files.rows import TableRows
@@ -38,8 +39,8 @@ class Texts:
         self, source: SourceConfig, column: str = "text", *, streaming: bool = False, bad_rows: str = "error"
     ) -> None:
         check_policy(bad_rows)
-        self.source, self.column, self.skip = source, column, bad_rows == "skip"
-        self.report = SourceReport(source.label, unread=unread(source))
+        self.source, self.column, self.skip = source, (source.columns or {}).get(column, column), bad_rows == "skip"
+        self.report = SourceReport(source.label, "", source.copies, unread=unread(source))
         self.rows = None if streaming else load_source(source)
         self.shards = load_shards(source) if streaming else []
         self._check()
@@ -69,6 +70,17 @@ class Texts:
             if (text := self.text(raw)) is not None:
                 yield text
         self.report.check_bad()
+
+    @property
+    def reports(self) -> list[SourceReport]:
+        """The report, as a mixture has several."""
+        return [self.report]
+
+    def fresh(self) -> "Texts":
+        """The same texts with a report of their own."""
+        fresh = copy.copy(self)
+        fresh.report = copy.deepcopy(self.report)
+        return fresh
 
     def nothing(self) -> ValueError:
         """The error for data in which every text is empty."""
@@ -102,6 +114,47 @@ class Texts:
         elif not self.skip:
             for raw in [first] if self.rows is None else self.raws():
                 text_of(raw, self.column)
+
+
+class MixedTexts:
+    """Texts of several sources in proportion to their weights, counted in documents; a row is (number of source, row).
+
+    An iteration takes each text once: the next comes from the source with the fewest so far for its weight, until that
+    one has no more.
+    """
+
+    def __init__(self, parts: Sequence[Texts]) -> None:
+        self.parts = list(parts)
+
+    @property
+    def reports(self) -> list[SourceReport]:
+        """The report of each source."""
+        return [part.report for part in self.parts]
+
+    def fresh(self) -> "MixedTexts":
+        """The same texts with reports of their own."""
+        return MixedTexts([part.fresh() for part in self.parts])
+
+    def text(self, row: tuple[int, Raw]) -> str | None:
+        """As Texts.text."""
+        number, raw = row
+        return self.parts[number].text(raw)
+
+    def __iter__(self) -> Iterator[str]:
+        going = {number: iter(part) for number, part in enumerate(self.parts)}
+        taken = [0] * len(self.parts)
+        while going:
+            number = min(going, key=lambda i: ((taken[i] + 1) / self.parts[i].source.copies, i))
+            text = next(going[number], None)
+            if text is None:
+                del going[number]
+            else:
+                taken[number] += 1
+                yield text
+
+    def nothing(self) -> ValueError:
+        """As Texts.nothing."""
+        return self.parts[0].nothing()
 
 
 def shortened(texts: Iterable[str], document_chars: int | None = None, max_chars: int | None = None) -> Iterator[str]:

@@ -21,7 +21,7 @@ from .packing import pack_text, pack_window
 from .readers import Consumer, Reader
 from .reports import ENOUGH, DataReport, SourceReport
 from .sources import SourceConfig
-from .texts import Texts
+from .texts import MixedTexts, Texts
 from .weights import token_factors
 from .workers import check_stopped
 
@@ -48,16 +48,16 @@ class Packer(Protocol):
 
 
 class PackText:
-    """Texts of a source → full rows of a window, see packing.pack_text."""
+    """Texts of a source, or of several → full rows of a window, see packing.pack_text."""
 
     # enough documents to pack well, few enough (0.3 s of work) that the batches made ahead last until they are packed
     documents, characters = 512, 1_000_000
 
-    def __init__(self, encoder: PlainEncoder, capacity: int, mode: str, texts: Texts) -> None:
+    def __init__(self, encoder: PlainEncoder, capacity: int, mode: str, texts: Texts | MixedTexts) -> None:
         self.encoder, self.capacity, self.mode, self.texts = encoder, capacity, mode, texts
         self.counts = {"read": 0, "cropped": 0}  # tokens
 
-    def read(self, row: Raw) -> tuple[str | None, int]:
+    def read(self, row: Any) -> tuple[str | None, int]:
         """As Packer.read; ValueError with the row's place where it has no text."""
         text = self.texts.text(row)
         return text, len(text or "")
@@ -75,7 +75,7 @@ class PackText:
 
     def news(self) -> dict[str, Any]:
         """As Packer.news."""
-        return self.counts | {"report": DataReport([self.texts.report]).state()}
+        return self.counts | {"report": DataReport(self.texts.reports).state()}
 
     def nothing(self) -> ValueError:
         """As Packer.nothing."""

@@ -1,28 +1,26 @@
-"""What pretraining adds to a run: its flags, the sizes that follow from the depth, and text in full rows."""
+"""What pretraining adds to a run: its flags, and the sizes and rules that follow from the depth."""
 
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
 
-from accelerate import Accelerator
 from transformers import PreTrainedTokenizerFast
 
 from nanochat_hf import scaling
-from nanochat_hf.data.loading import count_rows, is_remote, load_source
+from nanochat_hf.data.loading import is_remote
 from nanochat_hf.data.reports import check_policy
 from nanochat_hf.data.sources import SourceConfig
-from nanochat_hf.data.streamed import TextBatches
 from nanochat_hf.model import NanochatConfig
+from nanochat_hf.recipes import RECIPES
 
 from .architecture import ArchitectureConfig
-from .callbacks.evaluate import EvalConfig, divided
+from .callbacks.evaluate import EvalConfig
 from .config import PARTS, OptimConfig, TrainConfig
-from .equipment import data_workers, step_tokens
-from .run import Data
+from .equipment import data_workers
 from .schedules import DECAY_SHAPES, ScheduleConfig
 
-HELD_OUT = 1000  # documents, where no validation data is named
+TEXT = "karpathy/climbmix-400b-shuffle"  # its last file is for validation
 
 
+LAST = "last"  # --validation: the last file of the data
 DECAY_RULES = ("depth", "data", "given")
 
 
@@ -33,14 +31,18 @@ class BaseConfig(ArchitectureConfig):
     _argument_group_name = "model and text"
 
     tokenizer: str = field(metadata={"help": "folder or Hub name of the tokenizer"})
-    data: str = field(
-        default="karpathy/fineweb-edu-100b-shuffle",
-        metadata={"help": "a Hub name, a folder, a file, or a pattern of files with text"},
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "a Hub name, a folder, a file, or a pattern of files with text "
+            f"(default: {TEXT}; a recipe file may list several as train_data)"
+        },
     )
     validation: str | None = field(
         default=None,
         metadata={
-            "help": "validation text, as --data (default: the first documents, a twentieth or 1000, are held out)"
+            "help": "validation text, as --data, or last: the last file of --data, which is then not trained on "
+            "(default: last for nanochat's own data, else the first documents, a twentieth or 1000, are held out)"
         },
     )
     split: str = field(default="train", metadata={"help": "split, for a Hub name"})
@@ -168,8 +170,10 @@ def resolved(
     base: BaseConfig, config: TrainConfig, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[BaseConfig, TrainConfig]:
     """Both with what they leave open decided: streaming, data workers, and the tokens of a step."""
-    source = SourceConfig(path=base.data, split=base.split)
-    streaming = is_remote(source) if base.streaming is None else base.streaming
+    path = base.data or TEXT
+    last = base.validation is None and path in {recipe["data"] for recipe in RECIPES.values()}
+    base = replace(base, data=path, validation=LAST if last else base.validation)
+    streaming = is_remote(SourceConfig(path=path)) if base.streaming is None else base.streaming
     base = replace(base, streaming=streaming, num_workers=data_workers(base.num_workers))
     if base.auto_batch and config.run.total_batch_size is None and not config.run.smoke_test:
         batch = scaling.auto_batch(*ratio_tokens(base, tokenizer, config.run.max_seq_len))
@@ -193,66 +197,3 @@ def with_decay(
         own, at_12 = ratio_tokens(base, tokenizer, config.run.max_seq_len)
         decay = scaling.decay_by_data(given, step_tokens, own, at_12)
     return replace(config, optim=replace(config.optim, weight_decay=decay))
-
-
-def hold_out(base: BaseConfig) -> tuple[SourceConfig, SourceConfig]:
-    """The sources of training and of validation.
-
-    Without --validation the first documents are held out, a twentieth or `HELD_OUT`.
-    """
-    source = SourceConfig(path=base.data, split=base.split)
-    if base.validation:
-        return source, replace(source, path=base.validation)
-    if base.streaming:  # a long stream is not counted to its end
-        rows = count_rows(source, 2 * HELD_OUT)
-        rows = 20 * HELD_OUT if rows >= 2 * HELD_OUT else rows
-    else:
-        rows = len(load_source(source))
-    count = max(1, min(HELD_OUT, rows // 20))
-    if count >= rows:
-        raise ValueError(f"{base.data}: of {rows} documents none can be held out; give --validation")
-    return replace(source, start=count), replace(source, rows=count)
-
-
-class Packing(TypedDict):
-    """How text becomes rows, in training and in validation, as TextBatches takes it."""
-
-    rows: int
-    positions: int
-    text_column: str
-    bad_rows: str
-
-
-def text_data(
-    base: BaseConfig, config: TrainConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerFast
-) -> Data:
-    """Full rows of text to train on, and held-out ones. `base` and `config` as `resolved` returns them."""
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    source, held_out = hold_out(base)
-    shape: Packing = {
-        "rows": config.run.device_batch_size,
-        "positions": config.run.max_seq_len,
-        "text_column": base.text_column,
-        "bad_rows": base.bad_rows,
-    }
-    batches = TextBatches(
-        source,
-        tokenizer,
-        **shape,
-        rank=rank,
-        world_size=processes,
-        seed=config.run.seed,
-        mode=base.packing,
-        streaming=bool(base.streaming),
-        num_workers=base.num_workers or 0,
-    )
-    cropped = batches.outlook(step_tokens(config, accelerator))
-    lost = f"{cropped:.0%} of a step's tokens cropped away (--packing keep loses none)"
-    # every process packs the same held-out documents and takes its rows, so that each document counts once
-    streaming = bool(base.streaming and not base.validation)
-    validation = TextBatches(held_out, tokenizer, **shape, streaming=streaming).once(
-        config.evaluate.eval_batches * processes
-    )
-    told = f"{base.data}, packing {base.packing}: {lost if base.packing == 'crop' else 'no token lost'}"
-    lines = {"data": told} | ({"left out": batches.report.left_out} if batches.report.left_out else {})
-    return Data(tokenizer, batches, divided(validation, rank, processes), lines)

@@ -93,6 +93,27 @@ def test_the_first_loss_is_ln_v_and_one_step_wakes_every_gradient():
     assert min(second.values()) > 1e-7, second
 
 
+def test_a_recipe_by_date_trains_its_own_architecture_and_flags_win(start, tmp_path):
+    run = base(
+        start,
+        tmp_path / "run",
+        tmp_path / "log",
+        recipe="head",
+        total_batch_size=256,
+        warmup_steps=1,
+        validation="last",
+    )
+    assert run.wait() == [0], run.text()
+    assert "recipe      head, but " in run.text() and "warmup_steps 1" in run.text()
+    assert "the fused kernels do not know muon_eq and muon_plus" in run.text()
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["recipe"] == "head" and settings["muon_plus"] and settings["decay_shape"] == "cosine"
+    model = NanochatForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    config = model.config
+    assert (config.smear, config.backout, config.qk_scale, config.value_gate_channels) == (True, True, 1.2, 12)
+    assert model.model.smear.strength.item() != 0 and model.model.backout_lambda.item() != pytest.approx(0.2, abs=1e-6)
+
+
 def test_adamw_in_muons_place_is_torchs_and_changes_nothing_else():
     torch.manual_seed(0)
     config = scaling.model_config(2, 280, 32, aspect_ratio=32, head_dim=32)
