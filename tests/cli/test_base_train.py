@@ -211,15 +211,16 @@ def test_the_default_recipe_streams_from_its_hub_name(start, tmp_path):
         "2",
     ]
     with HubServer({TOKEN: "user"}) as server:
-        server.repos["datasets", "karpathy/fineweb-edu-100b-shuffle"] = Repo()
-        server.repos["datasets", "karpathy/fineweb-edu-100b-shuffle"].commit("main", "shards", files)
+        server.repos["datasets", "karpathy/climbmix-400b-shuffle"] = Repo()
+        server.repos["datasets", "karpathy/climbmix-400b-shuffle"].commit("main", "shards", files)
         given = ["--config", ROOT / "scripts/recipes/base.yaml", *flags, "--output-dir", "run"]
         known = environment(server, tmp_path)
         run = Run("scripts.base_train", given, tmp_path / "log", environment=known, folder=tmp_path)
         codes = run.wait()
         asked = [path for _, path, _ in server.requests if "/resolve/" in path]
     assert codes == [0], run.text()[-3000:]
-    assert "karpathy/fineweb-edu-100b-shuffle, packing crop" in run.text() and "base d2 step 2/2" in run.text()
+    assert any("shard_00003.parquet" in path for path in asked), "the last shard, for validation"
+    assert "karpathy/climbmix-400b-shuffle, packing crop" in run.text() and "base d2 step 2/2" in run.text()
     assert "The capital of France is" in run.text()  # the seven prompts, at the end
     assert (
         any("shard_00000.parquet" in path for path in asked)
