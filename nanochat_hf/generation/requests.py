@@ -10,7 +10,7 @@ from .sampling import check_sampling
 from .static import STEPS
 from .tools import Completion, Row
 
-IDLE = [0, 0, 0, 0, 1, *[-1] * STEPS]  # the state of a row that is not in use
+IDLE = [0, 0, 0, 0, 1, 0, *[-1] * STEPS]  # the state of a row that is not in use
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,12 @@ class Live:
         self.row.last = self.request.prompt[-1]
 
     @property
+    def before(self) -> int:
+        """The token before its last one, 0 where there is none."""
+        newest = [*self.request.prompt[-2:], *self.row.out.ids[-2:]][-2:]
+        return newest[0] if len(newest) == 2 else 0
+
+    @property
     def position(self) -> int:
         """Where its last token stands, which the model reads next."""
         return len(self.request.prompt) - 1 + len(self.row.out.ids)
@@ -106,4 +112,4 @@ class Live:
         """What `RowTable.load` takes, with the forced tokens of the next `steps`."""
         pending = list(self.row.pending)[:steps]
         count, limit = len(self.row.out.ids), self.request.max_new_tokens
-        return [self.row.last, self.position, count, limit, 0, *pending, *[-1] * (STEPS - len(pending))]
+        return [self.row.last, self.position, count, limit, 0, self.before, *pending, *[-1] * (STEPS - len(pending))]

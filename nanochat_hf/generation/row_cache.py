@@ -137,5 +137,5 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Prefi
     cache = Cache(layers=[Buffer(growth=0) for _ in range(model.config.num_hidden_layers)])
     order = torch.arange(longest, device=model.device)[None].expand(len(prompts), -1)
     model(input_ids=ids, position_ids=order, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    layers = [held(layer) for layer in cache.layers]
+    layers = [held(layer) for layer in cache.layers[: model.config.num_hidden_layers]]  # smear adds one of its own
     return [[(k[i, :, : len(p)], v[i, :, : len(p)]) for k, v in layers] for i, p in enumerate(prompts)]

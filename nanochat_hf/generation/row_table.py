@@ -15,7 +15,8 @@ from .sampling import sample
 from .static import STEPS, allow_shapes
 
 GRAPHS = 8  # CUDA graphs that are kept, one for each number of rows and each way to draw
-FIELDS = 5  # of a row's state, before the forced tokens: id, position, count, limit, stalled
+# of a row's state, before the forced tokens: id, position, count, limit, stalled, and the id before, which smear needs
+FIELDS = 6
 
 
 class Draw(NamedTuple):
@@ -42,11 +43,13 @@ Groups = Sequence[tuple[Draw, torch.Tensor | None]]  # a way to draw and its row
 
 
 def _forward(
-    model: PreTrainedModel, masks: Masks, ids: torch.Tensor, at: torch.Tensor, positions: int, cache: Cache
+    model: PreTrainedModel, masks: Masks, tokens: torch.Tensor, at: torch.Tensor, positions: int, cache: Cache
 ) -> torch.Tensor:
-    """Logits (N, V) after one token a row, ids and positions (N, 1)."""
+    """Logits (N, V) after one token a row. tokens (N, 2): the one before and the one to read; at (N, 1): its place."""
+    before = {"previous_ids": tokens[:, :1]} if getattr(model.config, "smear", False) else {}
+    mask = masks(at, positions)
     return model(
-        input_ids=ids, attention_mask=masks(at, positions), position_ids=at, past_key_values=cache, use_cache=True
+        input_ids=tokens[:, 1:], attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, **before
     ).logits[:, -1]
 
 
@@ -87,7 +90,7 @@ class RowTable:
             self.cache.grow(min(self.length, max(positions, 2 * self.cache.positions)))
 
     def load(self, rows: Sequence[Sequence[int]]) -> None:
-        """Set the state of the first rows: id, position, count, limit, stalled, then STEPS forced tokens or −1."""
+        """Set the state of the first rows: id, position, count, limit, stalled, id before, then STEPS forced or −1."""
         self.state[: len(rows)].copy_(torch.tensor(rows))
         self.column.zero_()
 
@@ -111,8 +114,9 @@ class RowTable:
         """Feed the ids, draw the next. With a single group nothing here asks the host, so CUDA can record it."""
         assert self.cache is not None
         state, forced = self.state[:rows], self.state[:rows, FIELDS:]
-        ids, at, count, limit, stalled = state[:, :FIELDS].unbind(1)
-        logits = self.forward(self.model, self.masks, ids[:, None], at[:, None], positions, self._view(rows, positions))
+        ids, at, count, limit, stalled, before = state[:, :FIELDS].unbind(1)
+        tokens, cache = torch.stack((before, ids), dim=1), self._view(rows, positions)
+        logits = self.forward(self.model, self.masks, tokens, at[:, None], positions, cache)
         drawn = self.uniforms[:rows].gather(1, count.clamp(max=self.length - 1)[:, None])[:, 0]
         if len(groups) == 1:
             chosen, scores = groups[0][0](logits, drawn)
@@ -128,6 +132,7 @@ class RowTable:
         over = (token[:, None] == self.ends).any(1) | (count + 1 >= limit)
         if self.call_end is not None:
             over |= token == self.call_end
+        before.copy_(torch.where(live, ids, before))
         ids.copy_(torch.where(live, token, ids))
         at.add_(live)
         count.add_(live)
