@@ -23,6 +23,7 @@ TASK_DATA = {
     "smoltalk": "HuggingFaceTB/smol-smoltalk",
 }
 SHOWN = (
+    "recipe",
     "depth",
     "num_steps",
     "max_seq_len",

@@ -51,6 +51,16 @@ class ArchitectureConfig:
         return {name: value for name, value in asdict(self).items() if name in names}
 
 
+def of_recipe(name: str | None, kind: Any) -> dict[str, Any]:
+    """The values of a recipe that are fields of the dataclass `kind`; {} without a recipe.
+
+    >>> of_recipe("mar2026", ArchitectureConfig)["qk_scale"]
+    1.2
+    """
+    own = {part.name for part in fields(kind)}
+    return {} if name is None else {key: value for key, value in RECIPES[name].items() if key in own}
+
+
 def recipe_line(name: str | None, *configs: Any) -> dict[str, str]:
     """{"recipe": its name, and every flag that says otherwise}, for the plan of a run; {} without a recipe."""
     if name is None:

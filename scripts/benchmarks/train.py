@@ -1,6 +1,6 @@
 """Training speed on random tokens.
 
-python -m scripts.bench train --depth 12 --depth 20 [--rows 32] [--attn auto] [--no-isolate]
+python -m scripts.bench train --depth 12 --depth 20 [--rows 32] [--attn auto] [--recipe mar2026]
 """
 
 import argparse
@@ -18,8 +18,10 @@ from nanochat_hf.kernels.lib import cudnn_attention
 from nanochat_hf.machine.accelerator import build_accelerator
 from nanochat_hf.machine.attention import choose_attention, set_attention
 from nanochat_hf.machine.peaks import peak_flops
-from nanochat_hf.optim import MuonAdamW, apply_schedule, build_param_groups
+from nanochat_hf.optim import MuonAdamW, OptimizerConfig, apply_schedule, build_param_groups
+from nanochat_hf.recipes import RECIPES
 from nanochat_hf.scaling import accumulation_steps, flops_per_token, model_config
+from nanochat_hf.training.architecture import ArchitectureConfig, of_recipe
 from nanochat_hf.training.schedules import muon_momentum
 from nanochat_hf.training.trainer import Trainer
 from scripts.benchmarks.measure import peak_memory, report, wait
@@ -93,7 +95,8 @@ def build(depth, args, device):
     """The model, with attention and kernels as training would choose them, and the name of its attention."""
     attention, _ = choose_attention(device, args.attn, cudnn=cudnn_attention)
     with device:
-        model = NanochatForCausalLM(model_config(depth, args.vocab_size, args.positions))
+        fields = of_recipe(args.recipe, ArchitectureConfig)
+        model = NanochatForCausalLM(model_config(depth, args.vocab_size, args.positions, **fields))
     set_attention(model, attention)
     if args.kernels:
         dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": kernels.FLOAT8}
@@ -110,7 +113,7 @@ def measure(depth, rows, args):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     model, attention = build(depth, args, device)
-    optimizer = MuonAdamW(build_param_groups(model))
+    optimizer = MuonAdamW(build_param_groups(model, OptimizerConfig(**of_recipe(args.recipe, OptimizerConfig))))
 
     def schedule(wrapped, step):
         apply_schedule(wrapped.optimizer, 1.0, muon_momentum(step))
@@ -136,6 +139,7 @@ def measure(depth, rows, args):
     tokens = args.total_batch_size
     peak = peak_flops(device)
     figures = {
+        "recipe": args.recipe or "none",
         "depth": depth,
         "rows": rows,
         "dtype": args.dtype,
@@ -190,6 +194,9 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rows", type=int, action="append", help="rows of a micro-batch, one for each --depth (default 32)"
+    )
+    parser.add_argument(
+        "--recipe", action="append", choices=list(RECIPES), help="architecture and optimizer of a date; several compare"
     )
     parser.add_argument("--positions", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--total-batch-size", type=int, default=524288, help="tokens of an optimizer step")
@@ -247,7 +254,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dtype": "bfloat16" if args.dtype == "float8" else args.dtype,
         "profile": False,
     }
-    ways = [argparse.Namespace(**vars(args) | plain)] * args.baseline + [args]
+    ways = [
+        argparse.Namespace(**vars(args) | changes | {"recipe": recipe})
+        for recipe in args.recipe or [None]
+        for changes in [plain] * args.baseline + [{}]
+    ]
     report([measure(depth, n, way) for depth, n in zip(depths, rows, strict=True) for way in ways], args.json)
 
 
