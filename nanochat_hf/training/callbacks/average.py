@@ -63,7 +63,10 @@ class Average(Callback):
 
     def load_weights(self, trainer: "Trainer", weights: Mapping[str, Any]) -> None:
         """Go on from what `weights` returned."""
-        own = {name: value.detach().clone() for name, value in whole_weights(trainer.raw_model).items()}
+        parameters = list(trainer.raw_model.parameters())
+        own = [parameter.detach().clone() for parameter in parameters]  # each process its part, where they are split
         load_whole_weights(trainer.raw_model, weights)
-        self.average = [parameter.detach().float().clone() for parameter in trainer.raw_model.parameters()]
-        load_whole_weights(trainer.raw_model, own)
+        self.average = [parameter.detach().float().clone() for parameter in parameters]
+        with torch.no_grad():
+            for parameter, value in zip(parameters, own, strict=True):
+                parameter.copy_(value)
