@@ -1,12 +1,19 @@
 """--ema: the average of the last steps' weights, the same after a resume, exported where it is better."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from nanochat_hf.training.callbacks.average import Average
 from nanochat_hf.training.callbacks.evaluate import EvalConfig, Evaluate
+from tests.support.models import LATER, build, tokens
+from tests.support.processes import on_ranks
 from tests.support.training import STEPS, here, weights
 
 SETTINGS = dict(ema=0.75, ema_share=0.5, save_every=1, keep=0)
@@ -58,6 +65,40 @@ def test_the_better_weights_are_exported(start, averaged, tmp_path, monkeypatch,
     said = capsys.readouterr().out
     assert f"the {'averaged' if better else 'last'} are exported" in said
     assert "validation bpb of the averaged weights" in (run / "report.md").read_text()
+
+
+def split_over_processes(rank, world, folder):
+    """A model with all parts, split by FSDP2: the average of two steps is that of the whole weights, and comes back."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    whole, model = build(**LATER), build(**LATER)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+    ids, trainer, info = tokens(2, 16), SimpleNamespace(raw_model=model), SimpleNamespace(step=1)
+    for one in (whole, model):
+        one.train()(ids, labels=ids).loss.backward()
+    gate = whole.model.smear.gate.weight.grad
+    torch.testing.assert_close(model.model.smear.gate.weight.grad.full_tensor(), gate, rtol=1e-4, atol=1e-6)
+    average = Average(0.5, 1.0, num_steps=2)
+    average(trainer, info)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    average(trainer, info)
+    kept = average.weights(trainer)
+    if rank == 0:
+        assert all(torch.allclose(kept[name], 2 * value) for name, value in whole.state_dict().items())
+        torch.save(kept, f"{folder}/kept.pt")
+    dist.barrier()
+    again = Average(0.5, 1.0, num_steps=2)
+    again.load_weights(trainer, torch.load(f"{folder}/kept.pt", weights_only=True))
+    for mine, theirs, parameter in zip(again.average, average.average, model.parameters(), strict=True):
+        assert torch.equal(mine.to_local(), theirs.to_local())
+        assert torch.allclose(parameter.to_local(), 1.5 * mine.to_local())
+    dist.destroy_process_group()
+
+
+def test_a_split_model_is_averaged_part_by_part(tmp_path):
+    on_ranks(split_over_processes, 2, str(tmp_path))
 
 
 @pytest.mark.parametrize(("flag", "value"), [("ema", 1.0), ("ema", -0.1), ("ema_share", 0.0)])
