@@ -214,7 +214,8 @@ class NanochatModel(NanochatPreTrainedModel):
         rope = ops.rope_tables(position_ids, config.head_dim, float(config.rope_theta), config.rope_in_bfloat16)
         x = norm(x, eps)
         if self.smear is not None:
-            last = token_before(config, past_key_values) if previous_ids is None else previous_ids
+            paged = "cache" in kwargs  # transformers' continuous batching has a cache of its own
+            last = token_before(config, past_key_values, paged) if previous_ids is None else previous_ids
             last = None if last is None else norm(self.embed_tokens(last).to(x.dtype), eps)
             borders = kwargs.get("cu_seq_lens_q") if past_key_values is None else None
             x = self.smear(x, last, follows(position_ids, attention_mask, len(x), borders))

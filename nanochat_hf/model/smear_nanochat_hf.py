@@ -60,17 +60,16 @@ def history_of(cache: Cache | None) -> TokenHistory | LastToken | None:
     return next((layer for layer in layers if isinstance(layer, TokenHistory | LastToken)), None)
 
 
-def token_before(config: NanochatConfig, cache: Cache | None) -> Tensor | None:
+def token_before(config: NanochatConfig, cache: Cache | None, paged: bool) -> Tensor | None:
     """The id (B, 1) of the token before those that a call with this cache brings; None where there is none.
 
-    Raises ValueError for a cache that was filled without its tokens being remembered, and for attention over pages of
-    many requests, where no cache is given.
+    Raises ValueError for a cache that was filled without its tokens being remembered, and for continuous batching over
+    pages of many requests, of which the caller says that it is `paged`.
     """
-    implementation = config._attn_implementation
-    if implementation.startswith("paged") or implementation == "vllm":
+    if paged or config._attn_implementation.startswith(("paged", "vllm")):
         raise ValueError(
-            f"attention {implementation} batches pages of requests and does not give the token before each, which "
-            "smear needs; generate with a cache of transformers, or by nanochat_hf.generation"
+            "continuous batching over pages does not give the token before each, which smear needs; "
+            "generate with a cache of transformers, or by nanochat_hf.generation.Continuous"
         )
     history = history_of(cache)
     if history is not None:

@@ -104,9 +104,11 @@ def test_what_cannot_know_the_token_before_is_refused(model):
     without = build(smear=True, use_value_embeddings=False)
     with pytest.raises(ValueError, match="the token before is looked up by id"):
         without(inputs_embeds=torch.zeros(1, 2, 64))
-    model.config._attn_implementation = "paged|sdpa"
+    with pytest.raises(ValueError, match="continuous batching over pages does not give the token before"):
+        model(tokens(1, 2), cache=object())
+    model.config._attn_implementation = "paged|eager"
     try:
-        with pytest.raises(ValueError, match="attention paged|sdpa batches pages"):
+        with pytest.raises(ValueError, match="continuous batching over pages"):
             model(tokens(1, 2))
     finally:
         model.config._attn_implementation = "sdpa"
