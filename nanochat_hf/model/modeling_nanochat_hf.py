@@ -249,7 +249,7 @@ class NanochatModel(NanochatPreTrainedModel):
         if middle is not None:
             x = x - self.backout_lambda[0] * middle  # ty: ignore[not-subscriptable]  there is one where a middle is
         if self.smear is not None and previous_ids is None and past_key_values is not None:
-            remember(past_key_values, input_ids)  # ty: ignore[invalid-argument-type]  refused above without ids
+            remember(past_key_values, input_ids)  # ty: ignore[invalid-argument-type]  without ids the call has ended above
         x = norm(x, eps)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
