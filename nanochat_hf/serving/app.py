@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -64,7 +64,7 @@ class Sending(Response):
 
 
 @contextlib.asynccontextmanager
-async def _watched(receive: Receive, stream: Stream) -> AsyncIterator[None]:
+async def _watched(receive: Receive, stream: Stream) -> AsyncGenerator[None]:
     """Close the stream when the client goes, and at the end."""
 
     async def watch() -> None:
@@ -84,7 +84,7 @@ def build_app(site: Site) -> Starlette:
     """The application of one model; its scheduler starts and stops with it."""
 
     @contextlib.asynccontextmanager
-    async def life(app: Starlette) -> AsyncIterator[None]:
+    async def life(app: Starlette) -> AsyncGenerator[None]:
         site.scheduler.start()
         yield
         await asyncio.to_thread(site.scheduler.stop)

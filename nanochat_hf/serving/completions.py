@@ -38,7 +38,7 @@ class Completions:
 
     def writer(self, request: int) -> Writer:
         """What reads one sample's tokens."""
-        return Writer(self.served.tokenizer, self.stops)
+        return Writer(self.served.tokenizer, self.stops, plain=True)
 
     def first(self, request: int) -> dict[str, Any] | None:
         """A choice's first chunk, none without echo."""

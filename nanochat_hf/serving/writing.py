@@ -38,7 +38,7 @@ class Writer:
     Text that may be the beginning of a stop string is held back, and so is a call until it is whole. `declared` are
     the names of the request's tools; any other call is the calculator's. `opened` is what the prompt has already
     begun of a call. `stopped` tells that the answer ends here, though the model would go on: a stop string was met,
-    or with `one_call` the first call is whole.
+    or with `one_call` the first call is whole. A `plain` writer knows no calls: all but special tokens is text.
     """
 
     def __init__(
@@ -48,8 +48,11 @@ class Writer:
         declared: frozenset[str] = frozenset(),
         opened: Sequence[int] = (),
         one_call: bool = False,
+        plain: bool = False,
     ) -> None:
         self.pieces, self.stops, self.declared, self.one_call = Pieces(tokenizer), stops, declared, one_call
+        if plain:
+            self.pieces.opening, self.pieces.closing = {}, set()
         self.special = frozenset(tokenizer.all_special_ids)
         self.parts: list[Part] = []  # all of the answer so far, in the form that a conversation takes
         self.calls: list[tuple[str, str]] = []
