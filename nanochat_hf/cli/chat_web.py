@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import secrets
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from nanochat_hf.serving.app import Site
 
 PREFILL = 512  # tokens of prompts in one pass: reading more at once would hold up the running answers
-MISSING = "the server needs starlette and uvicorn; pip install 'nanochat_hf[web]'"
 
 
 def model_name(model: str) -> str:
@@ -62,18 +62,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     check_sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     if args.rows < 1 or args.waiting < 0:
         raise ValueError(f"--rows {args.rows} --waiting {args.waiting}: at least 1 and 0")
+    if args.share and not find_spec("gradio"):
+        raise ValueError("--share needs gradio, whose tunnel it uses; pip install gradio, or leave it out")
     if args.api_key == "":
         raise ValueError("--api-key is empty; give a key, or leave the flag out to serve everyone who can connect")
     return args
 
 
 def build_site(args: argparse.Namespace) -> "Site":
-    """The model, its scheduler and what the page shows; ValueError where a package or the model is missing."""
-    try:
-        from nanochat_hf.serving.app import Site
-    except ImportError:
-        raise ValueError(MISSING) from None
+    """The model, its scheduler and what the page shows; ValueError where the model cannot be served."""
     from nanochat_hf.serving import Scheduler, Served
+    from nanochat_hf.serving.app import Site
 
     model, tokenizer = load_model(args)
     engine = Continuous(model, tokenizer, rows=args.rows, length=args.length)
@@ -95,10 +94,8 @@ def build_site(args: argparse.Namespace) -> "Site":
 
 def share(port: int) -> str:
     """A public address that leads to this port, by gradio's tunnel; ValueError where there is none."""
-    try:
-        from gradio.networking import setup_tunnel
-    except ImportError:
-        raise ValueError("--share needs gradio, whose tunnel it uses; pip install gradio, or leave it out") from None
+    from gradio.networking import setup_tunnel
+
     try:
         return setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
     except Exception as error:
@@ -109,11 +106,11 @@ def share(port: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Serve until Ctrl-C."""
     args = parse(argv)
-    site = build_site(args)
-    import uvicorn
+    import uvicorn  # before the model is loaded: where it is missing, one line says so at once
 
     from nanochat_hf.serving.app import build_app
 
+    site = build_site(args)
     address = f"http://{args.host}:{args.port}"
     print(f"{site.served.name}: the page is {address}, the API {address}/v1 (Ctrl-C ends it)", file=sys.stderr)
     if args.share:

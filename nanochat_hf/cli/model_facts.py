@@ -45,8 +45,9 @@ def sources(settings: Mapping[str, Any], card: str | None = None) -> list[str]:
 def about(model: PreTrainedModel, trained_on: Sequence[str]) -> str:
     """Two lines: size, and data."""
     config, size = model.config, sum(p.numel() for p in model.parameters())
+    layers = config.num_hidden_layers
     lines = [
-        f"{_shown(size)} parameters, {config.num_hidden_layers} layers, {config.vocab_size:,} tokens, "
+        f"{_shown(size)} parameters, {layers} layer{'s' * (layers > 1)}, {config.vocab_size:,} tokens, "
         f"{config.max_position_embeddings:,} positions."
     ]
     return "\n".join([*lines, *([f"Trained on {', '.join(trained_on)}."] if trained_on else [])])

@@ -57,8 +57,8 @@ class Completions:
         return "stop" if finished or writer.stopped else "length"
 
     def _prompt(self, request: int) -> str:
-        special = self.served.tokenizer.all_special_ids
-        return decode(self.served.tokenizer, [i for i in self.requests[request].prompt if i not in special])
+        served = self.served
+        return decode(served.tokenizer, [i for i in self.requests[request].prompt if i not in served.special])
 
     def _scored(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
         if not self.log_probs:

@@ -14,6 +14,7 @@ from nanochat_hf.generation import Continuous, Request
 
 from .errors import too_long
 from .fields import Fields
+from .writing import special_ids
 
 CHARACTERS_A_TOKEN = 16  # a text with more characters for each position is refused before it is tokenised
 
@@ -41,7 +42,7 @@ class Served:
         # a copy, because the engine's is used on another thread and encoding changes its state
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(engine.tokenizer)
         self.seed, self.count, self.created = seed, itertools.count(), int(time.time())
-        self.bytes = _bytes_of_letters()
+        self.special, self.bytes = special_ids(self.tokenizer), _bytes_of_letters()
 
     def sampling(self, fields: Fields) -> Sampling:
         """How a request samples; temperature is 1 where it is not given, as with OpenAI."""
@@ -81,7 +82,7 @@ class Served:
         """The bytes of a token."""
         text = self.tokenizer.convert_ids_to_tokens(token)
         assert isinstance(text, str)
-        if token in self.tokenizer.all_special_ids or not all(letter in self.bytes for letter in text):
+        if token in self.special or not all(letter in self.bytes for letter in text):
             return text.encode()
         return bytes(self.bytes[letter] for letter in text)
 

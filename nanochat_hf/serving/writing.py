@@ -53,7 +53,7 @@ class Writer:
         self.pieces, self.stops, self.declared, self.one_call = Pieces(tokenizer), stops, declared, one_call
         if plain:
             self.pieces.opening, self.pieces.closing = {}, set()
-        self.special = frozenset(tokenizer.all_special_ids)
+        self.special = special_ids(tokenizer)
         self.parts: list[Part] = []  # all of the answer so far, in the form that a conversation takes
         self.calls: list[tuple[str, str]] = []
         self.stopped = False
@@ -156,6 +156,11 @@ class Writer:
     def _called(self, call: tuple[str, str], out: Written) -> None:
         self.calls.append(call)
         out.calls.append(call)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of all special tokens; transformers' `all_special_ids` has only those with a role."""
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def _overlap(text: str, stop: str) -> int:
