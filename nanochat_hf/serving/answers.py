@@ -46,7 +46,7 @@ class Asked(Protocol):
         """A choice's first chunk."""
         ...
 
-    def piece(self, written: Written, writer: Writer) -> Json:
+    def piece(self, written: Written) -> Json:
         """A choice's next chunk."""
         ...
 
@@ -67,20 +67,14 @@ class Choice:
         self.tokens: list[Token] = []
         self.read, self.over, self.finished = 0, False, False
 
-    def take(self, update: Update) -> Written:
+    def take(self, update: Update) -> list[Written]:
         """The next tokens → what can be shown. The choice is `over` at their end, or where its writer stopped."""
         written = self.writer.feed(update.ids, update.log_probs, update.top)
         self.read += len(update.ids)
         if update.done or self.writer.stopped:
             self.over, self.finished = True, update.finished
-            last = self.writer.end()
-            written = Written(
-                written.text + last.text,
-                written.tokens + last.tokens,
-                written.parts + last.parts,
-                written.calls + last.calls,
-            )
-        self.tokens += written.tokens
+            written += self.writer.end()
+        self.tokens += [token for one in written for token in one.tokens]
         return written
 
 
@@ -94,7 +88,7 @@ class Answer:
         self.choices = [Choice(asked, i // samples, i) for i in range(len(asked.requests) * samples)]
         self.head = {"id": asked.id_prefix + uuid4().hex, "created": int(time.time()), "model": asked.served.name}
 
-    async def _updates(self) -> AsyncIterator[tuple[Choice, Written]]:
+    async def _updates(self) -> AsyncIterator[tuple[Choice, list[Written]]]:
         """What comes, until all choices are over or the stream is closed."""
         while not all(choice.over for choice in self.choices):
             updates = await self.stream.next()
@@ -133,10 +127,10 @@ class Answer:
                 if first is not None:
                     yield self._event(choice, first, None)
             async for choice, written in self._updates():
-                if written:
-                    yield self._event(choice, asked.piece(written, choice.writer), None)
+                for one in written:
+                    yield self._event(choice, asked.piece(one), None)
                 if choice.over:
-                    last = asked.piece(Written(), choice.writer)
+                    last = asked.piece(Written(0))
                     yield self._event(choice, last, asked.reason(choice.writer, choice.finished))
             if asked.usage:
                 yield _line({**self.head, "object": asked.chunk_kind, "choices": [], "usage": self._usage()})

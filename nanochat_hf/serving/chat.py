@@ -46,14 +46,13 @@ class Chat:
         """A choice's first chunk."""
         return {"delta": {"role": "assistant", "content": "", "refusal": None}}
 
-    def piece(self, written: Written, writer: Writer) -> dict[str, Any]:
+    def piece(self, written: Written) -> dict[str, Any]:
         """A choice's next chunk. Beside OpenAI's fields, `parts` are what the calculator was asked and said."""
         delta: dict[str, Any] = {"content": written.text} if written.text else {}
         if written.parts:
             delta["parts"] = written.parts
         if written.calls:
-            before = len(writer.calls) - len(written.calls)
-            delta["tool_calls"] = [{"index": before + i, **call(c)} for i, c in enumerate(written.calls)]
+            delta["tool_calls"] = [{"index": written.start + i, **call(one)} for i, one in enumerate(written.calls)]
         return {"delta": delta} | self._scored(written.tokens)
 
     def whole(self, writer: Writer, tokens: Sequence[Token], request: int) -> dict[str, Any]:

@@ -44,9 +44,9 @@ class Completions:
         """A choice's first chunk, none without echo."""
         return {"text": self._prompt(request), "logprobs": None} if self.echo else None
 
-    def piece(self, written: Written, writer: Writer) -> dict[str, Any]:
+    def piece(self, written: Written) -> dict[str, Any]:
         """A choice's next chunk."""
-        return {"text": written.text} | self._scored(written.tokens, len(writer.text) - len(written.text))
+        return {"text": written.text} | self._scored(written.tokens, written.start)
 
     def whole(self, writer: Writer, tokens: Sequence[Token], request: int) -> dict[str, Any]:
         """A choice, at once."""

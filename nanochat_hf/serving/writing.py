@@ -21,15 +21,16 @@ class Token:
 
 @dataclass
 class Written:
-    """What came since the last look: text, its tokens, whole parts (calculator), whole calls (name, arguments)."""
+    """The next that came: text and its tokens, or one part (the calculator's), or one call (name, arguments).
 
+    `start` is where it stands: of a text the characters before it, of a call the calls.
+    """
+
+    start: int
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.text or self.tokens or self.parts or self.calls)
 
 
 class Writer:
@@ -62,7 +63,7 @@ class Writer:
         self.waiting: list[tuple[int, Token]] = []  # tokens that were not given out, and where their text begins
         self.code: str | None = None  # of a call that is not whole
         for token in opened:
-            self._feed(token, None, Written())
+            self._feed(token, None, [])
 
     @property
     def text(self) -> str:
@@ -71,9 +72,9 @@ class Writer:
 
     def feed(
         self, ids: Sequence[int], log_probs: Sequence[float] = (), top: Sequence[Sequence[tuple[int, float]]] = ()
-    ) -> Written:
-        """Take the next ids; lists of log-probabilities are as long, or empty."""
-        out = Written()
+    ) -> list[Written]:
+        """Take the next ids; lists of log-probabilities are as long, or empty. What comes back is in order."""
+        out: list[Written] = []
         for i, token in enumerate(ids):
             if self.stopped:
                 break
@@ -81,9 +82,9 @@ class Writer:
             self._feed(token, scored, out)
         return out
 
-    def end(self) -> Written:
+    def end(self) -> list[Written]:
         """What was held back, once the sample is over. A call that is not whole is given where it names a tool."""
-        out = Written()
+        out: list[Written] = []
         if not self.stopped:
             self._pieces(self.pieces.rest(), out)
             self._give(self.held, out)
@@ -94,7 +95,7 @@ class Writer:
         self.code = None
         return out
 
-    def _feed(self, token: int, scored: Token | None, out: Written) -> None:
+    def _feed(self, token: int, scored: Token | None, out: list[Written]) -> None:
         pieces, before = self.pieces, self.pieces.kind
         if token in self.special and token not in pieces.opening and token not in pieces.closing:
             return  # a special token out of place is no text
@@ -108,7 +109,7 @@ class Writer:
         if pieces.kind != "text":
             self.code = ""
 
-    def _pieces(self, pieces: Sequence[tuple[str, str]], out: Written) -> None:
+    def _pieces(self, pieces: Sequence[tuple[str, str]], out: list[Written]) -> None:
         for kind, text in pieces:
             if kind != "text":
                 self.code = (self.code or "") + text
@@ -117,7 +118,7 @@ class Writer:
             self.held += text
             self._look_for_stops(out)
 
-    def _look_for_stops(self, out: Written) -> None:
+    def _look_for_stops(self, out: list[Written]) -> None:
         found = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
         if found:
             self._give(self.held[: min(found)], out)
@@ -128,19 +129,21 @@ class Writer:
         self._give(self.held[:ready], out)
         self.held = self.held[ready:]
 
-    def _give(self, text: str, out: Written) -> None:
+    def _give(self, text: str, out: list[Written]) -> None:
         if not text:
             return
-        out.text += text
+        if not out or not out[-1].text:
+            out.append(Written(self.given))
+        out[-1].text += text
         self.given += len(text)
-        out.tokens += [token for start, token in self.waiting if start < self.given]
+        out[-1].tokens += [token for start, token in self.waiting if start < self.given]
         self.waiting = [(start, token) for start, token in self.waiting if start >= self.given]
         if self.parts and self.parts[-1]["type"] == "text":
             self.parts[-1]["text"] += text
         else:
             self.parts.append({"type": "text", "text": text})
 
-    def _close(self, kind: str, out: Written) -> None:
+    def _close(self, kind: str, out: list[Written]) -> None:
         """A call or an output is whole."""
         code, self.code = self.code or "", None
         call = _call(code, self.declared) if kind == "python" else None
@@ -151,11 +154,11 @@ class Writer:
         self._give(self.held, out)  # no stop string goes across a call
         self.held = ""
         self.parts.append({"type": kind, "text": code})
-        out.parts.append(self.parts[-1])
+        out.append(Written(self.given, parts=[self.parts[-1]]))
 
-    def _called(self, call: tuple[str, str], out: Written) -> None:
+    def _called(self, call: tuple[str, str], out: list[Written]) -> None:
+        out.append(Written(len(self.calls), calls=[call]))
         self.calls.append(call)
-        out.calls.append(call)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

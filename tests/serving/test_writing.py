@@ -18,19 +18,21 @@ def write(pieces, *, size=1, scored=False, **options):
     ids, writer, given = ids_of(TOKENIZER, pieces), Writer(TOKENIZER, **options), []
     for start in range(0, len(ids), size):
         some = ids[start : start + size]
-        given.append(writer.feed(some, [-float(i) for i in some] if scored else ()))
+        given += writer.feed(some, [-float(i) for i in some] if scored else ())
         if writer.stopped:
             break
-    given.append(writer.end())
+    given += writer.end()
     return "".join(w.text for w in given), writer, given
 
 
-def test_a_call_of_the_calculator_is_a_part_and_no_text():
-    text, writer, given = write(CALL)
+@pytest.mark.parametrize("size", [1, 4, 99])
+def test_a_call_of_the_calculator_is_a_part_and_no_text(size):
+    text, writer, given = write(CALL, size=size)
     assert text == writer.text == "so  cats 🙂"
     parts = [("text", "so "), ("python", "3*4"), ("python_output", "12"), ("text", " cats 🙂")]
     assert [(p["type"], p["text"]) for p in writer.parts] == parts
-    assert [p["type"] for w in given for p in w.parts] == ["python", "python_output"]
+    merged = "".join(w.text or f"[{w.parts[0]['text']}]" for w in given)
+    assert merged == "so [3*4][12] cats 🙂", "in order, whatever arrives together"
     assert "\ufffd" not in text and not writer.calls and not writer.stopped
 
 
