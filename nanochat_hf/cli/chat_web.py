@@ -24,6 +24,8 @@ from .model_facts import about, examples, settings_of, sources
 if TYPE_CHECKING:
     from nanochat_hf.serving.app import Site
 
+IDLE = 100  # connections beyond those that can be answered; with more, a new one gets a 503
+GRACE = 3  # seconds that running answers have to end after Ctrl-C
 PREFILL = 512  # tokens of prompts in one pass: reading more at once would hold up the running answers
 
 
@@ -116,7 +118,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.share:
         print(f"public: {share(args.port)}", file=sys.stderr)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.run(build_app(site), host=args.host, port=args.port, log_level="warning")
+        uvicorn.run(
+            build_app(site),
+            host=args.host,
+            port=args.port,
+            log_level="warning",
+            limit_concurrency=args.rows + args.waiting + IDLE,
+            timeout_graceful_shutdown=GRACE,
+        )
 
 
 if __name__ == "__main__":

@@ -67,13 +67,13 @@ class Script:
 
 
 @contextlib.contextmanager
-def running(engine, *, key=None, waiting=64, settings=None):
+def running(engine, *, name=NAME, key=None, waiting=64, settings=None):
     """(address, Site) of a server of `engine`."""
     import uvicorn
 
     from nanochat_hf.serving.app import Site, build_app
 
-    site = Site(Served(NAME, engine), Scheduler(engine, waiting), key, settings)
+    site = Site(Served(name, engine), Scheduler(engine, waiting), key, settings)
     server = uvicorn.Server(uvicorn.Config(build_app(site), port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
