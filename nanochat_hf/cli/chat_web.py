@@ -88,7 +88,7 @@ def build_site(args: argparse.Namespace) -> "Site":
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
-        "max_new_tokens": min(args.max_new_tokens, engine.length),
+        "max_new_tokens": args.max_new_tokens,
     }
     served = Served(args.name or model_name(args.model), engine, args.max_new_tokens, args.seed)
     return Site(served, Scheduler(engine, args.waiting), args.api_key, settings)

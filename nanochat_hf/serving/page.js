@@ -96,6 +96,7 @@ function number(id) {
 }
 
 function body() {
+  const limit = number("max_tokens");
   const system = settings.system ? [{ role: "system", content: settings.system }] : [];
   return JSON.stringify({
     model: settings.model,
@@ -103,7 +104,7 @@ function body() {
     temperature: number("temperature"),
     top_k: number("top_k"),
     top_p: settings.top_p,
-    max_tokens: number("max_tokens"),
+    max_tokens: limit === settings.max_new_tokens ? undefined : limit, // left out, the server fits it into what is free
     stream: true,
     stream_options: { include_usage: true },
   });
@@ -160,12 +161,16 @@ async function answer() {
       scroll();
     }
     const rate = tokens / ((performance.now() - begun) / 1000);
-    turn.note = `${tokens} tokens, ${rate.toFixed(rate < 10 ? 1 : 0)}/s${reason === "length" ? ", cut at the limit" : ""}`;
+    const shown = Number.isFinite(rate) && tokens ? `, ${rate.toFixed(rate < 10 ? 1 : 0)}/s` : "";
+    turn.note = `${tokens} tokens${shown}${reason === "length" ? ", cut at the limit" : ""}`;
   } catch (error) {
     if (error.name === "AbortError") turn.note = "stopped";
-    else complain(error.message);
+    else {
+      complain(error.message);
+      turn.note = turn.parts.length ? "failed" : "";
+    }
   }
-  if (!turn.parts.length && turn.note !== "stopped") turns.pop();
+  if (!turn.note) turns.pop();
   running = null;
   show();
   at("text").focus();
