@@ -29,9 +29,15 @@ from nanochat_hf.cli.quickstart import VOCABULARY, model_config
 from nanochat_hf.config import user_errors
 from nanochat_hf.tasks.embedded import docstring_corpus
 from nanochat_hf.tokenizer import load_tokenizer, train_tokenizer
-from scripts.benchmarks.measure import report
+from scripts.benchmarks.measure import record, report
 
 STARTING = 120  # seconds that the server may take to answer
+NAMES = {  # of the columns, in a record
+    "tok/s": ("rate", "tokens/s"),
+    "first token s": ("slowest first token", "s"),
+    "first done s": ("first stream done", "s"),
+    "last done s": ("last stream done", "s"),
+}
 QUESTION = "Spell the word: elephant"
 
 
@@ -158,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timings of each, in turns; the median counts")
     parser.add_argument("--limit", type=float, default=120, help="seconds after which a stream has failed")
     parser.add_argument("--json", help="also write the figures there")
+    parser.add_argument("--record", help="folder of the record to write")
     args = parser.parse_args(argv)
     if not (2 <= args.streams <= 256 and args.tokens >= 2 and args.repeats >= 1):
         raise ValueError(
@@ -169,6 +176,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with server(args.model or folder, args.streams) as port:
             rows = measure(port, args)
     report(rows, args.json)
+    if args.record:
+        about = f"Streams of {args.tokens} tokens over loopback, {args.repeats} runs of each in turn"
+        print(record(args.record, about, rows, NAMES))
     if any(row["failed"] for row in rows):
         sys.exit(1)
 
