@@ -39,7 +39,7 @@ def peak_memory(device):
 
 
 def record(folder, about, rows, names):
-    """Write a record of `rows`, whose columns `names` maps to (name, unit), with the load of the machine as its note."""
+    """Write a record of `rows`, whose columns `names` maps to (name, unit); its note is the load of the machine."""
     renamed = [{names.get(key, (key, None))[0]: value for key, value in row.items()} for row in rows]
     units = {name: unit for name, unit in names.values() if unit}
     note = f"{cpu.available_cores()} cores, load {os.getloadavg()[0]:.1f} at the end"
