@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
 WORKERS ?= 2
-.PHONY: drill test test-clients test-kernels test-xla quickstart quickstart-clean lint docs
+.PHONY: drill screenshots test test-clients test-kernels test-xla quickstart quickstart-clean lint docs
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,11 @@ test-xla: $(VENV)/.installed $(XLA)/.installed
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m scripts.quickstart
+
+# the chat page with the quickstart's model, in a real Chromium, which has to be installed
+screenshots: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q playwright
+	$(VENV)/bin/python -m scripts.screenshots
 
 quickstart-clean:
 	rm -rf runs/quickstart

@@ -21,11 +21,12 @@ from nanochat_hf.errors import is_consequence, say_error
 # optional packages, and the extra of this package that installs each
 EXTRAS = {
     "cudnn": "cudnn",
-    "gradio": "web",
     "matplotlib": "plots",
+    "starlette": "web",
     "tensorboard": "tracking",
     "tiktoken": "eval",
     "trackio": "tracking",
+    "uvicorn": "web",
     "wandb": "tracking",
 }
 P = ParamSpec("P")

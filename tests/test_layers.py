@@ -14,6 +14,7 @@ LAYERS = (
         "hub",
         "training",
         "evals",
+        "serving",
         "generation",
         "interop",
         "packing",

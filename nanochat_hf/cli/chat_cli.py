@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from nanochat_hf.config import user_errors
@@ -64,6 +64,12 @@ def load_chat(args: argparse.Namespace) -> Chat:
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
     )
     check_sampling(**settings)
+    model, tokenizer = load_model(args)
+    return Chat(Engine(model, tokenizer), system=args.system, seed=args.seed, **settings)
+
+
+def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model of --model, ready to generate, and its tokenizer; ValueError where there is none."""
     folder = Path(args.model)
     if not folder.is_dir() and (folder.is_absolute() or args.model.count("/") != 1):
         raise ValueError(
@@ -83,7 +89,7 @@ def load_chat(args: argparse.Namespace) -> Chat:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval().to(device)
     except OSError as error:
         raise ValueError(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    return Chat(Engine(model, tokenizer), system=args.system, seed=args.seed, **settings)
+    return model, tokenizer
 
 
 def command(chat: Chat, line: str) -> None:

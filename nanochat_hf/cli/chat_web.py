@@ -1,157 +1,36 @@
-"""Talk to a model in the browser.
+"""Serve a model: a page to talk to it in the browser, and OpenAI's API for programs, on one port.
 
 python -m scripts.chat_web --model DIR    (needs the extra: pip install 'nanochat_hf[web]')
 
-The page is on this machine alone unless --host or --share says otherwise. What the calculator was asked and said stands
-in brackets. Answers are shown as plain text, nothing can be uploaded, and pictures of other hosts are not loaded.
+The page is http://127.0.0.1:7860, the API http://127.0.0.1:7860/v1: /v1/chat/completions, /v1/completions, /v1/models.
+Both are on this machine alone unless --host or --share says otherwise. Requests run together in --rows rows; the
+calculator's calls are answered. Nothing can be uploaded, and nothing is loaded from other hosts.
 """
 
 import argparse
 import contextlib
-import os
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
+import secrets
+import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanochat_hf.config import user_errors
-from nanochat_hf.generation import Chat, show
+from nanochat_hf.generation import Continuous, check_sampling
 
-from .chat_cli import add_model_arguments, load_chat
+from .chat_cli import add_model_arguments, load_model
+from .model_facts import about, examples, settings_of, sources
 
-REMEMBERED = 10_000  # answers whose ids the page can take up again
-WAITING = 16  # questions that may wait for their turn; more are refused
-BODY_BYTES = 4 * 2**20  # of a request; a conversation that fits a model is far smaller
-CHARACTERS_A_TOKEN = 16  # a text with more characters for each position is refused before it is tokenised
-NOT_SERVED = ("/upload", "/proxy=", "/file=", "/file/", "/stream/")  # what a page of texts needs none of
-POLICY = "img-src 'self' data: blob:; media-src 'self' blob:; object-src 'none'; frame-src 'none'; base-uri 'self'"
+if TYPE_CHECKING:
+    from nanochat_hf.serving.app import Site
 
-Scope = Mapping[str, Any]
-App = Callable[[Scope, Callable[..., Awaitable], Callable[..., Awaitable]], Awaitable[None]]
-
-
-class Answers:
-    """Finds the conversation that an earlier answer left: the page knows texts only, and a tool call is more."""
-
-    def __init__(self) -> None:
-        self.after: OrderedDict[tuple[str, ...], tuple[list, list]] = OrderedDict()
-
-    def store(self, turns: tuple[str, ...], chat: Chat) -> None:
-        """`turns` (texts, alternating) led to this state of `chat`."""
-        self.after[turns] = (list(chat.ids), list(chat.messages))
-        while len(self.after) > REMEMBERED:
-            self.after.popitem(last=False)
-
-    def restore(self, turns: tuple[str, ...], chat: Chat) -> None:
-        """Bring `chat` to where `turns` led; turns that were never seen here become plain text."""
-        # when stop was pressed, the page may not have shown the last piece
-        known = turns if turns in self.after else next((k for k in reversed(self.after) if _stopped(turns, k)), None)
-        if known:
-            chat.ids, chat.messages = (list(part) for part in self.after[known])
-        elif turns:
-            roles = ("user", "assistant")
-            chat.replay([*chat.messages, *({"role": roles[i % 2], "content": text} for i, text in enumerate(turns))])
-
-
-def _stopped(shown: tuple[str, ...], said: tuple[str, ...]) -> bool:
-    return shown[:-1] == said[:-1] and said[-1].startswith(shown[-1])
-
-
-def text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message as gradio's history holds it: a string, or a list of parts."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-class Page:
-    """Answers a question of the page; `base` holds model and settings."""
-
-    def __init__(self, base: Chat, system: str | None) -> None:
-        self.base, self.system, self.answers, self.asked = base, system, Answers(), 0
-
-    def respond(
-        self, message: str, history: Sequence[Mapping[str, Any]], temperature: float, top_k: float
-    ) -> Generator[str, None, None]:
-        """Yield the answer so far, again and again. ValueError for what cannot be asked."""
-        turns = tuple(map(text_of, history))
-        self._check_size(message, turns)
-        settings = self.base.settings | {"temperature": float(temperature), "top_k": int(top_k)}
-        # another seed for every question, so that a retry is a new try
-        chat = Chat(self.base.engine, system=self.system, seed=self.base.seed + self.asked, **settings)
-        self.asked += 1
-        self.answers.restore(turns, chat)
-        pieces, shown = chat.ask(message), ""
-        try:
-            for piece in show(pieces):
-                shown += piece
-                yield shown
-        finally:  # also when stop is pressed
-            pieces.close()
-            self.answers.store((*turns, message, shown), chat)
-
-    def _check_size(self, message: str, turns: tuple[str, ...]) -> None:
-        positions = getattr(self.base.engine.model.config, "max_position_embeddings", None)
-        length = len(message) + sum(map(len, turns))
-        if positions and length > positions * CHARACTERS_A_TOKEN:
-            raise ValueError(
-                f"the conversation has {length:,} characters, the model sees {positions:,} tokens; "
-                "clear it, or ask something shorter"
-            )
-
-
-class Guard:
-    """ASGI middleware: no uploads, no files, no large bodies; browsers are told to load nothing from elsewhere."""
-
-    def __init__(self, app: App) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Callable, send: Callable) -> None:
-        """Refuse with 403 or 413, or pass on."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        if any(part in scope["path"] for part in NOT_SERVED):
-            await _refuse(send, 403, "not served here")
-            return
-        body, complete = await _body(receive)
-        if not complete:
-            await _refuse(send, 413, f"a request has at most {BODY_BYTES:,} bytes")
-            return
-
-        async def receive_again() -> Mapping[str, Any]:
-            nonlocal body
-            if body is None:
-                return await receive()  # a later message tells that the browser has gone
-            message, body = {"type": "http.request", "body": body, "more_body": False}, None
-            return message
-
-        async def send_with_policy(message: Mapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                headers = [*message.get("headers", ()), (b"content-security-policy", POLICY.encode())]
-                message = {**message, "headers": headers}
-            await send(message)
-
-        await self.app(scope, receive_again, send_with_policy)
-
-
-async def _body(receive: Callable) -> tuple[bytes, bool]:
-    """(the body of a request, True), or (its beginning, False) where it is larger than BODY_BYTES."""
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body, more = body + message.get("body", b""), message.get("more_body", False)
-        if len(body) > BODY_BYTES:
-            return body, False
-    return body, True
-
-
-async def _refuse(send: Callable, status: int, reason: str) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
-    await send({"type": "http.response.body", "body": reason.encode()})
+IDLE = 100  # connections beyond those that can be answered; with more, a new one gets a 503
+GRACE = 3  # seconds that running answers have to end after Ctrl-C
+PREFILL = 512  # tokens of prompts in one pass: reading more at once would hold up the running answers
 
 
 def model_name(model: str) -> str:
-    """What the page calls a model, without the folders above it.
+    """What the page and the API call a model, without the folders above it.
 
     >>> model_name("/home/me/runs/poet/final"), model_name("me/poet")
     ('poet', 'me/poet')
@@ -163,82 +42,90 @@ def model_name(model: str) -> str:
     return folder.parent.name if folder.name in ("final", "best") else folder.name
 
 
-def build_page(argv: list[str] | None = None) -> tuple[Any, dict[str, Any], Page]:
-    """(gradio's ChatInterface, settings of its launch, Page); ValueError where gradio is missing or a flag is wrong."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; ValueError for values that cannot be."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default is this machine alone")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at")
+    parser.add_argument("--name", help="what requests call the model (default: from --model)")
+    parser.add_argument("--rows", type=int, default=32, help="answers that are computed together")
+    parser.add_argument("--waiting", type=int, default=64, help="answers that may wait beyond those; more get a 429")
+    parser.add_argument("--length", type=int, help="positions of prompt and answer together (default: the model's)")
+    parser.add_argument("--api-key", help="serve only requests that carry this key")
     parser.add_argument(
-        "--share", action="store_true", help="ask gradio for a public address: anyone who has it can use the model"
+        "--share",
+        action="store_true",
+        help="ask gradio for a public address: anyone who has it can use the model (needs gradio)",
     )
     args = parser.parse_args(argv)
-    # read when gradio is imported; also its question for a newer version
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    check_sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if args.rows < 1 or args.waiting < 0:
+        raise ValueError(f"--rows {args.rows} --waiting {args.waiting}: at least 1 and 0")
+    if args.share and not find_spec("gradio"):
+        raise ValueError("--share needs gradio, whose tunnel it uses; pip install gradio, or leave it out")
+    if args.api_key == "":
+        raise ValueError("--api-key is empty; give a key, or leave the flag out to serve everyone who can connect")
+    return args
+
+
+def build_site(args: argparse.Namespace) -> "Site":
+    """The model, its scheduler and what the page shows; ValueError where the model cannot be served."""
+    from nanochat_hf.serving import Scheduler, Served
+    from nanochat_hf.serving.app import Site
+
+    model, tokenizer = load_model(args)
+    engine = Continuous(model, tokenizer, rows=args.rows, length=args.length)
+    engine.prefill = PREFILL
+    card = Path(args.model) / "README.md"
+    trained_on = sources(settings_of(Path(args.model)), card.read_text("utf-8") if card.is_file() else None)
+    settings: dict[str, Any] = {
+        "about": about(model, trained_on),
+        "examples": examples(trained_on),
+        "system": args.system,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    served = Served(args.name or model_name(args.model), engine, args.max_new_tokens, args.seed)
+    return Site(served, Scheduler(engine, args.waiting), args.api_key, settings)
+
+
+def share(port: int) -> str:
+    """A public address that leads to this port, by gradio's tunnel; ValueError where there is none."""
+    from gradio.networking import setup_tunnel
+
     try:
-        import gradio
-    except ImportError:
-        raise ValueError("the page needs gradio, which is not installed; pip install 'nanochat_hf[web]'") from None
-    from starlette.middleware import Middleware
-
-    page = Page(load_chat(args), args.system)
-    interface = _interface(gradio, page, args)
-    # the default theme would fetch its fonts from elsewhere
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    launch = dict(
-        server_name=args.host,
-        server_port=args.port,
-        share=args.share,
-        theme=theme,
-        footer_links=[],
-        max_file_size=1,
-        app_kwargs={"middleware": [Middleware(Guard)]},
-    )
-    return interface, launch, page
-
-
-def _interface(gradio: Any, page: Page, args: argparse.Namespace) -> Any:
-    """A ChatInterface: one answer at a time, WAITING questions in the queue, texts shown as they are."""
-
-    def respond(*inputs: Any) -> Iterator[str]:
-        try:
-            with contextlib.closing(page.respond(*inputs)) as answers:
-                yield from answers
-        except ValueError as error:
-            raise gradio.Error(str(error)) from None
-
-    # without the button that publishes the chat
-    window = gradio.Chatbot(
-        buttons=["copy", "copy_all"],
-        show_label=False,
-        height=200,
-        scale=1,
-        render_markdown=False,
-        sanitize_html=True,
-    )
-    interface = gradio.ChatInterface(
-        respond,
-        chatbot=window,
-        title=f"nanochat_hf: {model_name(args.model)}",
-        api_name="chat",
-        concurrency_limit=1,
-        analytics_enabled=False,
-        additional_inputs=[
-            gradio.Slider(0, 2, args.temperature, label="temperature (0: greedy)"),
-            gradio.Slider(0, 200, args.top_k, step=1, label="top-k (0: all tokens)"),
-        ],
-    )
-    interface.queue(max_size=WAITING, default_concurrency_limit=1)
-    return interface
+        return setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+    except Exception as error:
+        raise ValueError(f"--share: gradio gave no public address ({error}); leave it out") from None
 
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
-    """Serve the page until Ctrl-C."""
-    interface, launch, _ = build_page(argv)
-    interface.launch(**launch)
+    """Serve until Ctrl-C."""
+    args = parse(argv)
+    import uvicorn  # before the model is loaded: where it is missing, one line says so at once
+
+    from nanochat_hf.serving.app import build_app
+
+    site = build_site(args)
+    address = f"http://{args.host}:{args.port}"
+    print(f"{site.served.name}: the page is {address}, the API {address}/v1 (Ctrl-C ends it)", file=sys.stderr)
+    if args.share:
+        print(f"public: {share(args.port)}", file=sys.stderr)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.run(
+            build_app(site),
+            host=args.host,
+            port=args.port,
+            log_level="warning",
+            limit_concurrency=args.rows + args.waiting + IDLE,
+            timeout_graceful_shutdown=GRACE,
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Timing for the benchmarks: medians of repeats, on any device."""
 
 import json
+import os
 import statistics
 import time
 from pathlib import Path
 
 import torch
+
+from nanochat_hf.machine import cpu
+from nanochat_hf.tools.record import table_of, write_record
 
 
 def wait(device):
@@ -32,6 +36,14 @@ def median_ms(function, device, *, warmup=3, repeats=7, inner=1):
 def peak_memory(device):
     """GiB at the peak since the last reset; None where the device does not count it."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def record(folder, about, rows, names):
+    """Write a record of `rows`, whose columns `names` maps to (name, unit); its note is the load of the machine."""
+    renamed = [{names.get(key, (key, None))[0]: value for key, value in row.items()} for row in rows]
+    units = {name: unit for name, unit in names.values() if unit}
+    note = f"{cpu.available_cores()} cores, load {os.getloadavg()[0]:.1f} at the end"
+    return write_record(folder, {"figures": table_of(about, renamed, units)}, note=note)
 
 
 def report(rows, path=None):

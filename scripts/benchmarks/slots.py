@@ -19,7 +19,7 @@ import torch
 from nanochat_hf.config import user_errors
 from nanochat_hf.generation import Continuous, Engine, Request
 from scripts.benchmarks.generate import NoTokens, load, timed
-from scripts.benchmarks.measure import peak_memory, report
+from scripts.benchmarks.measure import peak_memory, record, report
 
 
 class Lengths(Engine):
@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--compile", action="store_true", help="compile the steps; on CUDA one graph a step")
     parser.add_argument("--json", help="also write the figures there")
+    parser.add_argument("--record", help="folder of the record to write")
     args = parser.parse_args(argv)
     if min(args.rows, args.samples, args.prompt, args.tokens, args.repeats) < 1 or args.rows % args.samples:
         raise ValueError(f"--rows {args.rows} must be a multiple of --samples {args.samples}, all numbers at least 1")
@@ -125,7 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{name}, {dtype}, torch {torch.__version__}, {args.rows} rows, answers of 1 to {args.tokens} tokens",
         flush=True,
     )
-    report([row for answers in args.answers or [256, 2048] for row in measure(model, args, answers)], args.json)
+    rows = [row for answers in args.answers or [256, 2048] for row in measure(model, args, answers)]
+    report(rows, args.json)
+    if args.record:
+        about = f"{args.rows} rows, {args.samples} answers a prompt, of 1 to {args.tokens} tokens, {args.repeats} runs"
+        print(record(args.record, about, rows, {"tok/s": ("rate", "tokens/s")}))
     peak = peak_memory(device)
     if peak:
         print(f"peak memory {peak:.2f} GiB")

@@ -1,175 +1,102 @@
-"""The chat page: conversations taken up by their texts, over HTTP, and in a headless browser where there is one."""
+"""The server's command: its flags, what the page is told, and the page in a headless browser where there is one."""
 
+import json
+import re
 import shutil
-import socket
+import sys
+import threading
+import time
 
 import pytest
 import torch
 
 from nanochat_hf import NanochatConfig, NanochatForCausalLM
 from nanochat_hf.cli import chat_web
-from nanochat_hf.cli.chat_web import Answers, Page, build_page, model_name
-from nanochat_hf.conversation import render
-from nanochat_hf.generation import Chat, Engine
+from nanochat_hf.cli.chat_web import build_site, model_name, parse
+from nanochat_hf.cli.model_facts import GENERAL, about, examples, settings_of, sources
+from nanochat_hf.tasks.generated import SPELLING_BEE
 from nanochat_hf.tokenizer import train_tokenizer
+from tests.support.serving import TEXT
 
-CALL = ["so ", "<|python_start|>", "3*4", "<|python_end|>", "<|output_start|>", "12", "<|output_end|>", " cats"]
+CSP = "default-src 'none'; script-src 'self'; style-src 'self'"
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["The cat sat on the mat and counted 12 letters: naïve café 🙂 3*4"] * 3, 290)
-
-
-def endless():
-    """A model that says "!" for ever."""
-    sizes = dict(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=100_000, sliding_window=64
-    )
-    model = NanochatForCausalLM(NanochatConfig(vocab_size=290, **sizes)).eval()
+def folder(tmp_path_factory):
+    """final/ of a run; its model says "!" for ever."""
+    final = tmp_path_factory.mktemp("secretplace") / "poet" / "final"
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=4000)
+    model = NanochatForCausalLM(NanochatConfig(vocab_size=290, **sizes))
     torch.nn.init.zeros_(model.lm_head.weight)
-    return model
-
-
-class Scripted(Engine):
-    """An engine whose stream is a list of ids; keeps prompts and seeds."""
-
-    def __init__(self, tokenizer, answer):
-        super().__init__(endless(), tokenizer)
-        self.answer, self.prompts, self.seeds = answer, [], []
-
-    def stream(self, prompt, seed, **settings):
-        self.prompts.append(prompt)
-        self.seeds.append(seed)
-        yield from self.answer
-
-
-def ids(tokenizer, pieces):
-    return [
-        i
-        for p in pieces
-        for i in (
-            [tokenizer.convert_tokens_to_ids(p)]
-            if p.startswith("<|")
-            else tokenizer.encode(p, add_special_tokens=False)
-        )
-    ]
-
-
-def test_a_second_question_and_a_retry_continue_the_ids_of_what_was_said(tokenizer):
-    engine = Scripted(tokenizer, ids(tokenizer, CALL))
-    page = Page(Chat(engine, temperature=1.0), "be brief")
-    *_, shown = page.respond("3*4?", [], 1.0, 50)
-    assert shown == "so [3*4 → 12] cats"
-    history = [{"role": "user", "content": "3*4?"}, {"role": "assistant", "content": [{"type": "text", "text": shown}]}]
-    for _ in range(2):
-        list(page.respond("sure?", history, 1.0, 50))
-    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "3*4?"}]
-    parts = [
-        {"type": k, "text": t}
-        for k, t in (("text", "so "), ("python", "3*4"), ("python_output", "12"), ("text", " cats"))
-    ]
-    expected = render(tokenizer, {"messages": [*said, {"role": "assistant", "content": parts}]})[0]
-    assert engine.prompts[1] == engine.prompts[2] and engine.prompts[1][: len(expected)] == expected, (
-        "the call, not its text"
-    )
-    assert len(set(engine.seeds)) == 3, "a retry is a new try"
-
-
-def test_texts_that_were_never_said_here_are_taken_as_texts(tokenizer):
-    engine = Scripted(tokenizer, ids(tokenizer, ["ok"]))
-    page = Page(Chat(engine), None)
-    list(page.respond("c", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], 0.0, 0))
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert (
-        engine.prompts[0][: len(render(tokenizer, {"messages": messages})[0])]
-        == render(tokenizer, {"messages": messages})[0]
-    )
-
-
-def test_old_conversations_are_forgotten(tokenizer, monkeypatch):
-    monkeypatch.setattr("nanochat_hf.cli.chat_web.REMEMBERED", 2)
-    answers, chat = Answers(), Chat(Scripted(tokenizer, []))
-    for i in range(3):
-        answers.store((str(i), "x"), chat)
-    assert list(answers.after) == [("1", "x"), ("2", "x")]
-
-
-def test_stop_keeps_what_was_said(tokenizer):
-    engine = Scripted(tokenizer, ids(tokenizer, CALL))
-    page = Page(Chat(engine), None)
-    stream = page.respond("3*4?", [], 0.0, 50)
-    shown = next(stream)
-    stream.close()
-    assert shown == "s" and ("3*4?", shown) in page.answers.after
-    list(
-        page.respond("what?", [{"role": "user", "content": "3*4?"}, {"role": "assistant", "content": ""}], 0.0, 50)
-    )  # it showed less
-    assert engine.prompts[1][: len(engine.prompts[0]) + 1] == [*engine.prompts[0], engine.answer[0]]
+    model.save_pretrained(final)
+    train_tokenizer(TEXT, 290).save_pretrained(final)
+    data = [{"path": "/home/me/secretplace/chats.jsonl"}, {"task": "spelling_bee"}, {"task": "calculator"}]
+    (final.parent / "config.json").write_text(json.dumps({"train_data": data}))
+    return final
 
 
 @pytest.fixture(scope="module")
-def site(tokenizer, tmp_path_factory):
-    """(address, Page, interface) of a running page; the model says "!" as often as it may."""
-    pytest.importorskip("gradio", reason="gradio (the extra web) is not installed")
-    folder = tmp_path_factory.mktemp("secretplace") / "poet" / "final"
-    endless().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    interface, launch, page = build_page(["--model", str(folder), "--port", str(port), "--max-new-tokens", "300"])
-    assert launch["server_name"] == "127.0.0.1" and launch["share"] is False
-    interface.launch(**launch, prevent_thread_lock=True, quiet=True)
-    yield f"http://127.0.0.1:{port}", page, interface
-    interface.close()
+def page(folder):
+    """The address of a running server with a slow model."""
+    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn (the extra web) is not installed")
+    from nanochat_hf.serving.app import build_app
+
+    site = build_site(parse(["--model", str(folder), "--dtype", "float32", "--max-new-tokens", "3000"]))
+    step = site.scheduler.engine.step
+    site.scheduler.engine.step = lambda: (time.sleep(0.01), step())[1]
+    server = uvicorn.Server(uvicorn.Config(build_app(site), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
 
 
-def test_the_page_streams_over_http(site):
-    site[1].base.settings["max_new_tokens"] = 300
-    client = pytest.importorskip("gradio_client").Client(site[0], verbose=False)
-    job = client.submit("hi", 0.0, 0, api_name="/chat")
-    assert set(job.result(timeout=120)) == {"!"} and len(job.outputs()) > 3, "it comes in pieces"
-    with pytest.raises(Exception, match="the model sees 100000"):
-        client.predict("cat " * 100_000, 0.0, 0, api_name="/chat")
-    with pytest.raises(Exception, match="characters, the model sees 100,000 tokens"):
-        client.predict("c" * 1_600_001, 0.0, 0, api_name="/chat")
+def test_the_page_is_three_files_that_load_nothing_else(page):
+    requests = pytest.importorskip("requests", reason="requests is not installed")
+    texts = {}
+    for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+        answer = requests.get(page + path)
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
+        assert answer.headers["content-security-policy"].startswith(CSP)
+        texts[path] = answer.text
+    assert not re.findall(r"""https?://|(?:src|href)="(?!page\.|data:,)""", "".join(texts.values()))
+    assert "<script>" not in texts["/"] and "style=" not in texts["/"] and "innerHTML" not in texts["/page.js"]
+    for path in ("/page.html", "/../setup.cfg", "/config.json", "/docs"):
+        assert requests.get(page + path).status_code == 404
 
 
-def test_the_page_names_no_folder_and_serves_and_takes_no_file(site, tmp_path):
-    requests = pytest.importorskip("httpx")
-    folder = site[1].base.engine.model.name_or_path
-    assert "secretplace" in folder and "poet" in folder
-    for path in ("/", "/config", "/gradio_api/info"):
-        answer = requests.get(site[0] + path)
-        assert answer.status_code == 200 and "img-src 'self' data: blob:;" in answer.headers["content-security-policy"]
-        assert "secretplace" not in answer.text and str(tmp_path.parent.parent) not in answer.text
-    assert "nanochat_hf: poet" in requests.get(site[0] + "/config").text
-    assert requests.post(site[0] + "/gradio_api/upload", files={"files": b"x"}).status_code == 403
-    assert requests.get(site[0] + f"/gradio_api/file={folder}/config.json").status_code == 403
-    large = b"x" * (chat_web.BODY_BYTES + 1)
-    assert requests.post(site[0] + "/gradio_api/queue/join", content=large).status_code == 413
-    config = requests.get(site[0] + "/config").json()
-    (chatbot,) = (c["props"] for c in config["components"] if c["type"] == "chatbot")
-    assert chatbot["render_markdown"] is False and chatbot["sanitize_html"] is True
+def test_the_page_is_told_of_model_and_data_without_folders(page):
+    requests = pytest.importorskip("requests", reason="requests is not installed")
+    answer = requests.get(f"{page}/settings")
+    told = answer.json()
+    assert told["model"] == "poet" and "secretplace" not in answer.text
+    assert "Trained on chats.jsonl, spelling_bee, calculator." in told["about"] and "1 layers" not in told["about"]
+    assert len(told["examples"]) == 4 and told["key"] is False and told["max_new_tokens"] == 3000
 
 
-def test_one_answer_at_a_time_and_a_queue_with_an_end(site, tokenizer):
-    interface = site[2]
-    assert interface._queue.max_size == chat_web.WAITING
-    chats = [f for f in interface.fns.values() if f.api_name == "chat"]
-    assert chats and all(f.concurrency_limit == 1 for f in chats)
+def test_examples_are_of_the_kinds_that_were_trained():
+    bee = SPELLING_BEE.to_conversation(SPELLING_BEE.load("test", limit=1)[0])["messages"][0]["content"]
+    asked = examples(["chats.jsonl", "spelling_bee", "calculator"])
+    assert asked[0] == bee and len(set(asked)) == 4 and not set(asked) & set(GENERAL)
+    assert examples([]) == list(GENERAL)
 
 
-def test_a_conversation_that_cannot_fit_is_refused_before_it_is_tokenised(tokenizer, monkeypatch):
-    engine = Scripted(tokenizer, ids(tokenizer, ["ok"]))
-    page = Page(Chat(engine), None)
-    monkeypatch.setattr(Chat, "ask", lambda *_: pytest.fail("was asked"))
-    monkeypatch.setattr(Answers, "restore", lambda *_: pytest.fail("was tokenised"))
-    history = [{"role": "user", "content": "a" * 900_000}, {"role": "assistant", "content": "b" * 700_000}]
-    with pytest.raises(ValueError, match="has 1,600,002 characters, the model sees 100,000 tokens"):
-        next(page.respond("no", history, 0.0, 0))
-    assert not engine.prompts
+def test_sources_come_from_the_run_or_else_from_the_card(folder, tmp_path):
+    assert sources(settings_of(folder)) == ["chats.jsonl", "spelling_bee", "calculator"]
+    assert settings_of(tmp_path) == {}
+    assert sources({}, "---\ndatasets:\n- org/chats\n- org/sums\n---\n# A model") == ["org/chats", "org/sums"]
+    assert sources({}, "---\n: [\n---") == sources({}, None) == []
+    (tmp_path / "training_config.json").write_text('{"train_data": [{"path": "org/chats"}]}')
+    assert sources(settings_of(tmp_path)) == ["org/chats"]
+
+
+def test_a_model_says_its_size():
+    config = NanochatConfig(vocab_size=290, hidden_size=32, num_hidden_layers=2, num_attention_heads=1)
+    told = about(NanochatForCausalLM(config), [])
+    assert "2 layers, 290 tokens" in told and "\n" not in told and "thousand parameters" in told
 
 
 def test_the_name_of_a_model_is_no_path(tmp_path):
@@ -180,53 +107,81 @@ def test_the_name_of_a_model_is_no_path(tmp_path):
     assert model_name("me/poet") == "me/poet"
 
 
-def test_in_a_browser_a_question_is_answered_stopped_and_tried_again(site, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--rows", "0"], "--rows 0"),
+        (["--waiting", "-1"], "--waiting -1"),
+        (["--api-key", ""], "--api-key is empty"),
+        (["--temperature", "-1"], "temperature=-1"),
+        (["--share"], "--share needs gradio"),
+        ([], "no such folder"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and value else None,
+)
+def test_flags_that_cannot_be_are_named_before_the_model_is_loaded(flags, reason, capsys, monkeypatch):
+    pytest.importorskip("uvicorn", reason="uvicorn (the extra web) is not installed")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit) as stop:
+        chat_web.main(["--model", "/nowhere/at/all", *flags])
+    assert stop.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_without_the_extra_one_line_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit):
+        chat_web.main(["--model", "/nowhere/at/all"])
+    assert "uvicorn is not installed; pip install 'nanochat_hf[web]'" in capsys.readouterr().err
+
+
+def test_in_a_browser_a_question_is_answered_stopped_edited_and_tried_again(page, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:
         pytest.skip("no chromium on this machine")
-    site[1].base.settings["max_new_tokens"] = 90_000
-    quiet = [
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--disable-quic",
-    ]
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch_persistent_context(
             tmp_path / "profile",
             executable_path=chromium,
             headless=True,
             args=["--no-sandbox", "--disable-gpu", *quiet],
+            viewport={"width": 390, "height": 800},
         )
-        page, asked = browser.new_page(), []
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(site[0])
-        box, last = page.locator("textarea").first, page.locator("[data-testid=bot]").last
-        box.fill("hi")
-        box.press("Enter")
-        page.wait_for_function(
-            "() => (document.querySelector('[data-testid=bot]')?.innerText.match(/!/g) || []).length > 5"
-        )
-        early = len(last.inner_text())
-        page.locator("button.stop-button").dispatch_event("click")
-        page.wait_for_timeout(500)
-        stopped = last.inner_text()
-        page.wait_for_timeout(1000)
-        assert last.inner_text() == stopped and early <= len(stopped) < 90_000, "it grew, and then it stopped"
-        chat = Chat(site[1].base.engine)
-        site[1].answers.restore(("hi", stopped), chat)
-        assert len(chat.messages) == 2 and len(chat.messages[1]["content"]) - len(stopped) in range(10), (
-            "a next question continues it"
-        )
-        page.get_by_label("Retry").last.click()
-        grown = (
-            "n => (m => m > 5 && m != n)((document.querySelector('[data-testid=bot]')?.innerText || '').trim().length)"
-        )
-        page.wait_for_function(grown, arg=len(stopped))  # the old answer is gone, a new one comes
-        page.locator("button.stop-button").dispatch_event("click")
-        page.screenshot(path=tmp_path / "page.png")
-        assert page.locator("[data-testid=user]").count() == 1 and page.locator("[data-testid=bot]").count() == 1
-        assert all(url.startswith((site[0], "data:", "blob:")) for url in asked), "the page asks nobody else"
+        window, asked, wrong = browser.new_page(), [], []
+        window.on("request", lambda request: asked.append(request.url))
+        window.on("pageerror", lambda error: wrong.append(str(error)))
+        window.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        window.goto(page)
+        window.wait_for_selector("#examples button")
+        assert window.title() == "poet" and window.locator("#examples button").count() == 4
+        assert window.evaluate("document.documentElement.scrollWidth") <= 390, "nothing stands out at the side"
+        window.keyboard.type("hi")  # the field has the focus
+        window.keyboard.press("Enter")
+        grown = "() => (document.querySelector('.assistant .said')?.textContent.match(/!/g) || []).length > 5"
+        window.wait_for_function(grown)
+        window.keyboard.press("Escape")
+        window.wait_for_selector("text=stopped")
+        stopped = window.locator(".assistant .said").inner_text()
+        window.wait_for_timeout(300)
+        assert window.locator(".assistant .said").inner_text() == stopped
+        window.get_by_role("button", name="Retry").click()
+        window.wait_for_function(grown)
+        window.get_by_role("button", name="Stop").click()
+        assert window.locator(".user").count() == window.locator(".assistant").count() == 1
+        window.get_by_role("button", name="Edit").click()
+        assert window.locator("#text").input_value() == "hi" and window.locator(".user").count() == 0
+        window.fill("#text", "ho")
+        window.get_by_label("New tokens").evaluate("e => e.value = 5")
+        window.get_by_role("button", name="Send").click()
+        window.wait_for_selector("text=/5 tokens, .*cut at the limit/")
+        with window.expect_download() as saved:
+            window.get_by_role("button", name="Save").click()
+        said = json.loads(saved.value.path().read_text())["messages"]
+        assert [(m["role"], m["content"]) for m in said] == [("user", "ho"), ("assistant", "!!!!!")]
+        window.get_by_label("Dark or light").click()
+        assert window.evaluate("document.documentElement.dataset.theme") == "dark"
+        window.get_by_role("button", name="New").click()
+        assert window.locator("#turns li").count() == 0 and window.locator("#welcome").is_visible()
+        assert not wrong and all(url.startswith((page, "data:", "blob:")) for url in asked), "the page asks nobody else"
         browser.close()
