@@ -188,7 +188,7 @@ class Continuous:
         for job in self.waiting:
             if job.prefix is not None:
                 continue
-            longest = max(longest, len(job.request.prompt) - 1)
+            longest = max(1, longest, len(job.request.prompt) - 1)
             if jobs and longest * (len(jobs) + 1) > self.prefill:
                 break
             jobs.append(job)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -119,7 +120,11 @@ class Scheduler:
 
         def begin() -> None:
             for number, request in enumerate(requests):
-                handle = self.engine.submit(request)
+                try:
+                    handle = self.engine.submit(request)
+                except ValueError as error:  # what the caller should have found; the thread must go on
+                    _call(loop, functools.partial(stream.fail, ApiError(400, str(error))))
+                    return
                 stream.handles.append(handle)
                 self.running[handle] = _Running(stream, number, loop, request.num_samples)
 

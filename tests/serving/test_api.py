@@ -346,3 +346,11 @@ def test_a_model_that_fails_fails_its_requests_alone(client, engine, monkeypatch
             list(chat(client, stream=True))
     assert "ZeroDivisionError" in caplog.text
     assert chat(client).choices and engine.idle
+
+
+def test_a_request_that_the_engine_refuses_does_not_end_the_thread(client, engine, monkeypatch):
+    with monkeypatch.context() as strict:
+        strict.setattr(engine, "length", 5)  # shorter than what the server was told
+        with pytest.raises(openai.BadRequestError, match="a row has 5"):
+            chat(client)
+    assert chat(client).choices
