@@ -4,7 +4,6 @@ Letters: G answers to a question; M answers and N trained tokens of a step, n to
 that is NaN is unknown: its answer has no part in the mean, and its advantage is 0.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -112,16 +111,3 @@ def overlong_penalty(length: int, longest: int, margin: int) -> float:
     if not margin or length <= longest - margin:
         return 0.0
     return max(-1.0, (longest - margin - length) / margin)
-
-
-def pass_at_k(answers: int, right: int, k: int) -> float:
-    """Chance that of k of these answers, drawn without replacement, one is right: 1 − C(n − c, k) ÷ C(n, k).
-
-    Unbiased (arXiv:2107.03374), unlike "one of the first k". ValueError where there are fewer than k answers.
-
-    >>> [pass_at_k(16, 3, k) for k in (1, 8)]
-    [0.1875, 0.9]
-    """
-    if not 1 <= k <= answers:
-        raise ValueError(f"pass@{k} needs at least {k} answers, there are {answers}; ask for more samples")
-    return 1 - math.comb(answers - right, k) / math.comb(answers, k)

@@ -1,7 +1,5 @@
 """Advantages and normalisations against loops that are written from the formulas."""
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -11,7 +9,6 @@ from nanochat_hf.rl.objectives import (
     advantages,
     is_mixed,
     overlong_penalty,
-    pass_at_k,
     token_factors,
 )
 
@@ -75,17 +72,3 @@ def test_a_sum_over_tokens_times_their_factors_is_the_papers_sum(kind):
 def test_overlong_answers():
     assert [overlong_penalty(n, 256, 64) for n in (10, 192, 224, 256, 300)] == [0, 0, -0.5, -1, -1]
     assert overlong_penalty(256, 256, 0) == 0
-
-
-@pytest.mark.parametrize("right", [0, 1, 3, 6])
-@pytest.mark.parametrize("k", [1, 2, 5, 6])
-def test_pass_at_k_is_the_share_of_all_choices_of_k_answers(right, k):
-    answers = [i < right for i in range(6)]
-    choices = list(itertools.combinations(answers, k))
-    assert pass_at_k(6, right, k) == pytest.approx(sum(map(any, choices)) / len(choices))
-
-
-def test_pass_at_k_of_the_paper_and_of_too_few_answers():
-    assert [pass_at_k(16, 3, k) for k in (1, 4, 8)] == pytest.approx([0.1875, 0.607143, 0.9], abs=1e-6)
-    with pytest.raises(ValueError, match="pass@5 needs at least 5 answers, there are 4"):
-        pass_at_k(4, 1, 5)

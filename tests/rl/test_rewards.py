@@ -87,4 +87,4 @@ def test_names_weights_and_the_working_directory(tmp_path, monkeypatch):
 def test_what_cannot_be_a_reward_is_one_line(text, reason):
     with pytest.raises(ValueError, match=reason) as error:
         parse_rewards(text)
-    assert "\n" not in str(error.value) and ";" in str(error.value) or "such as" in str(error.value)
+    assert ("\n" not in str(error.value) and ";" in str(error.value)) or "such as" in str(error.value)
