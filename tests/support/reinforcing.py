@@ -68,5 +68,15 @@ def rl_flags(start, output, world=1, **changed):
 
 def reinforce(start, output, log, world=1, **changed):
     """A Run of scripts.chat_rl with `rl_flags`."""
-    environment = {"PYTHONPATH": str(start)}
-    return Run("scripts.chat_rl", rl_flags(start, output, world, **changed), log, world, environment)
+    return Run("scripts.chat_rl", rl_flags(start, output, world, **changed), log, world, folder=start)
+
+
+def reinforce_here(start, output, **changed):
+    """The exit code of scripts.chat_rl with `rl_flags`, in this process."""
+    from nanochat_hf.cli import chat_rl
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(start))
+        with pytest.raises(SystemExit) as ended:
+            chat_rl.main([str(part) for part in rl_flags(start, output, **({"compile": False} | changed))])
+    return ended.value.code
