@@ -3,13 +3,14 @@
 from ..config import guessed
 from .base import Task
 from .chats import CUSTOM_JSON, SMOLTALK
-from .generated import CALCULATOR, IDENTITY_TASK, SIMPLE_SPELLING, SPELLING_BEE
+from .generated import CALCULATOR, IDENTITY_TASK, RANDOM_SPELLING, SIMPLE_SPELLING, SPELLING_BEE
 from .gsm8k import GSM8K
 from .humaneval import HUMANEVAL
 from .multiple_choice import ARC_CHALLENGE, ARC_EASY, MMLU
 
 EVERY = (
     SIMPLE_SPELLING,
+    RANDOM_SPELLING,
     SPELLING_BEE,
     CALCULATOR,
     IDENTITY_TASK,

@@ -1,7 +1,7 @@
 """Reinforcement learning's own numbers in the log, and the newest answers in samples.md and the trackers."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from nanochat_hf.machine.durable import write_whole
 from nanochat_hf.rl.answers import Answer
 from nanochat_hf.rl.rollouts import Drawn, RolloutBatches
 from nanochat_hf.training.tracking import say
+from nanochat_hf.training.trainer import TrainState
 
 from .base import Callback, due
 
@@ -30,28 +31,30 @@ class Reinforced(Callback):
         self.drawn: Drawn | None = None
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
-        self.before: Any = None  # the trainer's state at the last log entry
+        self.before = TrainState()  # at the last log entry
         batches.seen.append(self._see)
 
     def _see(self, drawn):
         self.drawn = drawn
 
     def state_dict(self) -> dict[str, Any]:
-        """The rewards that the report compares."""
-        return {"first": self.first, "last": self.last}
+        """The rewards that the report compares, and where the last log entry was."""
+        return {"first": self.first, "last": self.last, "before": asdict(self.before)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict."""
         self.first, self.last = dict(state["first"]), dict(state["last"])
+        self.before = TrainState(**state["before"])
 
     def values(self, trainer: "Trainer") -> dict[str, float]:
         """The numbers since the last log entry."""
         accelerator, state = trainer.accelerator, trainer.state
         found = self.batches.metrics.values(sum_over_ranks(accelerator), accelerator.num_processes)
-        begun = self.before.seconds if self.before else 0.0
-        steps = state.step - (self.before.step if self.before else 0)
-        updating = (state.seconds - begun) / max(1, steps)
+        steps = max(1, state.step - self.before.step)
+        updating = (state.seconds - self.before.seconds) / steps
         found["step_time"] = updating + found.get("rollout/seconds", 0.0)
+        if updating:
+            found["update/tokens_per_second"] = (state.tokens - self.before.tokens) / steps / updating
         self.before = replace(state)
         if warning := self.batches.watch.warning(found.get("entropy")):
             say(accelerator, f"step {state.step}: {warning}")
