@@ -4,16 +4,15 @@ A reward is a function (conversation, completion) → number. The conversation i
 its last message; the completion is the text that the model wrote, special tokens included, without its end.
 """
 
-import importlib
 import math
-import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from nanochat_hf.config import imported
 
 Reward = Callable[[dict[str, Any], str], float]
 GRADE = "grade"  # the task's own
@@ -63,7 +62,7 @@ def parse_rewards(text: str) -> list[NamedReward]:
             factor = math.nan
         if not math.isfinite(factor):
             raise ValueError(f"--reward {entry.strip()}: the weight {weight!r} is no number; give one, such as =0.5")
-        function = None if name == GRADE else imported(name)
+        function = None if name == GRADE else function_of(name)
         found.append(NamedReward(name.rpartition(":")[2], function, factor))
     names = [reward.name for reward in found]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -72,20 +71,11 @@ def parse_rewards(text: str) -> list[NamedReward]:
     return found
 
 
-def imported(name: str) -> Reward:
+def function_of(name: str) -> Reward:
     """The function that "package.module:function" names, looked for in the working directory too."""
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
+    if not all(name.partition(":")):
         raise ValueError(f"--reward {name}: must be {GRADE} or package.module:function, such as rewards:short")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # a module of the user's may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"--reward {name}: cannot be imported ({reason[:200]}); correct the name or the file"
-        ) from None
+    found = imported(name, f"--reward {name}")
     if not callable(found):
         raise ValueError(f"--reward {name}: is {type(found).__name__}, no function; name a function")
     return found

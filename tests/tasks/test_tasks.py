@@ -282,6 +282,18 @@ def test_spelling_questions_vary_and_are_those_of_their_index(tmp_path):
     assert [m["content"] for m in asked] == ["Spell the word: apple", "apple:a,p,p,l,e"]
 
 
+def test_a_task_of_ones_own_is_named_by_its_module(tmp_path, monkeypatch):
+    text = "from nanochat_hf.tasks.base import Task, pair, same_text\n"
+    text += "MINE = Task('mine', lambda *a, **k: [1], lambda row: pair('q', 'a'), same_text)\n"
+    (tmp_path / "own_task_here.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert get_task("own_task_here:MINE").to_conversation(1) == pair("q", "a")
+    with pytest.raises(ValueError, match=r"task own_task_here:NONE: cannot be imported \(.*\); correct"):
+        get_task("own_task_here:NONE")
+    with pytest.raises(ValueError, match="task math:pi: is float, no Task"):
+        get_task("math:pi")
+
+
 def test_strings_to_spell_are_random_and_held_out():
     task = get_task("random_spelling")
     rows, held_out = ([row["word"] for row in task.load(split, limit=400)] for split in ("train", "test"))
