@@ -46,6 +46,12 @@ def for_generation(model: PreTrainedModel) -> PreTrainedModel:
     return copy.eval()
 
 
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    # one by one and on every process, unlike `whole_weights`, which gives the first process alone a split model's
+    gathered = getattr(value, "full_tensor", None)
+    return (value if gathered is None else gathered()).detach()
+
+
 class Twin:
     """A second model with the weights of one that is trained: plain, whole, in `dtype`, ready to generate with.
 
@@ -67,8 +73,8 @@ class Twin:
     def _weights(self) -> dict[str, torch.Tensor]:
         kept = tuple(getattr(self.trained, "_keep_in_fp32_modules_strict", None) or ())
         return {
-            name: value.detach().to(self.device, torch.float32 if name.endswith(kept) else self.dtype)
-            for name, value in whole_weights(self.trained).items()
+            name: _whole(value).to(self.device, torch.float32 if name.endswith(kept) else self.dtype)
+            for name, value in self.trained.state_dict().items()
         }
 
     @torch.no_grad()
