@@ -12,7 +12,7 @@ from .base import Task, pair, same_number, same_text
 from .embedded import listed_words, share, words
 
 TEST_OFFSET = 10_000_000
-LETTERS = (5, 7)  # of a string to spell
+LETTERS = (7, 8)  # of a string to spell
 # {l} and {w} are letter and word, each in the quotes of the row; {q} is "?" or nothing
 BEE_QUESTIONS = (
     "How many {l} are in {w}{q}",
