@@ -167,7 +167,7 @@ def record(folder: str, before: Accuracies, after: Mapping[int, Accuracies], cur
             "curves": Table("Mean reward of sampled answers by step", names, steps),
         },
     )
-    draw(curves, written / "curves.png")
+    draw(curves, written / "curves.svg")
     return written
 
 
