@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
 WORKERS ?= 2
-.PHONY: drill screenshots test test-clients test-kernels test-xla quickstart quickstart-clean lint docs
+.PHONY: drill rl-demo screenshots test test-clients test-kernels test-xla quickstart quickstart-clean lint docs
 
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,11 @@ quickstart: $(VENV)/.installed
 screenshots: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q playwright
 	$(VENV)/bin/python -m scripts.screenshots
+
+# what rewards do for the quickstart's model, over three seeds; runs/quickstart is made first where it is not there
+rl-demo: $(VENV)/.installed
+	test -d runs/quickstart/sft/final || $(VENV)/bin/python -m scripts.quickstart
+	$(VENV)/bin/python -m scripts.experiments.rl_demo
 
 quickstart-clean:
 	rm -rf runs/quickstart

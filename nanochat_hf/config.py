@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib
 import json
 import os
 import sys
@@ -187,6 +188,21 @@ def resolved(*configs: Any, **extras: Any) -> dict[str, Any]:
 def dump(path: str | Path, settings: Mapping[str, Any]) -> None:
     """Write `settings` as JSON; a value that JSON does not know becomes text."""
     Path(path).write_text(json.dumps(settings, indent=2, default=str) + "\n")
+
+
+def imported(name: str, said: str) -> Any:
+    """What "package.module:NAME" names, looked for in the working directory too.
+
+    ValueError where it cannot be imported; the message begins with `said`, the flag or key that named it.
+    """
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module of the user's may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{said}: cannot be imported ({reason[:200]}); correct the name or the file") from None
 
 
 def user_errors(main: Callable[P, R]) -> Callable[P, R]:

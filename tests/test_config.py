@@ -153,28 +153,55 @@ REFERENCE_FLAGS = (
 )
 
 
-def test_every_flag_of_the_original_has_its_line_and_every_flag_named_there_exists():
+REFERENCE_RL_FLAGS = {
+    "num-epochs",
+    "examples-per-step",
+    "num-samples",
+    "device-batch-size",
+    "max-new-tokens",
+    "temperature",
+    "top-k",
+    "embedding-lr",
+    "unembedding-lr",
+    "matrix-lr",
+    "weight-decay",
+    "init-lr-frac",
+    "eval-every",
+    "eval-examples",
+    "save-every",
+}
+
+
+def flags_of(section):
+    """Flags of the original in the first column of a table of docs/flags.md, and ours in the second."""
     import re
+
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    theirs = {flag for row in rows for flag in re.findall(r"`--([a-z-]+)", row[0])}
+    ours = {flag for row in rows for flag in re.findall(r"--([a-z][a-z-]+[a-z])(?=[ `|]|\\\\)", row[1])}
+    return theirs, ours - {"config_file", "hub"}
+
+
+def test_every_flag_of_the_original_has_its_line_and_every_flag_named_there_exists():
     from dataclasses import fields
     from pathlib import Path
 
     from nanochat_hf.cli.chat_sft import SFTConfig
     from nanochat_hf.hub.push import HubConfig
+    from nanochat_hf.training.callbacks.tasks import TaskEvalConfig
     from nanochat_hf.training.config import PARTS
+    from nanochat_hf.training.rl_flags import RL_PARTS, ObjectiveConfig, RLConfig, RLTaskEval
 
-    rows = [
-        line.split(" | ")
-        for line in (Path(__file__).parents[1] / "docs" / "flags.md").read_text().splitlines()
-        if line.startswith("| ")
-    ][1:]
-    theirs = {flag for row in rows for flag in re.findall(r"`--([a-z-]+)", row[0])}
-    assert theirs == set(REFERENCE_FLAGS)
-    ours = {flag for row in rows for flag in re.findall(r"--([a-z][a-z-]+[a-z])(?=[ `|]|\\\\)", row[1])} - {
-        "config_file",
-        "hub",
-    }
-    known = {field.name.replace("_", "-") for kind in (SFTConfig, *PARTS, HubConfig) for field in fields(kind)}
-    assert ours and not ours - known, ours - known
+    page = (Path(__file__).parents[1] / "docs" / "flags.md").read_text()
+    sft, _, rl = page.partition("## nanochat's RL flags")
+    for section, reference, kinds in (
+        (sft, {*REFERENCE_FLAGS, "chatcore-every"}, (SFTConfig, *PARTS, TaskEvalConfig, HubConfig)),
+        (rl, REFERENCE_RL_FLAGS, (RLConfig, ObjectiveConfig, *RL_PARTS, RLTaskEval, HubConfig)),
+    ):
+        theirs, ours = flags_of(section)
+        assert theirs == reference
+        known = {field.name.replace("_", "-") for kind in kinds for field in fields(kind)}
+        assert ours and not ours - known, ours - known
 
 
 @dataclass(frozen=True)

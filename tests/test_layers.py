@@ -13,6 +13,7 @@ LAYERS = (
         "cli",
         "hub",
         "training",
+        "rl",
         "evals",
         "serving",
         "generation",

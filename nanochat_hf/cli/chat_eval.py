@@ -20,12 +20,11 @@ from nanochat_hf.evals.chat import (
     TaskResult,
     chat_core,
     chat_core_stderr,
+    chosen_tasks,
     evaluate_task,
     evaluation_rows,
 )
 from nanochat_hf.machine.accelerator import build_accelerator
-from nanochat_hf.tasks import get_task
-from nanochat_hf.tasks.base import Task
 
 Graded = tuple[TaskResult, float]  # a result and the accuracy of guessing
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +65,7 @@ class EvalConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, print the table, and write the results if --output is given."""
     config, lists = parse([EvalConfig], argv, lists=("eval_data",), description=__doc__)
-    chosen = chosen_tasks(config, lists.get("eval_data") or [])
+    chosen = chosen_tasks(config.tasks, lists.get("eval_data") or [])
     accelerator = build_accelerator(1, dtype=config.dtype)
     if config.output and accelerator.is_main_process:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
@@ -88,22 +87,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.output:
             write(config, results, summary, accelerator.num_processes)
     accelerator.end_training()
-
-
-def chosen_tasks(config: EvalConfig, entries: Sequence[Any]) -> list[tuple[Task, str | None]]:
-    """The tasks of --tasks, or else of the recipe's `entries`, or else of ChatCORE; each with its local file or None.
-
-    Raises ValueError for an unknown task and for a malformed entry.
-    """
-    for entry in entries:
-        if not isinstance(entry, dict) or "task" not in entry or set(entry) - {"task", "path"}:
-            raise ValueError(
-                f"eval_data: {entry!r} must be a mapping such as {{task: gsm8k, path: test.jsonl.gz}}; "
-                "path may be left out"
-            )
-    paths = {entry["task"]: entry.get("path") for entry in entries}
-    names = config.tasks.split(",") if config.tasks else list(paths) or CHAT_CORE
-    return [(get_task(name.strip()), paths.get(name.strip())) for name in names]
 
 
 def load(

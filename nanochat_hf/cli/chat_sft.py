@@ -12,6 +12,7 @@ from nanochat_hf.conversation import render_prompt
 from nanochat_hf.hub.push import HubConfig, HubPusher, fetch_checkpoint, fetch_model
 from nanochat_hf.tasks.base import pair
 from nanochat_hf.tokenizer import load_tokenizer
+from nanochat_hf.training.callbacks.tasks import TaskEvalConfig
 from nanochat_hf.training.config import PARTS, TrainConfig
 from nanochat_hf.training.finetuning import (
     SFTConfig,
@@ -31,13 +32,18 @@ PROMPTS = ("Why is the sky blue?", "Spell the word: elephant", "How many r are i
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, fit."""
-    sft, *parts, hub, lists = parse(
-        [SFTConfig, *PARTS, HubConfig], argv, lists=("train_data", "validation_data"), description=__doc__
+    sft, *parts, tasks, hub, lists = parse(
+        [SFTConfig, *PARTS, TaskEvalConfig, HubConfig],
+        argv,
+        lists=("train_data", "validation_data", "eval_data"),
+        description=__doc__,
     )
     sft, config = with_newest(sft), TrainConfig(*parts).smoked()
     sources = sources_of(sft, lists, config.run.num_steps)
     start, pusher = fetch_model(sft.model), HubPusher.from_config(hub, idle=not config.run.writes)
     tokenizer, model = load_tokenizer(start), load_model(start, sft.model)
+    output = config.run.output_dir if config.run.writes else None
+    more = [] if config.run.smoke_test else tasks.callbacks(tokenizer, lists.get("eval_data") or [], output)
 
     with opened(config, model.config.hidden_size, fetch_checkpoint) as run:
         data = conversation_data(sft, config, run.accelerator, tokenizer, sources)
@@ -45,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage = Stage(
             "sft",
             horizon(sft, config, data.train, run.accelerator.gradient_accumulation_steps),
-            settings=asdict(sft) | sources.settings(),
+            settings=asdict(sft) | asdict(tasks) | sources.settings(),
             prompts=[(text, render_prompt(tokenizer, pair(text, ""))) for text in PROMPTS],
         )
-        result = Run(config, run, model, data, stage, Hooks(pusher=pusher)).fit()
+        result = Run(config, run, model, data, stage, Hooks(more, pusher)).fit()
     sys.exit(result.exit_code)
 
 

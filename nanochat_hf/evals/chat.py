@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversation import SPECIAL_TOKENS, render_prompt
 from ..generation import Engine
+from ..tasks import get_task
 from ..tasks.base import Task, answer_text
 
 # (prompts, their numbers) → an answer each
@@ -67,6 +68,22 @@ def evaluation_rows(task: Task, path: str | Path | None = None, limit: int | Non
     if limit is None or len(rows) <= limit:
         return list(rows)
     return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def chosen_tasks(names: str | None, entries: Sequence[Any] = ()) -> list[tuple[Task, str | None]]:
+    """The tasks in `names` (with commas), or else of a recipe's `entries`, or else of ChatCORE.
+
+    Each comes with its local file or None. Raises ValueError for an unknown task and for a malformed entry.
+    """
+    for entry in entries:
+        if not isinstance(entry, dict) or "task" not in entry or set(entry) - {"task", "path"}:
+            raise ValueError(
+                f"eval_data: {entry!r} must be a mapping such as {{task: gsm8k, path: test.jsonl.gz}}; "
+                "path may be left out"
+            )
+    paths = {entry["task"]: entry.get("path") for entry in entries}
+    wanted = names.split(",") if names else list(paths) or CHAT_CORE
+    return [(get_task(name.strip()), paths.get(name.strip())) for name in wanted]
 
 
 def evaluate_task(

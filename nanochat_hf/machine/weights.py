@@ -1,5 +1,6 @@
-"""A model's weights as whole tensors, also where FSDP2 has split them or XLA holds them."""
+"""A model's weights as whole tensors, also where FSDP2 has split them or XLA holds them; a second model of them."""
 
+import copy
 from collections.abc import Mapping
 from typing import cast
 
@@ -43,3 +44,44 @@ def for_generation(model: PreTrainedModel) -> PreTrainedModel:
         copy = type(model)(model.config)
     copy.load_state_dict(whole_weights(model), assign=True)
     return copy.eval()
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    # one by one and on every process, unlike `whole_weights`, which gives the first process alone a split model's
+    gathered = getattr(value, "full_tensor", None)
+    return (value if gathered is None else gathered()).detach()
+
+
+class Twin:
+    """A second model with the weights of one that is trained: plain, whole, in `dtype`, ready to generate with.
+
+    The trained one may meanwhile be compiled, wrapped, split among processes, or have kernels and an attention of its
+    own. Weights that have the right dtype and device are shared, others are copied by `refresh`, always to the same
+    addresses. On XLA the twin lies on the CPU, because XLA would compile each new length.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        config = copy.deepcopy(model.config)
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            self.model: PreTrainedModel = type(model)(config)
+        self.trained, self.dtype = model, dtype
+        self.device = torch.device("cpu") if model.device.type == "xla" else model.device
+        self.model.load_state_dict(self._weights(), assign=True)
+        self.model.requires_grad_(False).eval()
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        kept = tuple(getattr(self.trained, "_keep_in_fp32_modules_strict", None) or ())
+        return {
+            name: _whole(value).to(self.device, torch.float32 if name.endswith(kept) else self.dtype)
+            for name, value in self.trained.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def refresh(self) -> PreTrainedModel:
+        """The model with the present weights. A collective where they are split."""
+        own = self.model.state_dict()
+        for name, value in self._weights().items():
+            if value.data_ptr() != own[name].data_ptr():
+                own[name].copy_(value)
+        return self.model

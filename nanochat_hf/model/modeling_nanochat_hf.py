@@ -21,6 +21,7 @@ from .layers_nanochat_hf import NanochatMLP, eager_attention_forward, has_value_
 from .loss_nanochat_hf import LossSizes, SoftcappedLoss, chunked_loss
 from .masks_nanochat_hf import masks_and_documents, takes_borders, varlen_arguments
 from .ops_nanochat_hf import PLAIN, Attend, Heads, Ops, ValueEmbedding, are_plain, norm
+from .policy_nanochat_hf import Policy, PolicyOutput, PolicyTokens, policy_loss
 from .resizing_nanochat_hf import ResizableTables, table_rows
 from .smear_nanochat_hf import Smear, follows, remember, token_before
 
@@ -279,6 +280,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NanochatModel(config)
         self.lm_head = linear(config.hidden_size, table_rows(config), "head")
+        self.policy = Policy()  # of reinforcement learning, which a trainer may set
         self.post_init()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -306,33 +308,43 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
 
         `labels` (B, T) are unshifted; `shift_labels` (B, T) hold the target of each position; −100 is ignored.
         `skip_logits` returns None for the logits. Training with targets does so by default, since float32 logits would
-        be its largest tensor.
+        be its largest tensor. A batch with `answer_ids` is one of reinforcement learning (see policy_nanochat_hf.py):
+        its loss is that of `self.policy`, and the output has log-probabilities and entropies.
         """
         # no named argument: Trainer takes each one with "label" in its name for a column that evaluation needs
         shift_labels = kwargs.pop("shift_labels", None)
+        tokens = PolicyTokens.taken(kwargs, loss_weights)
         inputs = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
         output = self.model(*inputs, return_dict=True, **kwargs)
         hidden = output.last_hidden_state
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
-        loss = logits = None
+        loss = logits = log_probs = entropies = None
         if shift_labels is not None:
             # without a single valid target the loss is 0, not NaN
             valid = (shift_labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = self._loss(hidden, shift_labels, loss_weights) / valid
+            if tokens is None:
+                loss = self._loss(hidden, shift_labels, loss_weights) / valid
+            else:
+                sizes = LossSizes(self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK)
+                total, log_probs, entropies = policy_loss(self, hidden, shift_labels, tokens, sizes)
+                loss = total / valid
         if skip_logits is None:
             skip_logits = self.training and shift_labels is not None
         if not skip_logits:
             last = isinstance(logits_to_keep, int) and logits_to_keep
             keep = slice(-logits_to_keep, None) if last else logits_to_keep
             logits = self.logits(hidden if isinstance(keep, int) else hidden[:, keep])
-        return CausalLMOutputWithPast(
+        result: dict[str, Any] = dict(
             loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+        if tokens is not None:
+            return PolicyOutput(**result, log_probs=log_probs, entropies=entropies)
+        return CausalLMOutputWithPast(**result)
 
     def _loss(self, hidden, targets, weights):
         hidden, targets = hidden.flatten(0, 1), targets.flatten()

@@ -6,11 +6,13 @@ training row.
 
 import random
 from collections.abc import Callable
+from string import ascii_lowercase
 
 from .base import Task, pair, same_number, same_text
-from .embedded import listed_words, words
+from .embedded import listed_words, share, words
 
 TEST_OFFSET = 10_000_000
+LETTERS = (7, 8)  # of a string to spell
 # {l} and {w} are letter and word, each in the quotes of the row; {q} is "?" or nothing
 BEE_QUESTIONS = (
     "How many {l} are in {w}{q}",
@@ -112,6 +114,14 @@ def draw_word(rng: random.Random, split: str, path: str | None = None) -> Row:
     return {"word": rng.choice(listed_words(path, split) if path else words(split))}
 
 
+def draw_letters(rng: random.Random, split: str, path: str | None = None) -> Row:
+    """A string of random letters, no word, of LETTERS. Those of split "test" occur in no training row."""
+    while True:
+        text = "".join(rng.choice(ascii_lowercase) for _ in range(rng.randint(*LETTERS)))
+        if share(split, [text]):
+            return {"word": text}
+
+
 def draw_bee(rng: random.Random, split: str, path: str | None = None) -> Row:
     """A word, a letter (nine times out of ten one of the word's), a phrasing, the quotes and the mark at its end."""
     word = draw_word(rng, split, path)["word"]
@@ -182,6 +192,12 @@ def _split(expression):
 SIMPLE_SPELLING = Task(
     "simple_spelling",
     rows(draw_word),
+    lambda row: pair(f"Spell the word: {row['word']}", spell(row["word"])),
+    same_text,
+)
+RANDOM_SPELLING = Task(
+    "random_spelling",
+    rows(draw_letters),
     lambda row: pair(f"Spell the word: {row['word']}", spell(row["word"])),
     same_text,
 )

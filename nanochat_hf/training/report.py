@@ -10,6 +10,7 @@ from .tracking import read_metrics
 
 CURVES = (
     ("train/loss", "loss (nats per target, smoothed)"),
+    ("reward", "reward, mean of sampled answers"),
     ("val/bpb", "validation, bits per byte"),
     ("train/lr_multiplier", "lr multiplier"),
 )

@@ -26,7 +26,7 @@ from .callbacks.average import Average
 from .callbacks.base import Callback, Measurement
 from .callbacks.evaluate import Evaluate
 from .callbacks.garbage import CollectGarbage
-from .callbacks.log import Log
+from .callbacks.log import Log, Measures
 from .callbacks.push import Pusher, attach
 from .callbacks.sample import Sample
 from .callbacks.save import Save
@@ -112,10 +112,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What else happens: more callbacks, and a pusher of what is saved."""
+    """What else happens: more callbacks, a pusher of what is saved, more numbers, and who looks at batches.
+
+    `observe`: called with each micro-batch and the model's output, see Trainer.
+    """
 
     callbacks: Sequence[Callable] = ()
     pusher: Pusher | None = None
+    measures: Measures | None = None
+    observe: Callable[..., object] | None = None
 
 
 class Run:
@@ -160,7 +165,7 @@ class Run:
             describe(accelerator, settings)
             log, evaluate = self._attach(trainer, settings)
             push = attach(trainer, self.hooks.pusher if self.output else None, self.output)
-            self._measure_first(trainer, evaluate)
+            self._measure_first(trainer)
             trainer.fit()
             result = self._finish(trainer, evaluate, log, settings)
         except Diverged as error:
@@ -182,6 +187,7 @@ class Run:
             max_grad_norm=optim.max_grad_norm,
             stop=stop,
             norms_every=self.config.track.log_every,
+            observe=self.hooks.observe,
         )
 
     def _settings(self, compiled) -> dict[str, Any]:
@@ -207,7 +213,15 @@ class Run:
         # the callbacks, in the order in which they are called, as they were in the checkpoint
         config, tokenizer, output = self.config, self.data.tokenizer, self.output
         flops = flops_per_token(self.model, config.run.max_seq_len)
-        log = Log(trainer, self.stage.name, flops, config.track.log_every, output, config.optim.max_skipped)
+        log = Log(
+            trainer,
+            self.stage.name,
+            flops,
+            config.track.log_every,
+            output,
+            max_skipped=config.optim.max_skipped,
+            measures=self.hooks.measures,
+        )
         evaluate = Evaluate(config.evaluate, self.data.validation, token_bytes(tokenizer), tokenizer, output)
         # saved before anything that could fail: evaluation and samples come after
         averaging = config.evaluate.ema
@@ -224,15 +238,13 @@ class Run:
                 checkpoint.resume_callback(callback, trainer, self.resumed)
         return log, evaluate
 
-    def _measure_first(self, trainer, evaluate) -> None:
+    def _measure_first(self, trainer) -> None:
         # before training; or, after a resume, what was due at the checkpoint's step, which was saved before it was
         # measured
-        if not self.resumed:
-            if self.config.evaluate.eval_every:
-                evaluate.measure(trainer)
-            return
         for callback in trainer.callbacks:
-            if isinstance(callback, Measurement) and callback.due(trainer, trainer.state.step):
+            if not isinstance(callback, Measurement):
+                continue
+            if callback.due(trainer, trainer.state.step) if self.resumed else callback.at_start:
                 callback.measure(trainer)
 
     def _finish(self, trainer, evaluate, log, settings) -> RunResult:
@@ -293,5 +305,6 @@ class Run:
             "steps without targets": state.skipped,
             "steps with non-finite gradients": trainer.optimizer.optimizer.skipped_steps + state.overflowed,
             **log.figures,
+            **(self.hooks.measures.figures() if self.hooks.measures else {}),
             **self.data.left_out(),
         }

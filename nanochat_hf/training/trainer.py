@@ -56,7 +56,7 @@ class Trainer:
 
     The gradient is that of Σ nll·weight ÷ (valid targets of the step over all micro-batches and ranks), however the
     rows are split. schedule(optimizer, step) sets lr, momentum and weight decay before the step. Each callback is
-    called with (trainer, info).
+    called with (trainer, info), and `observe` with each micro-batch on the device and what the model said of it.
     """
 
     accelerator: Accelerator
@@ -70,6 +70,7 @@ class Trainer:
     max_grad_norm: float | None = None
     stop: StopSignal | None = None
     norms_every: int = 0
+    observe: Callable[[Batch, Any], object] | None = None
 
     def __post_init__(self) -> None:
         self.raw_model: Any = self.model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
@@ -148,7 +149,10 @@ class Trainer:
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()} | borders
             with self.accelerator.accumulate(self.model):
                 # a sum, divided outside: otherwise each new number of targets would compile the model again
-                loss = self.model(**batch, num_items_in_batch=1).loss
+                output = self.model(**batch, num_items_in_batch=1)
+                loss = output.loss
+                if self.observe is not None:
+                    self.observe(batch, output)
                 self.accelerator.backward(loss * scale)
                 total = total + loss.detach() / targets
                 # XLA gets one program for each micro-batch and one for the update, so a change in one compiles only it

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanochat_hf.rl.rewards import Grader, Job, NamedReward
 from nanochat_hf.tasks.base import pair
 
 from .pages import PAGES, ROOT, blocks, commands, exists, links, own_command, paths, single_flags, text_of
@@ -159,6 +160,12 @@ def test_task_of_the_page_is_one():
     conversation = task.to_conversation(task.load("train", limit=1)[0])
     assert conversation == pair("Write stone backwards.", "enots")
     assert task.grade(conversation, "enots\n") and not task.grade(conversation, "stone")
+
+
+def test_reward_of_the_page_is_one():
+    brief = python_block("docs/howto/reward.md", "def brief")["brief"]
+    graded = Grader([NamedReward("brief", brief, 0.5)])([Job({}, text, None) for text in ("", "word " * 25)])
+    assert [answer.total for answer in graded] == [0.5, 0.25]
 
 
 def test_callback_of_the_page_is_one():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 DRAWING = "matplotlib.backends.backend_agg"  # of a finished run's report, where it is installed
-SCRIPTS = ("chat_sft", "base_train", "chat_eval", "push_dataset", "push_to_hub")
+SCRIPTS = ("chat_sft", "chat_rl", "base_train", "chat_eval", "push_dataset", "push_to_hub")
 CONTEXT.set_forkserver_preload([*(f"scripts.{name}" for name in SCRIPTS), "datasets", "torch.distributed", DRAWING])
 
 

@@ -130,6 +130,7 @@ TABLES = {
     "arc_challenge": LETTERS,
     "humaneval": PROGRAMS,
     "simple_spelling": SPELLED,
+    "random_spelling": SPELLED,
     "identity": SAID,
     "smoltalk": SAID,
     "custom_json": SAID,
@@ -164,6 +165,7 @@ def conversations():
         "arc_challenge": arc(arced),
         "humaneval": get_task("humaneval").to_conversation(human),
         "simple_spelling": get_task("simple_spelling").to_conversation({"word": "apple"}),
+        "random_spelling": get_task("random_spelling").to_conversation({"word": "apple"}),
         "identity": said,
         "smoltalk": said,
         "custom_json": said,
@@ -278,6 +280,26 @@ def test_spelling_questions_vary_and_are_those_of_their_index(tmp_path):
         )
     asked = spelling.to_conversation({"word": "apple"})["messages"]
     assert [m["content"] for m in asked] == ["Spell the word: apple", "apple:a,p,p,l,e"]
+
+
+def test_a_task_of_ones_own_is_named_by_its_module(tmp_path, monkeypatch):
+    text = "from nanochat_hf.tasks.base import Task, pair, same_text\n"
+    text += "MINE = Task('mine', lambda *a, **k: [1], lambda row: pair('q', 'a'), same_text)\n"
+    (tmp_path / "own_task_here.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert get_task("own_task_here:MINE").to_conversation(1) == pair("q", "a")
+    with pytest.raises(ValueError, match=r"task own_task_here:NONE: cannot be imported \(.*\); correct"):
+        get_task("own_task_here:NONE")
+    with pytest.raises(ValueError, match="task math:pi: is float, no Task"):
+        get_task("math:pi")
+
+
+def test_strings_to_spell_are_random_and_held_out():
+    task = get_task("random_spelling")
+    rows, held_out = ([row["word"] for row in task.load(split, limit=400)] for split in ("train", "test"))
+    assert rows[:50] == [row["word"] for row in task.load("train", limit=50)]
+    assert not set(rows) & set(held_out) and {len(word) for word in rows + held_out} == {7, 8}
+    assert {letter for word in held_out for letter in word} == set("abcdefghijklmnopqrstuvwxyz")
 
 
 def test_held_out_questions_about_the_model_are_other_phrasings():

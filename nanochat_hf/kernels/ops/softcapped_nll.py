@@ -27,6 +27,11 @@ def fits(config: NanochatConfig, device: torch.device, dtype: torch.dtype) -> st
     return f"final_logit_softcapping={cap} is above {HIGHEST_CAP}" if cap > HIGHEST_CAP else lacks_triton(device)
 
 
+def serves(logits: Tensor, target: Tensor, weight: Tensor, cap: float) -> bool:
+    """Whether this call's cap is not too high: reinforcement learning divides it by the temperature."""
+    return cap <= HIGHEST_CAP
+
+
 def run(logits: Tensor, target: Tensor, weight: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """weight·nll (n), and the gradient of its sum, which overwrites the logits."""
     return softcapped_nll_(logits, target, weight, cap), logits

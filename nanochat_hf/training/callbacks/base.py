@@ -51,6 +51,7 @@ class Measurement(Callback):
     """
 
     every: int = 0
+    at_start: bool = False  # also before the first step
 
     def __call__(self, trainer: "Trainer", info: "StepInfo") -> None:
         """Measure where it is due."""

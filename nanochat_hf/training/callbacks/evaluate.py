@@ -112,7 +112,7 @@ class Evaluate(Measurement):
         output_dir: str | None = None,
     ):
         self.batches, self.token_bytes, self.tokenizer = batches, token_bytes, tokenizer
-        self.every, self.output_dir = config.eval_every, output_dir
+        self.every, self.at_start, self.output_dir = config.eval_every, bool(config.eval_every), output_dir
         self.best_dir = Path(output_dir, "best") if output_dir and config.keep_best else None
         self.best, self.last, self.kept = math.inf, math.nan, math.inf
         self.first: float | None = None

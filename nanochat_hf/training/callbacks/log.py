@@ -2,8 +2,9 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -19,15 +20,31 @@ if TYPE_CHECKING:
 SETTLING_STEPS, ESTIMATE_AT = 3, 10  # the steps that compile, and the one after which the rest of the run is foretold
 
 
+class Measures(Protocol):
+    """More numbers of the steps, beside those that every run has."""
+
+    def values(self, trainer: "Trainer") -> dict[str, float]:
+        """Those since the last call, for the log. Called on every process."""
+        ...
+
+    def shown(self, values: Mapping[str, float]) -> dict[str, str]:
+        """What the progress bar shows of them."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """What report.md says of the run."""
+        ...
+
+
 class Log(Callback):
-    """Every step the bar; every `every` steps the trackers and metrics.jsonl.
+    """Every step the bar; every `every` steps the trackers and metrics.jsonl, with what `measures` adds.
 
     Ends the run when gradients stay non-finite.
     """
 
     name = "log"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - given by name where there is more than one
         self,
         trainer: "Trainer",
         description: str,
@@ -35,7 +52,9 @@ class Log(Callback):
         every: int = 10,
         output_dir: str | None = None,
         max_skipped: int = 20,
+        measures: Measures | None = None,
     ):
+        self.measures = measures
         self.every, self.flops, self.ema, self.max_skipped = every, flops_per_token, Ema(0.9), max_skipped
         self.peak = peak_flops(trainer.accelerator.device)
         self.main = trainer.accelerator.is_main_process
@@ -107,6 +126,10 @@ class Log(Callback):
         values |= {f"grad_norm/{name}": norm.item() for name, norm in (info.grad_norms or {}).items()}
         values |= {f"lr/{group['name']}": group["lr"] for group in trainer.optimizer.param_groups}
         self.figures = {"loss": f"{loss:.3f}", "lr": f"{info.lr_multiplier:.2f}", "tok/s": f"{rate:,.0f}"}
+        if self.measures is not None:
+            more = self.measures.values(trainer)
+            values |= more
+            self.figures = self.measures.shown(more) | self.figures
         if self.peak:
             values["train/mfu"] = self.flops * rate / (self.peak * accelerator.num_processes)
             self.figures["mfu"] = f"{values['train/mfu']:.1%}"

@@ -1,0 +1,1 @@
+"""Reinforcement learning as a source of batches: questions → answers → rewards → weighted rows."""
