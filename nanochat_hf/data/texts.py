@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from nanochat_hf.files.data_file import Raw
 from nanochat_hf.files.rows import TableRows
+from nanochat_hf.messages import surrogate
 
-from .conversations import surrogate
 from .loading import load_shards, load_source, unread
 from .reports import ENOUGH, SourceReport, check_policy
 from .sources import SourceConfig
