@@ -208,8 +208,6 @@ def test_calls_of_older_forms_become_tool_calls():
     as_text = say("") | {"tool_calls": '[{"function": {"name": "now", "arguments": null}}]'}
     function = {"role": "function", "name": "look_up", "content": "sunny"}
     row = {"messages": [ASK, old, function, say("Sun."), ASK, as_text]}
-        "messages": [ASK, old, {"role": "function", "name": "look_up", "content": "sunny"}, say("Sun."), ASK, as_text]
-    }
     assert convert_row(row)["messages"] == [
         ASK,
         {
