@@ -40,7 +40,18 @@ def interruptible() -> Generator[None]:
                 before[number] = signal.signal(number, receive)
     try:
         yield
+    except Exception as error:
+        if asked := interrupt_of(error):
+            raise asked from None
+        raise
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) is receive:
                 signal.signal(number, handler)
+
+
+def interrupt_of(error: BaseException | None) -> BaseException | None:
+    """The interrupt during which `error` was raised, as datasets does when it ends its processes; None without one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | Terminated):
+        error = error.__context__
+    return error

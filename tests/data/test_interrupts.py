@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Each loop is entered, says so from a row in its middle, and is interrupted there; the rest of its rows wait
 CHILD = """
-import contextlib, json, sys, time
+import contextlib, json, os, sys, time
 from pathlib import Path
 import datasets.config
 
@@ -38,7 +38,7 @@ waiting = True
 def slow(function):
     def called(raw, *rest):
         if waiting and str(raw.place).endswith("701"):  # in each process that shares the rows
-            print("ready", flush=True)
+            os.write(1, b"ready\\n")
             for _ in range(3000):
                 check_stopped()
                 time.sleep(0.01)
@@ -94,5 +94,5 @@ def test_a_signal_ends_every_loop_in_one_line(tmp_path, number, code, told):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     ends = [line for line in said if line.startswith("END")]
-    assert len(ends) == 7 and all(line.endswith(f" {code}") for line in ends), said
-    assert set(said) - set(ends) - {"ready", told, ""} == {"whole 2000 2000"}, said
+    assert len(ends) == 7 and all(line.endswith(f" {code}") for line in ends), "\n".join(said)
+    assert set(said) - set(ends) - {"ready", told, ""} == {"whole 2000 2000"}, "\n".join(said)
