@@ -76,6 +76,10 @@ class Texts:
         """The report, as a mixture has several."""
         return [self.report]
 
+    def recall(self, reports: Sequence[SourceReport]) -> None:
+        """Go on counting from `reports`, as `reports` gives them."""
+        [self.report] = reports
+
     def fresh(self) -> "Texts":
         """The same texts with a report of their own."""
         fresh = copy.copy(self)
@@ -130,6 +134,11 @@ class MixedTexts:
     def reports(self) -> list[SourceReport]:
         """The report of each source."""
         return [part.report for part in self.parts]
+
+    def recall(self, reports: Sequence[SourceReport]) -> None:
+        """As Texts.recall."""
+        for part, report in zip(self.parts, reports, strict=True):
+            part.report = report
 
     def fresh(self) -> "MixedTexts":
         """The same texts with reports of their own."""

@@ -117,8 +117,8 @@ class Log(Callback):
 
     def _check(self, trainer, info, loss):
         row, name = trainer.optimizer.optimizer.non_finite()
-        if trainer.overflows:
-            row, name = trainer.overflows, f"float16, at a loss scale of {trainer.accelerator.scaler.get_scale():.3g}"
+        if row_of := trainer.state.overflowing:
+            row, name = row_of, f"float16, at a loss scale of {trainer.accelerator.scaler.get_scale():.3g}"
         if row and row >= self.max_skipped:
             raise ValueError(
                 f"step {info.step}: gradients were not finite in {row} steps in a row, "
