@@ -10,7 +10,7 @@ import sqlite3
 
 import pytest
 
-from nanochat_hf.training.tracking import TrackConfig
+from nanochat_hf.training.tracking import TrackConfig, read_metrics
 from tests.support.training import here, train
 
 
@@ -67,8 +67,13 @@ def test_several_trackers_at_once_and_a_resumed_run_logs_each_step_once(start, t
     assert here(start, tmp_path / "run", **flags, resume="auto") == 0
     again = json.loads((tmp_path / "run" / "checkpoint-000006" / "trainer.json").read_text())["trackers"]
     assert again == first and set(first) == {"wandb"}
-    logged = [event.step for event in events(tmp_path / "run" / "nanochat_hf").Scalars("train/loss")]
-    assert logged == [1, 2, 3, 4, 5, 6]
+    board = events(tmp_path / "run" / "nanochat_hf")
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    names = {name for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") for name in entry} - {"step"}
+    assert set(board.Tags()["scalars"]) == names
+    kinds = {"matrix", "embedding", "unembedding", "value_embeds", "resid_lambdas", "x0_lambdas"}
+    for prefix in ("lr/", "grad_norm/"):
+        assert {name.removeprefix(prefix) for name in names if name.startswith(prefix)} == kinds
 
 
 def test_trackio_goes_on_with_its_run(start, tmp_path):

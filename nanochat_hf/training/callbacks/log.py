@@ -1,7 +1,9 @@
 """The numbers of the steps: on the console, in the trackers and in metrics.jsonl."""
 
 import math
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,27 @@ if TYPE_CHECKING:
     from nanochat_hf.training.trainer import StepInfo, Trainer
 
 SETTLING_STEPS, ESTIMATE_AT = 3, 10  # the steps that compile, and the one after which the rest of the run is foretold
+
+
+def family(group: str) -> str:
+    """What a parameter group is called in logs: the matrices of all shapes, which share one learning rate, are one.
+
+    >>> family("matrix_64x256"), family("scalars")
+    ('matrix', 'scalars')
+    """
+    return re.sub(r"_\d+x\d+$", "", group)
+
+
+def joined_norms(norms: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """{family: norm} of the norms of groups: that of all the family's gradients together.
+
+    >>> joined_norms({"matrix_2x2": torch.tensor(3.0), "matrix_2x4": torch.tensor(4.0)})
+    {'matrix': 5.0}
+    """
+    joined: dict[str, float] = {}
+    for name, norm in norms.items():
+        joined[family(name)] = math.hypot(joined.get(family(name), 0.0), norm.item())
+    return joined
 
 
 class Log(Callback):
@@ -104,8 +127,8 @@ class Log(Callback):
         }
         if accelerator.scaler is not None:
             values |= {"train/loss_scale": accelerator.scaler.get_scale(), "train/overflowed_steps": state.overflowed}
-        values |= {f"grad_norm/{name}": norm.item() for name, norm in (info.grad_norms or {}).items()}
-        values |= {f"lr/{group['name']}": group["lr"] for group in trainer.optimizer.param_groups}
+        values |= {f"grad_norm/{name}": norm for name, norm in joined_norms(info.grad_norms or {}).items()}
+        values |= {f"lr/{family(group['name'])}": group["lr"] for group in trainer.optimizer.param_groups}
         self.figures = {"loss": f"{loss:.3f}", "lr": f"{info.lr_multiplier:.2f}", "tok/s": f"{rate:,.0f}"}
         if self.peak:
             values["train/mfu"] = self.flops * rate / (self.peak * accelerator.num_processes)
