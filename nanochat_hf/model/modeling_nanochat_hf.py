@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
@@ -341,3 +345,24 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
             sizes = LossSizes(self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK)
             return SoftcappedLoss.apply(hidden, self.lm_head.weight, targets, weights, sizes, self.model.ops)
         return chunked_loss(self.logits, hidden, targets, weights, LOSS_CHUNK, recompute=self.training)
+
+
+class NanochatForSequenceClassification(GenericForSequenceClassification, NanochatPreTrainedModel):
+    """A score of each of `num_labels` for a whole text, from its last token: reward models and classifiers."""
+
+    def __init__(self, config: NanochatConfig):
+        NanochatPreTrainedModel.__init__(self, config)  # not the generic one, which would look for the folder's code
+        self.num_labels, self.model = config.num_labels, NanochatModel(config)
+        self.score = linear(config.hidden_size, config.num_labels, "head")
+        self.post_init()
+
+
+class NanochatForTokenClassification(GenericForTokenClassification, NanochatPreTrainedModel):
+    """A score of each of `num_labels` for every token."""
+
+    def __init__(self, config: NanochatConfig):
+        NanochatPreTrainedModel.__init__(self, config)
+        self.num_labels, self.model = config.num_labels, NanochatModel(config)
+        self.dropout = nn.Identity()
+        self.score = linear(config.hidden_size, config.num_labels, "head")
+        self.post_init()
