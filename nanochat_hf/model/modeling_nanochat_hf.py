@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_nanochat_hf import tell_peft
 from .configuration_nanochat_hf import NanochatConfig
 from .layers_nanochat_hf import NanochatMLP, eager_attention_forward, has_value_embedding, initialise, linear
 from .loss_nanochat_hf import LossSizes, SoftcappedLoss, chunked_loss
@@ -138,6 +139,10 @@ class NanochatPreTrainedModel(ResizableTables, PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"attentions": NanochatAttention}
+
+    def __init__(self, config: NanochatConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        tell_peft(config.model_type)
 
     @property
     def dtype(self) -> torch.dtype:
