@@ -42,9 +42,13 @@ class Drill:
 
     inputs: Path
     root: Path
+    shares: dict[str, int]
     expected: dict[int, dict[str, object]] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
-    tally: dict[str, Counter] = field(default_factory=lambda: {kind: Counter() for kind in SHARES})
+    tally: dict[str, Counter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tally = {kind: Counter() for kind in self.shares}
 
     def prepare(self) -> None:
         """Train without interruption, on one process and on two."""
@@ -58,7 +62,7 @@ class Drill:
     def round(self, number: int, seed: int) -> None:
         """One round; Difference where it does not end as it should."""
         dice = random.Random(f"{seed}-{number}")
-        kind = dice.choices(list(SHARES), list(SHARES.values()))[0]
+        kind = dice.choices(list(self.shares), list(self.shares.values()))[0]
         folder = self.root / f"{number:05d}-{kind}"
         folder.mkdir()
         self.tally[kind]["tried"] += 1
@@ -180,10 +184,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15.0, help="how long")
     parser.add_argument("--workers", type=int, default=2, help="rounds at a time")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="seed of all dice (default: the time)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=SHARES, default=list(SHARES), help="kinds of rounds (default: all)"
+    )
     parser.add_argument("--record", default=None, help="folder of the record, docs/records/drill (default: none)")
     args = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="drill-"))
-    drill = Drill(root, root)
+    drill = Drill(root, root, {kind: SHARES[kind] for kind in args.kinds})
     build_inputs(root)
     start, failed = time.monotonic(), None
     try:
