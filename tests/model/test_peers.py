@@ -116,6 +116,25 @@ def test_peft_knows_its_default_targets(folder, kind):
     assert adapted == ({"q_proj", "v_proj"} if kind == "LoraConfig" else {"k_proj", "v_proj", "down_proj"})
 
 
+def test_an_adapter_keeps_the_rows_of_new_tokens_in_every_table_that_is_named(folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    model = NanochatForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(308)
+    with torch.no_grad():
+        for table in model.tables():
+            table.weight[300:] = torch.randn_like(table.weight[300:])
+    tables = ["embed_tokens", "lm_head", *(f"value_embeds.{i}" for i in model.model.value_embeds)]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", modules_to_save=tables)).eval()
+    ids = torch.tensor([[5, 302, 7, 305]])
+    expected = adapted(input_ids=ids).logits
+    adapted.save_pretrained(tmp_path)
+    base = NanochatForCausalLM.from_pretrained(folder)
+    base.resize_token_embeddings(308)
+    again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(again(input_ids=ids).logits, expected)
+
+
 def test_lora_trains_on_weights_that_torchao_has_quantised(folder):
     """The head is still an nn.Linear, and its weight no plain parameter: the loss must go through the layer."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
