@@ -357,8 +357,8 @@ class NanochatForSequenceClassification(GenericForSequenceClassification, Nanoch
 
     def __init__(self, config: NanochatConfig):
         NanochatPreTrainedModel.__init__(self, config)  # not the generic one, which would look for the folder's code
-        self.num_labels, self.model = config.num_labels, NanochatModel(config)
-        self.score = linear(config.hidden_size, config.num_labels, "head")
+        self.num_labels, self.model = config.num_labels or 1, NanochatModel(config)
+        self.score = linear(config.hidden_size, self.num_labels, "head")
         self.post_init()
 
 
@@ -367,7 +367,7 @@ class NanochatForTokenClassification(GenericForTokenClassification, NanochatPreT
 
     def __init__(self, config: NanochatConfig):
         NanochatPreTrainedModel.__init__(self, config)
-        self.num_labels, self.model = config.num_labels, NanochatModel(config)
+        self.num_labels, self.model = config.num_labels or 1, NanochatModel(config)
         self.dropout = nn.Identity()
-        self.score = linear(config.hidden_size, config.num_labels, "head")
+        self.score = linear(config.hidden_size, self.num_labels, "head")
         self.post_init()
