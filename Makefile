@@ -41,6 +41,7 @@ test-kernels: $(VENV)/.installed
 # a saved folder in other programs, each in a venv of its own; docs/clients.md has the table
 test-clients: $(VENV)/.installed
 	PYTHON=$(VENV)/bin/python scripts/clients/vllm.sh .venv-vllm
+	PYTHON=$(VENV)/bin/python scripts/clients/peers.sh .venv-peers
 
 test-xla: $(VENV)/.installed $(XLA)/.installed
 	PLAIN_PYTHON=$(VENV)/bin/python $(XLA)/bin/python -m pytest -o timeout=1200 tests/xla

@@ -18,6 +18,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from nanochat_hf.errors import is_consequence, say_error
+from nanochat_hf.interrupts import Terminated, interruptible
 
 # optional packages, and the extra of this package that installs each
 EXTRAS = {
@@ -210,13 +211,15 @@ def user_errors(main: Callable[P, R]) -> Callable[P, R]:
 
     These are ValueError, OSError, a lack of memory, and an optional package that is not installed; any other
     exception is ours and keeps its traceback. If several processes meet the same error, the main one reports it.
-    Ctrl-C ends with code 130; during training, Ctrl-C saves instead (see training/stopping.py).
+    Ctrl-C ends with code 130 and SIGTERM with 143, in one line too; during training they save instead (see
+    training/stopping.py).
     """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return main(*args, **kwargs)
+            with interruptible():
+                return main(*args, **kwargs)
         except (ValueError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -228,10 +231,11 @@ def user_errors(main: Callable[P, R]) -> Callable[P, R]:
                 raise
             say_error(f"error: {package} is not installed; pip install 'nanochat_hf[{EXTRAS[package]}]'")
             sys.exit(2)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated) as error:
+            told, code = ("\ninterrupted", 130) if isinstance(error, KeyboardInterrupt) else ("terminated", 143)
             if os.environ.get("RANK", "0") == "0":
-                print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
+                print(told, file=sys.stderr)
+            sys.exit(code)
         except RuntimeError as error:
             if is_consequence(error):  # the process that failed has said why
                 sys.exit(2)

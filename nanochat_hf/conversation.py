@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .messages import PARTS, SPECIAL_TOKENS, ConversationError, Piece, layout, prompt_pieces, validate
+from .messages import PARTS, SPECIAL_TOKENS, ConversationError, Piece, layout, prompt_pieces, surrogate, validate
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -91,6 +91,8 @@ def _encode(tokenizer: Any, pieces: Iterable[Piece]) -> tuple[list[int], list[in
     ids: list[int] = []
     mask: list[int] = []
     for piece, special, learned in pieces:
+        if fault := surrogate(piece):
+            raise ConversationError(f"conversation: {fault}")
         tokens = [tokenizer.convert_tokens_to_ids(piece)] if special else encode_plain(tokenizer, piece)
         ids += tokens
         mask += [learned] * len(tokens)

@@ -58,9 +58,10 @@ class ConversationError(ValueError):
 
 
 def validate(conversation: Any, where: str = "conversation") -> None:
-    """Check all that `layout` needs; ConversationError names `where`, the fault and the remedy."""
-    for _ in layout(conversation, where):
-        pass
+    """Check all that `render` needs; ConversationError names `where`, the fault and the remedy."""
+    for text, special, _ in layout(conversation, where):
+        if not special and (fault := surrogate(text)):
+            raise ConversationError(f"{where}: {fault}")
 
 
 def layout(conversation: Any, where: str = "conversation") -> Iterator[Piece]:
@@ -176,6 +177,17 @@ def text_of(content: Any, at: str) -> str:
     return "".join(part["text"] for part in content)
 
 
+def surrogate(text: str) -> str | None:
+    """The fault of a text that holds half of a surrogate pair, which UTF-8 cannot encode; None for a sound text."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"the text holds half a character, {text[error.start]!r}; write the whole character, or remove it"
+    return None
+
+
 def _is_part(part: Any) -> bool:
     return (
         isinstance(part, Mapping)
@@ -194,9 +206,13 @@ def _said(message: Message, has_calls: bool, at: str) -> Iterator[Piece]:
         content = []
     elif not isinstance(content, list):
         raise ConversationError(f"{at} has content of type {type(content).__name__}; give text, parts, or tool_calls")
-    wrong = next((part for part in content if not _is_part(part)), None)
-    if wrong is not None or not (content or has_calls):
-        raise ConversationError(f"{at} has the part {wrong!r:.80}; parts are {{'type': {' | '.join(PARTS)}, 'text'}}")
+    if not (content or has_calls):
+        raise ConversationError(f"{at} has no parts; give text, parts, or tool_calls")
+    for part in content:
+        if not _is_part(part):
+            raise ConversationError(
+                f"{at} has the part {part!r:.80}; parts are {{'type': {' | '.join(PARTS)}, 'text'}}"
+            )
     text = ""
     for part in content:
         if part["type"] == "text":

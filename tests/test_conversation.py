@@ -147,7 +147,9 @@ def test_rows_of_no_known_form_say_why(row, reason):
             "turn 1 has the part {'type': 'image_url'",
         ),
         ([{"role": "user", "content": {"text": "x"}}], "turn 1 has content of type dict"),
-        ([ASK, say([])], "turn 2 has the part None"),
+        ([ASK, say([])], "turn 2 has no parts"),
+        ([ASK, say([None])], "turn 2 has the part None"),
+        ([ASK, say("\ud83d")], "half a character"),
         ([ASK, say(["x"])], "turn 2 has the part 'x'; parts are {'type': text"),
         ([ASK, say([{"type": "text"}])], "turn 2 has the part"),
         ([ASK, say([{"type": "text", "text": 5}])], "turn 2 has the part"),
@@ -201,40 +203,27 @@ def test_the_form_of_a_row_is_told(row, form):
     assert row_format(row) == form
 
 
-def test_tool_calls_become_python_parts_of_one_turn():
-    messages = [
-        {"role": "developer", "content": "s"},
-        {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
-        calls(
-            call("calculator", '{"expression": "2*3"}', "a"),
-            call("look_up", {"city": "Rome", "n": 2}, "b"),
-            content="Let me see.",
-        ),
-        answer("sunny", "b"),
-        answer("6", "a"),
-        say("Six."),
+def test_calls_of_older_forms_become_tool_calls():
+    old = {"role": "assistant", "function_call": {"name": "look_up", "arguments": '{"city": "Rome"}'}, "weight": 0}
+    as_text = say("") | {"tool_calls": '[{"function": {"name": "now", "arguments": null}}]'}
+    function = {"role": "function", "name": "look_up", "content": "sunny"}
+    row = {"messages": [ASK, old, function, say("Sun."), ASK, as_text]}
+    assert convert_row(row)["messages"] == [
         ASK,
-        calls(call("python", "print(1)")),
-    ]
-    assert convert_row({"messages": messages})["messages"] == [
-        {"role": "system", "content": "s"},
+        {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": old["function_call"]}],
+            "content": None,
+            "weight": 0,
+        },
+        {"role": "tool", "name": "look_up", "content": "sunny"},
+        say("Sun."),
         ASK,
-        say(
-            [
-                {"type": "text", "text": "Let me see."},
-                {"type": "python", "text": "look_up(city='Rome', n=2)"},
-                {"type": "python_output", "text": "sunny"},
-                {"type": "python", "text": "2*3"},
-                {"type": "python_output", "text": "6"},
-                {"type": "text", "text": "Six."},
-            ]
-        ),
-        ASK,
-        say([{"type": "python", "text": "print(1)"}]),
+        say("") | {"tool_calls": [{"function": {"name": "now", "arguments": None}}]},
     ]
 
 
-def test_sharegpt_with_tools_and_a_system_column():
+def test_sharegpt_with_tools_and_a_system_column(tokenizer):
     row = {
         "system": "s",
         "conversations": [
@@ -245,44 +234,28 @@ def test_sharegpt_with_tools_and_a_system_column():
         ],
     }
     parts = [{"type": "python", "text": "1"}, {"type": "python_output", "text": "1"}, {"type": "text", "text": "one"}]
-    assert convert_row(row)["messages"] == [{"role": "system", "content": "s"}, ASK, say(parts)]
-
-
-@pytest.mark.parametrize(
-    ("messages", "reason"),
-    [
-        ([ASK, answer("x")], "a tool message answers no call"),
-        ([ASK, calls(call("python", "1", "a")), answer("x", "b")], "tool_call_id 'b' is none of the open calls"),
-        ([ASK, calls(call("look up", {"a": 1}))], "the call of 'look up' cannot be written as Python"),
-        ([ASK, calls(call("look_up", "no json"))], "the call of 'look_up' cannot be written as Python"),
-        (
-            [ASK, calls(call("python", {"language": "C"}))],
-            "the call of python has no code; give arguments with one of code",
-        ),
-        ([ASK, calls({"id": 1})], "a tool call without a function's name"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "a message has a part that is not text"),
-    ],
-)
-def test_calls_without_a_text_form_say_why(messages, reason):
-    with pytest.raises(ConversationError, match=f"row 3: {reason}"):
-        convert_row({"messages": messages}, "row 3")
+    standing = {"messages": [{"role": "system", "content": "s"}, ASK, say(parts)]}
+    assert render(tokenizer, convert_row(row)) == render(tokenizer, standing)
 
 
 plain = st.text(max_size=12).filter(lambda t: not any(s in t for s in SPECIAL_TOKENS))
 code = st.text(st.characters(codec="utf-8", exclude_characters="{"), max_size=12).filter(
     lambda t: not any(s in t for s in SPECIAL_TOKENS)
 )
-steps = st.lists(st.tuples(plain, code, plain), max_size=3)  # words, a call, its answer
+arguments = st.dictionaries(plain, plain | st.integers() | st.none() | st.lists(plain, max_size=2), max_size=2)
+called = st.builds(lambda text: call("python", {"code": text}), code) | st.builds(call, st.just("look_up"), arguments)
+steps = st.lists(st.tuples(plain, called, plain), max_size=3)  # words, a call, its answer
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(plain, steps, plain), min_size=1, max_size=3), st.one_of(st.none(), plain))
-def test_tool_messages_through_the_template_equal_the_converted_row(tokenizer, turns, system):
+def test_calls_through_the_template_equal_the_converted_row(tokenizer, turns, system):
+    """Without declared tools too: what is trained on is what a client's prompt holds."""
     messages = [] if system is None else [{"role": "system", "content": system}]
-    for question, called, last in turns:
+    for question, made, last in turns:
         messages.append({"role": "user", "content": question})
-        for words, expression, result in called:
-            messages += [calls(call("python", {"code": expression}), content=words), answer(result)]
+        for words, one, result in made:
+            messages += [calls(one, content=words), answer(result)]
         messages.append(say(last))
     ids, mask = render(tokenizer, convert_row({"messages": messages}))
     said = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)

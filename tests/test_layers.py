@@ -28,7 +28,7 @@ LAYERS = (
         "scaling",
         "recipes",
     ),
-    *("tools", "model", "tokenizer", "conversation", "messages", "config", "errors", "__about__"),
+    *("tools", "model", "tokenizer", "conversation", "messages", "config", "errors", "interrupts", "__about__"),
 )
 XLA = {"machine/xla.py"}
 # errors.py meets the other processes at the launcher's store, where there may be no process group

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat_hf.files.data_file import Raw
-from nanochat_hf.messages import ConversationError, layout
+from nanochat_hf.messages import ConversationError, validate
 from nanochat_hf.tasks import get_task
 
 from .columns import renamed
@@ -33,7 +33,7 @@ def convert(raw: Raw, source: SourceConfig) -> Converted:
     row, where = raw.parsed(), str(raw.place)
     try:
         conversation, unused = _conversation(row, source, where)
-        check(conversation, where)
+        validate(conversation, where)
         return Converted(conversation, turn_weights(conversation, where), unused)
     except (TypeError, AttributeError, KeyError) as error:  # a value of a type that no form allows
         raise ConversationError(f"{where}: no conversation ({error}); correct or remove the row") from None
@@ -48,32 +48,6 @@ def _conversation(row: Any, source: SourceConfig, where: str) -> tuple[dict[str,
     row = renamed(row, source.columns, where)
     form = source.converter or row_format(row, where)
     return convert_row(row, where, form), tuple(ignored(row, form))
-
-
-def check(conversation: Any, where: str) -> None:
-    """Raise ConversationError where a conversation cannot be rendered; its message begins with `where`.
-
-    The causes are wrong roles and contents, parts that are null, and lone surrogates.
-    """
-    messages = conversation.get("messages")
-    for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and any(part is None for part in content):
-            raise ConversationError(f"{where}: a message has a part that is null; remove it or give it text")
-    for text, special, _ in layout(conversation, where):
-        if not special and (fault := surrogate(text)):
-            raise ConversationError(f"{where}: {fault}")
-
-
-def surrogate(text: str) -> str | None:
-    """The fault of a text that holds half of a surrogate pair, which UTF-8 cannot encode; None for a sound text."""
-    if text.isascii():
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"the text holds half a character, {text[error.start]!r}; write the whole character, or remove it"
-    return None
 
 
 def conversations(source: SourceConfig) -> Iterator[Converted]:

@@ -8,7 +8,7 @@ from typing import Any
 from nanochat_hf.messages import ConversationError
 
 from .columns import as_list, holds
-from .tool_calls import declared_calls, has_tools, merge_tools
+from .tool_calls import has_calls, present_calls
 
 Message = dict[str, Any]
 SHAREGPT_ROLES = {
@@ -70,7 +70,7 @@ def convert_row(row: Any, where: str = "row", form: str | None = None) -> dict[s
     """A row as messages, a bare list of messages, ShareGPT, prompt/completion or Alpaca → a conversation.
 
     `form` names one of FORMATS; None takes the first that the columns fit. A `system` column becomes the system
-    message, and a `tools` column the conversation's tools. Without it, tool calls become python parts, see tool_calls.
+    message, and a `tools` column the conversation's tools. Tool calls become OpenAI's `tool_calls`, see tool_calls.py.
 
     >>> convert_row({"instruction": "hi", "output": "yes", "history": [["a", "b"]]})["messages"][1]
     {'role': 'assistant', 'content': 'b'}
@@ -83,12 +83,13 @@ def convert_row(row: Any, where: str = "row", form: str | None = None) -> dict[s
     messages = FORMATS[form].convert(row, where)
     if isinstance(row, dict):
         messages = _with_system(messages, row.get("system"), where)
+    conversation = {"messages": present_calls(messages, where) if has_calls(messages) else messages}
     tools = as_list(row.get("tools"), where, "tools") if isinstance(row, dict) else None
-    if holds(tools):
-        if not isinstance(tools, list):
-            raise ConversationError(f"{where}: tools holds {type(tools).__name__}; give a list of function schemas")
-        return {"messages": declared_calls(messages, where), "tools": tools}
-    return {"messages": merge_tools(messages, where) if has_tools(messages) else messages}
+    if not holds(tools):
+        return conversation
+    if not isinstance(tools, list):
+        raise ConversationError(f"{where}: tools holds {type(tools).__name__}; give a list of function schemas")
+    return conversation | {"tools": tools}
 
 
 def ignored(row: Any, form: str) -> Iterator[str]:

@@ -199,10 +199,12 @@ class MixedReader:
         self, consumer: Consumer, state: State | None = None
     ) -> tuple[Iterator[tuple[tuple[int, Raw], float]], Callable[[], State]]:
         """As Reader.open; a row is (number of its reader, row)."""
-        state = state or {"taken": [0] * len(self.readers), "readers": [None] * len(self.readers)}
+        count = len(self.readers)
+        state = state or {"taken": [0] * count, "readers": [None] * count, "epochs": [0.0] * count}
         opened = [reader.open(consumer, s) for reader, s in zip(self.readers, state["readers"], strict=True)]
         taken = list(state["taken"])
-        epochs = [0.0 if s is None else float(s.get("epoch", 0)) for s in state["readers"]]
+        whole = [float(s.get("epoch", 0)) for s in state["readers"] if s]  # all that older checkpoints have
+        epochs = list(state.get("epochs", whole))
 
         def rows() -> Iterator[tuple[tuple[int, Raw], float]]:
             while True:
@@ -211,4 +213,7 @@ class MixedReader:
                 taken[number] += 1
                 yield (number, row), min(epochs)
 
-        return rows(), lambda: {"taken": list(taken), "readers": [place() for _, place in opened]}
+        def held() -> State:
+            return {"taken": list(taken), "readers": [place() for _, place in opened], "epochs": list(epochs)}
+
+        return rows(), held

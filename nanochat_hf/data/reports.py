@@ -4,6 +4,7 @@ A row that is no conversation is an error, or is left out and counted. If more t
 error in any case.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -150,13 +151,13 @@ class DataReport(Sequence):
         return cls(sources)
 
 
-class Reported:
+class Reported(ABC):
     """The properties of planned and of streamed batches that read `report`."""
 
     @property
+    @abstractmethod
     def report(self) -> DataReport:
         """What became of the rows."""
-        raise NotImplementedError
 
     @property
     def reports(self) -> list[SourceReport]:

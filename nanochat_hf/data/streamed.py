@@ -54,7 +54,8 @@ class _Windows(Reported):
         self.stream = PackedStream(reader, pack, collate, rows=shape.rows, seed=shape.seed, share=share)
         self.settings, self.data = settings | {"rows": shape.rows, "seed": shape.seed}, data
         self.states: list[dict | None] = [None] * workers
-        self.turn, self.epoch = 0, 0.0
+        self.turn = 0
+        self.epochs = [0.0] * workers
         self.counts: list[dict[str, Any]] = [pack.news()] * workers
 
     def __iter__(self) -> Iterator[Batch]:
@@ -66,14 +67,19 @@ class _Windows(Reported):
         for item in made:
             if item is None:
                 continue
-            batch, (worker, snapshot, emitted, self.epoch, self.counts[worker]) = item
+            batch, (worker, snapshot, emitted, self.epochs[worker], self.counts[worker]) = item
             self.states[worker] = (snapshot or self.states[worker] or {}) | {"emitted": emitted}
             self.turn = (worker + 1) % len(self.states)
             yield batch
 
     @property
+    def epoch(self) -> float:
+        """Passes over the data so far, of the batches handed out."""
+        return sum(self.epochs) / len(self.epochs)
+
+    @property
     def report(self) -> DataReport:
-        """What became of the rows read so far, since the start or the resume."""
+        """What became of the rows read so far."""
         return DataReport.merged(counts["report"] for counts in self.counts)
 
     def take(self, count: int) -> list[Batch]:
@@ -84,6 +90,7 @@ class _Windows(Reported):
         """Each worker's place in the stream, how the stream is split over workers, and the identity of the data."""
         split = {"world_size": self.shape.world_size, "workers": len(self.states)}
         held = {"states": list(self.states), "turn": self.turn, "epoch": self.epoch}
+        held |= {"epochs": list(self.epochs), "counts": list(self.counts)}
         return held | {"settings": self.settings, "data": self.data} | split
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -111,7 +118,10 @@ class _Windows(Reported):
                 )
         for held in state["states"]:
             _check_place(held["reader"] if held else None)
-        self.states, self.turn, self.epoch = list(state["states"]), state["turn"], state["epoch"]
+        counts = state.get("counts", self.counts)  # absent in older checkpoints, as are the epochs of each worker
+        DataReport.merged(each["report"] for each in counts)  # a malformed one shows now, not in a worker
+        self.states, self.turn, self.counts = list(state["states"]), state["turn"], list(counts)
+        self.epochs = list(state.get("epochs", [state["epoch"]] * len(self.states)))
 
 
 def _check_place(place: Any) -> None:
@@ -159,7 +169,7 @@ class TextBatches(_Windows):
         readers = [_text_reader(part, seed, world_size) for part in parts]
         single = len(parts) == 1
         self.texts = parts[0] if single else MixedTexts(parts)
-        self.positions = positions
+        self.positions, self.once_report = positions, DataReport([])
         reader = readers[0] if single else MixedReader(readers, [part.copies for part in sources])
         settings: dict[str, Any] = {"positions": positions, "mode": mode, "streaming": streaming}
         super().__init__(
@@ -175,7 +185,7 @@ class TextBatches(_Windows):
         """The first `count` micro-batches of one pass over the documents in order: a validation set.
 
         They are the same on every rank, and no document counts twice. There are fewer where the documents fill fewer;
-        rows that only fill up the last batch have no targets.
+        rows that only fill up the last batch have no targets. `once_report` then says what became of their rows.
         """
         pack, wanted = self._fresh_pack(), count * self.shape.rows
         packed: list[Row] = []
@@ -187,6 +197,7 @@ class TextBatches(_Windows):
                 break
         else:
             packed += [waiting] if waiting else []  # less than a row
+        self.once_report = DataReport(pack.texts.reports)
         if not packed:
             raise pack.nothing()
         packed = packed[:wanted]

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from nanochat_hf.files.data_file import Raw
 from nanochat_hf.files.rows import TableRows
+from nanochat_hf.messages import surrogate
 
-from .conversations import surrogate
 from .loading import load_shards, load_source, unread
 from .reports import ENOUGH, SourceReport, check_policy
 from .sources import SourceConfig
@@ -76,6 +76,10 @@ class Texts:
         """The report, as a mixture has several."""
         return [self.report]
 
+    def recall(self, reports: Sequence[SourceReport]) -> None:
+        """Go on counting from `reports`, as `reports` gives them."""
+        [self.report] = reports
+
     def fresh(self) -> "Texts":
         """The same texts with a report of their own."""
         fresh = copy.copy(self)
@@ -130,6 +134,11 @@ class MixedTexts:
     def reports(self) -> list[SourceReport]:
         """The report of each source."""
         return [part.report for part in self.parts]
+
+    def recall(self, reports: Sequence[SourceReport]) -> None:
+        """As Texts.recall."""
+        for part, report in zip(self.parts, reports, strict=True):
+            part.report = report
 
     def fresh(self) -> "MixedTexts":
         """The same texts with reports of their own."""

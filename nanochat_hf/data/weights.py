@@ -14,8 +14,8 @@ Segments = list[list[float]]  # for each assistant's turn, the factors of its pa
 def turn_weights(conversation: Mapping[str, Any], where: str = "row") -> Segments | None:
     """The factors of the assistant's turns in a valid conversation; None where all of them are 1.
 
-    A turn within which tools answer has one factor before each answer and one after the last, since its parts may come
-    from several messages. ConversationError for a weight that is no number of at least 0, and for a train that is
+    A turn within which tools answer has one factor before each answer and one after the last, since several messages
+    may become one turn. ConversationError for a weight that is no number of at least 0, and for a train that is
     neither true nor false.
 
     >>> said = {"role": "assistant", "content": "a", "weight": 0}
@@ -53,16 +53,21 @@ def _calls_calculator(message: Mapping[str, Any], declared: frozenset) -> bool:
 
 def _segments(message: Mapping[str, Any], where: str) -> list[float]:
     whole = factor_of(message, where)
-    if not isinstance(message["content"], list):
+    if not isinstance(message.get("content"), list):
         return [whole]
     factors: list[float | None] = [None]
     for part in message["content"]:
         if part["type"] == "python_output":
             factors.append(None)
-        elif factors[-1] is None:
-            factors[-1] = factor_of(part, where, whole)
+            continue
+        own = factor_of(part, where, whole)
+        if factors[-1] not in (None, own):
+            raise ConversationError(
+                f"{where}: parts between two outputs have the weights {factors[-1]} and {own}; give them one weight"
+            )
+        factors[-1] = own
     known, last = [], whole
-    for factor in factors:  # no part between two answers, or after the last: the factor before holds on
+    for factor in factors:  # no part between two outputs, or after the last: the factor before holds on
         last = last if factor is None else factor
         known.append(last)
     return known

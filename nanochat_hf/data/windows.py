@@ -43,6 +43,9 @@ class Packer(Protocol):
     def news(self) -> dict[str, Any]:
         """The counts so far, as plain values."""
 
+    def recall(self, news: dict[str, Any]) -> None:
+        """Go on counting from `news`."""
+
     def nothing(self) -> ValueError:
         """The error for data that gave no document in a whole epoch."""
 
@@ -76,6 +79,11 @@ class PackText:
     def news(self) -> dict[str, Any]:
         """As Packer.news."""
         return self.counts | {"report": DataReport(self.texts.reports).state()}
+
+    def recall(self, news: dict[str, Any]) -> None:
+        """As Packer.recall."""
+        self.counts = {name: int(news[name]) for name in self.counts}
+        self.texts.recall(DataReport.merged([news["report"]]).sources)
 
     def nothing(self) -> ValueError:
         """As Packer.nothing."""
@@ -143,6 +151,10 @@ class PackConversations:
         """As Packer.news."""
         return {"report": DataReport(self.reports).state()}
 
+    def recall(self, news: dict[str, Any]) -> None:
+        """As Packer.recall."""
+        self.reports = DataReport.merged([news["report"]]).sources
+
     def nothing(self) -> ValueError:
         """As Packer.nothing."""
         return DataReport(self.reports).nothing(self.fit.capacity - 1)
@@ -157,8 +169,9 @@ def _plain(document: Document) -> Document:
 class PackedStream(torch.utils.data.IterableDataset):
     """Endless (batch, news of the consumer that made it).
 
-    The news are (worker, state at the beginning of the window, rows of the window handed out, epoch, the packer's
-    counts). The state comes with the first batch of a window alone; later batches have None.
+    The news are (worker, state at the beginning of the window, rows of the window handed out, passes over the data,
+    the packer's counts). The state comes with the first batch of a window alone; later batches have None. A window is
+    read ahead of its rows, so within it the passes grow with the rows that are handed out.
     """
 
     def __init__(
@@ -181,10 +194,14 @@ class PackedStream(torch.utils.data.IterableDataset):
         consumer = Consumer(self.rank, self.world_size, worker, self.workers)
         reading, place = self.reader.open(consumer, state["reader"])
         waiting, skip, window = state["waiting"], state["emitted"], state["window"]
+        passes = state.get("epoch", 0.0)  # checkpoints of older versions have neither this nor the counts
+        if "counts" in state:
+            self.pack.recall(state["counts"])
         batch: list[Row] = []
         gave, begun = bool(waiting or window), None
         while True:
             snapshot = {"reader": place(), "waiting": waiting, "window": window}
+            snapshot |= {"epoch": passes, "counts": self.pack.news()}
             items, epoch = self._window(reading)
             packed, waiting = self.pack(waiting, items)
             begun = int(epoch) if begun is None else begun
@@ -196,9 +213,10 @@ class PackedStream(torch.utils.data.IterableDataset):
                 if out > skip:
                     batch.append(packed[number])
                 if len(batch) == self.rows:
-                    yield self.collate(batch), (worker, snapshot, out, epoch, self.pack.news())
+                    done = passes + (epoch - passes) * out / len(packed)
+                    yield self.collate(batch), (worker, snapshot, out, done, self.pack.news())
                     snapshot, batch = None, []
-            skip, window = 0, window + 1
+            skip, window, passes = 0, window + 1, epoch
 
     def _window(self, reading: Iterator[tuple[Any, float]]) -> tuple[list[Any], float]:
         items, count, size, epoch = [], 0, 0, 0.0

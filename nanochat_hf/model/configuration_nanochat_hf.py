@@ -13,6 +13,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_nanochat_hf.NanochatConfig",
     "AutoModel": "modeling_nanochat_hf.NanochatModel",
     "AutoModelForCausalLM": "modeling_nanochat_hf.NanochatForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_nanochat_hf.NanochatForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_nanochat_hf.NanochatForTokenClassification",
 }
 
 

@@ -10,12 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_nanochat_hf import tell_peft
 from .configuration_nanochat_hf import NanochatConfig
 from .layers_nanochat_hf import NanochatMLP, eager_attention_forward, has_value_embedding, initialise, linear
 from .loss_nanochat_hf import LossSizes, SoftcappedLoss, chunked_loss
@@ -135,6 +140,10 @@ class NanochatPreTrainedModel(ResizableTables, PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"attentions": NanochatAttention}
+
+    def __init__(self, config: NanochatConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        tell_peft(config.model_type)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -353,3 +362,24 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
             sizes = LossSizes(self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK)
             return SoftcappedLoss.apply(hidden, self.lm_head.weight, targets, weights, sizes, self.model.ops)
         return chunked_loss(self.logits, hidden, targets, weights, LOSS_CHUNK, recompute=self.training)
+
+
+class NanochatForSequenceClassification(GenericForSequenceClassification, NanochatPreTrainedModel):
+    """A score of each of `num_labels` for a whole text, from its last token: reward models and classifiers."""
+
+    def __init__(self, config: NanochatConfig):
+        NanochatPreTrainedModel.__init__(self, config)  # not the generic one, which would look for the folder's code
+        self.num_labels, self.model = config.num_labels or 1, NanochatModel(config)
+        self.score = linear(config.hidden_size, self.num_labels, "head")
+        self.post_init()
+
+
+class NanochatForTokenClassification(GenericForTokenClassification, NanochatPreTrainedModel):
+    """A score of each of `num_labels` for every token."""
+
+    def __init__(self, config: NanochatConfig):
+        NanochatPreTrainedModel.__init__(self, config)
+        self.num_labels, self.model = config.num_labels or 1, NanochatModel(config)
+        self.dropout = nn.Identity()
+        self.score = linear(config.hidden_size, self.num_labels, "head")
+        self.post_init()

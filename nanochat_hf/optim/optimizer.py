@@ -123,6 +123,8 @@ class MuonAdamW(torch.optim.Optimizer):
         result = super().state_dict()
         if self._skipped is not None:
             result["skipped_steps"] = self._skipped.clone()
+        if self._health is not None:
+            result["health"] = self._health.clone()
         if shard.world > 1 and self.state:
             result["shard"] = (shard.rank, shard.world)
         if self.orthogonalize_dtype is not None:
@@ -172,6 +174,8 @@ class MuonAdamW(torch.optim.Optimizer):
             self.orthogonalize_dtype = getattr(torch, state_dict["orthogonalize_dtype"])
         skipped = state_dict.get("skipped_steps")
         self._skipped = None if skipped is None else skipped.clone()
+        health = state_dict.get("health")  # absent in older checkpoints
+        self._health = None if health is None else health.clone()
         self._units = None
 
     def _same_architecture(self, state_dict: dict[str, Any]) -> None:

@@ -129,12 +129,13 @@ def text_data(
     # every process packs the same held-out documents and takes its rows, so that each document counts once
     own = {(source.path, source.task) for source in sources.train}
     streaming = bool(base.streaming) and all((source.path, source.task) in own for source in sources.validation)
-    validation = TextBatches(sources.validation, tokenizer, **shape, streaming=streaming).once(
-        config.evaluate.eval_batches * processes
-    )
+    measured = TextBatches(sources.validation, tokenizer, **shape, streaming=streaming)
+    validation = measured.once(config.evaluate.eval_batches * processes)
     shares = sum(source.copies for source in sources.train)
     named = [f"{source.label} {source.copies / shares:.0%}" for source in sources.train]
     told = sources.train[0].label if len(named) == 1 else ", ".join(named)
     told += f", packing {base.packing}: {lost if base.packing == 'crop' else 'no token lost'}"
     lines = {"data": told} | ({"left out": batches.report.left_out} if batches.report.left_out else {})
+    if measured.once_report.total("bad"):
+        lines["left out of validation"] = measured.once_report.left_out
     return Data(tokenizer, batches, divided(validation, rank, processes), lines)

@@ -163,10 +163,14 @@ def conversation_data(
     alone: Packing = {**shape, "train_on_all_tokens": False, "isolate": True, "rank": 0, "world_size": 1}
     count = config.evaluate.eval_batches
     if sft.streaming and not sources.validation:  # the training data must not be read whole for it
-        held_out = StreamedConversations(sources.train, tokenizer, **alone, seed=seed + 1, prefetch=0).take(count)
+        measured: SFTBatches | StreamedConversations = StreamedConversations(
+            sources.train, tokenizer, **alone, seed=seed + 1, prefetch=0
+        )
+        held_out = measured.take(count)
     else:
         chosen = sources.validation or sources.train
-        held_out = SFTBatches(chosen, tokenizer, **alone, **told, seed=seed + 1, prefetch=0).once(count)
+        measured = SFTBatches(chosen, tokenizer, **alone, **told, seed=seed + 1, prefetch=0)
+        held_out = measured.once(count)
     on = ", ".join(source.label for source in sources.validation)
     lines = {
         "data": data,
@@ -175,6 +179,8 @@ def conversation_data(
     }
     if batches.report.left_out:
         lines["left out"] = batches.report.left_out
+    if sources.validation and measured.report.left_out:
+        lines["left out of validation"] = measured.report.left_out
     if isinstance(batches, SFTBatches):
         accumulation = accelerator.gradient_accumulation_steps
         steps = horizon(sft, config, batches, accumulation)

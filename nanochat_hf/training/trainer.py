@@ -25,7 +25,7 @@ class TrainState:
     """What a checkpoint must hold of the loop. `tokens` counts positions of all ranks, `seconds` training time only.
 
     `skipped` steps had no target, `overflowed` ones a gradient beyond float16 (the scaler leaves them out and halves
-    its scale).
+    its scale); `overflowing` of them are the last steps in a row.
     """
 
     step: int = 0
@@ -33,6 +33,7 @@ class TrainState:
     seconds: float = 0.0
     skipped: int = 0
     overflowed: int = 0
+    overflowing: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,6 @@ class Trainer:
         self.accumulation = self.accelerator.gradient_accumulation_steps
         self.callbacks = list(self.callbacks)
         self.state, self.stopped = TrainState(), False
-        self.overflows = 0  # overflowed steps in a row until now
         self.sums = None  # of gradients over the micro-batches of a step, see gradient_sums
         self.restored: dict[str, dict] = {}  # the callbacks' states in the checkpoint that was loaded
 
@@ -118,8 +118,8 @@ class Trainer:
         loss, norms = (torch.zeros(()), None) if empty else self._accumulate(micro_batches, targets)
         self.state.skipped += empty
         if self.accelerator.scaler is not None and not empty:
-            self.overflows = self.overflows + 1 if self.optimizer.step_was_skipped else 0
-            self.state.overflowed += self.overflows > 0
+            self.state.overflowing = self.state.overflowing + 1 if self.optimizer.step_was_skipped else 0
+            self.state.overflowed += self.state.overflowing > 0
         self.state.step += 1
         self.state.tokens += sum(b["input_ids"].numel() for b in micro_batches) * self.accelerator.num_processes
         self.state.seconds += time.perf_counter() - start  # the host's; whoever waits for the device adds that

@@ -37,9 +37,14 @@ CHATS = [
 
 def expected(model: torch.nn.Module, prompt: list[int]) -> list[int]:
     """Greedy tokens of transformers after `prompt`, all NEW_TOKENS of them."""
-    with torch.no_grad():
+    ids = torch.tensor([prompt])
+    with torch.no_grad():  # without a mask, generate would take the end of a tool's output for padding
         ids = model.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
         )
     return ids[0, len(prompt) :].tolist()
 

@@ -158,7 +158,7 @@ def test_rates_follow_the_batch_and_decay_the_depth(start, tmp_path):
     scale = math.sqrt(256 / 2**19)
     # flat to the half of the run, then to 0; taken at the middle of a step
     assert [e["train/lr_multiplier"] for e in entries] == pytest.approx([1, 1, 1 / 3])
-    assert entries[0]["lr/matrix_64x64"] == pytest.approx(0.02 * scale)
+    assert entries[0]["lr/matrix"] == pytest.approx(0.02 * scale)
     assert entries[0]["lr/unembedding"] == pytest.approx(0.004 * scale * (64 / 768) ** -0.5)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["weight_decay"] == pytest.approx(0.2 * 36)
     assert entries[0]["train/loss"] == pytest.approx(math.log(280), rel=0.01)

@@ -80,8 +80,8 @@ def test_keys_that_arrow_filled_in_are_no_arguments(tokenizer, tmp_path, name, s
     ]
     said, report = learned(tokenizer, write(tmp_path / name, rows), stream)
     text = "".join(trained for _, trained in said)
-    assert "weather(city='Oslo')" in text and "price(of={'stock': 'X'}, days=[{'a': 1}])" in text
-    assert "None" not in text and not report.ignored
+    assert 'weather{"city": "Oslo"}' in text and 'price{"of": {"stock": "X"}, "days": [{"a": 1}]}' in text
+    assert "null" not in text and not report.ignored
 
 
 def test_a_null_that_was_written_is_an_argument(tokenizer, tmp_path):
@@ -92,7 +92,15 @@ def test_a_null_that_was_written_is_an_argument(tokenizer, tmp_path):
         ]
     }
     [(_, trained)], _ = learned(tokenizer, write(tmp_path / "c.jsonl", [row]))
-    assert "f(day=None)" in trained
+    assert 'f{"day": null}' in trained
+
+
+def say(content):
+    return {"role": "assistant", "content": content}
+
+
+def part(kind, **marks):
+    return {"type": kind, "text": "x", **marks}
 
 
 FORMS = [
@@ -205,7 +213,7 @@ def test_columns_rename_and_what_they_replace_is_told(tokenizer, tmp_path, name,
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": [ASK, {"role": "assistant", "content": [None]}]}, "a part that is null"),
+        ({"messages": [ASK, {"role": "assistant", "content": [None]}]}, "the part None"),
         ({"messages": [ASK, {"role": "assistant", "content": "\ud83d"}]}, "half a character"),
         (
             {"messages": [{"role": "user", "content": "a \ud83d b"}, {"role": "assistant", "content": "x"}]},
@@ -222,8 +230,12 @@ def test_columns_rename_and_what_they_replace_is_told(tokenizer, tmp_path, name,
         ({"instruction": "a", "output": "b", "system": 5}, "system holds int"),
         ({"prompt": "a", "completion": 5}, "content of type int"),
         ({"conversations": [{"from": ["x"], "value": 1}]}, "conversations must be a list"),
-        ({"messages": [ASK, {"role": "assistant", "tool_calls": [None]}]}, "without a function's name"),
-        ({"messages": [ASK, {"role": "assistant", "tool_calls": 7}]}, "no conversation .'int' object"),
+        ({"messages": [ASK, {"role": "assistant", "tool_calls": [None]}]}, "calls no function by name"),
+        ({"messages": [ASK, {"role": "assistant", "tool_calls": 7}]}, "tool_calls of type int"),
+        (
+            {"messages": [ASK, say([part("text", weight=0), part("text")])]},
+            "parts between two outputs have the weights 0.0 and 1.0",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_one_line(row, reason):

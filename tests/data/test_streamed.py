@@ -102,6 +102,9 @@ class OneByOne:
     def news(self):
         return {"report": []}
 
+    def recall(self, news):
+        pass
+
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -122,7 +125,8 @@ def test_loaders_of_all_ranks_deal_every_document_out_once(tokenizer, shards, wo
         batches.stream.pack = OneByOne(batches.stream.pack.encoder)
         consumers, ended = max(1, workers), set()
         for number, batch in enumerate(batches):
-            if batches.epoch > 1 or (streaming and batches.epoch == 1):
+            epoch = batches.epochs[number % consumers]
+            if epoch > 1 or (streaming and epoch == 1):
                 ended.add(number % consumers)
             else:
                 seen.append(re.match(r"<\d+>x*", tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True))[0])
@@ -164,13 +168,20 @@ def test_a_resumed_stream_of_text_equals_the_uninterrupted_one(
             batches.stream.reader.block = 5
         return batches
 
-    whole = digests(make(), 24)
+    uninterrupted = make()
+    whole = digests(uninterrupted, 24)
     assert len(set(whole)) == 24
     for stop in (1, 7, 16):
         first, second = make(), make()
         assert digests(first, stop) == whole[:stop]
         second.load_state_dict(json_like(first.state_dict()))
-        assert digests(second, 24 - stop) == whole[stop:]
+        assert shown(second) == shown(first)
+        assert digests(second, 24 - stop) == whole[stop:] and shown(second) == shown(uninterrupted)
+
+
+def shown(batches):
+    """What a run shows of its data: passes, and what became of the rows."""
+    return batches.epoch, batches.report.state()
 
 
 def json_like(state):
@@ -186,18 +197,26 @@ def json_like(state):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_streamed_conversations_equal_uninterrupted_ones(tokenizer, chats, workers):
+def test_resumed_streamed_conversations_equal_uninterrupted_ones(tokenizer, chats, workers, tmp_path):
     def make(**changes):
         sources = [SourceConfig(path=chats), SourceConfig(path=chats, rows=10, weight=0.5)]
-        batches = StreamedConversations(sources, tokenizer, rows=2, positions=63, num_workers=workers, **changes)
+        sources.append(SourceConfig(path=bad))
+        batches = StreamedConversations(
+            sources, tokenizer, rows=2, positions=63, num_workers=workers, bad_rows="skip", **changes
+        )
         batches.stream.pack.documents = 11
         return batches
 
-    whole = digests(make(), 20)
-    first, second = make(), make()
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    bad = str(tmp_path / "some_bad.jsonl")
+    Path(bad).write_text("".join(json.dumps(row) + "\n" for row in [good, good, None] * 4))
+    uninterrupted, first, second = make(), make(), make()
+    whole = digests(uninterrupted, 20)
     assert digests(first, 9) == whole[:9]
     second.load_state_dict(json_like(first.state_dict()))
-    assert digests(second, 11) == whole[9:]
+    assert shown(second) == shown(first)
+    assert digests(second, 11) == whole[9:] and shown(second) == shown(uninterrupted)
+    assert second.bad[0] > first.bad[0] > 0
     assert digests(make(seed=1), 3) != whole[:3]
 
 

@@ -20,7 +20,8 @@ from tests.support.models import build, tokens
 
 PARTS = ("configuration", "modeling", "layers", "ops", "loss", "masks", "resizing", "smear")
 CODE = {f"{part}_nanochat_hf.py" for part in PARTS}
-AUTO = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+CLASSIFIERS = {"AutoModelForSequenceClassification", "AutoModelForTokenClassification"}
+AUTO = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} | CLASSIFIERS
 
 
 @pytest.fixture(scope="module")

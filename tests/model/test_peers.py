@@ -1,6 +1,7 @@
 """The model with transformers' Trainer, TRL, PEFT and lm_eval. The last three are skipped where not installed."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -97,6 +98,83 @@ def test_trl_trains_on_the_assistants_tokens_alone(folder, tmp_path, packing):
         torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), own, rtol=1e-5, atol=1e-5)
     trainer.train()
     assert len(losses(trainer)) == 10 and losses(trainer)[-1] < losses(trainer)[0] - 0.5
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config"])
+def test_peft_knows_its_default_targets(folder, kind):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = peft.get_peft_model(
+        NanochatForCausalLM.from_pretrained(folder), getattr(peft, kind)(task_type="CAUSAL_LM")
+    ).train()
+    ids = torch.randint(0, 200, (1, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    adapted = {
+        re.split(r"\.lora_|\.ia3_", name)[0].rsplit(".", 1)[-1]
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    assert adapted == ({"q_proj", "v_proj"} if kind == "LoraConfig" else {"k_proj", "v_proj", "down_proj"})
+
+
+def test_an_adapter_keeps_the_rows_of_new_tokens_in_every_table_that_is_named(folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    model = NanochatForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(308)
+    with torch.no_grad():
+        for table in model.tables():
+            table.weight[300:] = torch.randn_like(table.weight[300:])
+    tables = ["embed_tokens", "lm_head", *(f"value_embeds.{i}" for i in model.model.value_embeds)]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", modules_to_save=tables)).eval()
+    ids = torch.tensor([[5, 302, 7, 305]])
+    expected = adapted(input_ids=ids).logits
+    adapted.save_pretrained(tmp_path)
+    base = NanochatForCausalLM.from_pretrained(folder)
+    base.resize_token_embeddings(308)
+    again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(again(input_ids=ids).logits, expected)
+
+
+def test_lora_trains_on_weights_that_torchao_has_quantised(folder):
+    """The head is still an nn.Linear, and its weight no plain parameter: the loss must go through the layer."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    ids = torch.randint(0, 200, (2, 16))
+    base = NanochatForCausalLM.from_pretrained(folder).eval()
+    plain = base(input_ids=ids, labels=ids).loss.item()
+    quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
+    assert type(base.lm_head.weight) is not torch.nn.Parameter
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM")).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(plain, rel=0.01) and losses == sorted(losses, reverse=True)
+
+
+def test_trl_trains_a_reward_model(folder, tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    rows = [{"chosen": said("yes"), "rejected": said("no")} for _ in range(6)]
+    config = trl.RewardConfig(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to="none", bf16=False
+    )
+    before = model.score.weight.detach().clone()
+    trainer = trl.RewardTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.train()
+    assert trainer.state.global_step == 3 and not torch.equal(model.score.weight.cpu(), before)
+
+
+def said(answer):
+    return [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": answer}]
 
 
 def test_peft_attaches_to_the_linear_layers_trains_and_merges(folder, tmp_path):

@@ -41,7 +41,6 @@ def entries(tmp_path, losses, *, late=False, every=1):
         num_steps=len(losses),
         optimizer=optimizer,
         batches=SimpleNamespace(epoch=0),
-        overflows=0,
     )
     log = Log(trainer, "test", flops_per_token=1, every=every, output_dir=tmp_path)
     for step, loss in enumerate(losses, 1):

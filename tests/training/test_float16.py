@@ -133,7 +133,7 @@ def test_an_overflow_changes_nothing_and_the_scale_falls_until_it_fits():
         scales.append(trainer.accelerator.scaler.get_scale())
         same = all(torch.equal(p, before[n]) for n, p in trainer.raw_model.named_parameters())
         assert same == (trainer.state.overflowed == info.step)  # nothing moves until a step fits
-        assert trainer.overflows == (info.step if same else 0)
+        assert trainer.state.overflowing == (info.step if same else 0)
 
     trainer = trained(24, scale=2.0**34, watch=watch)
     assert 0 < trainer.state.overflowed < 24 and scales[0] == 2.0**33

@@ -150,7 +150,7 @@ def test_what_a_resumed_run_does_otherwise_is_said_and_config_json_shows_what_is
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["matrix_lr"], config["warmdown_ratio"], config["mixed_precision"]) == (0.02, 0.5, "no")
     last = [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in e][-1]
-    (rate,) = {value for name, value in last.items() if name.startswith("lr/matrix")}
+    rate = last["lr/matrix"]
     assert rate == pytest.approx(config["matrix_lr"] * last["train/lr_multiplier"])
 
 

@@ -1,6 +1,7 @@
 """What callbacks share. Each is called with (trainer, StepInfo) after every step, and owns its cadence."""
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ def due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-class Callback:
+class Callback(ABC):
     """Something that is done beside the steps. Any callable will do; this adds a state that checkpoints keep.
 
     `name`: under which they keep it; None: there is none.
@@ -24,23 +25,27 @@ class Callback:
 
     name: str | None = None
 
+    @abstractmethod
     def __call__(self, trainer: "Trainer", info: "StepInfo") -> None:
         """Called after every step."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to show what the uninterrupted run shows; plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict."""
+        """Go on from a state_dict; ValueError where it holds what this callback does not keep."""
+        if state:
+            raise ValueError(f"{self.name} keeps no state, and here is one of {', '.join(map(str, state))}")
 
     def weights(self, trainer: "Trainer") -> dict[str, torch.Tensor]:
         """Whole tensors by name that checkpoints keep too, on the CPU; {} for none. All processes ask."""
         return {}
 
     def load_weights(self, trainer: "Trainer", weights: Mapping[str, Any]) -> None:
-        """Go on from `weights`."""
+        """Go on from `weights`; ValueError where there are some that this callback does not keep."""
+        if weights:
+            raise ValueError(f"{self.name} keeps no tensors, and here are {', '.join(map(str, weights))}")
 
 
 class Measurement(Callback):
@@ -63,9 +68,9 @@ class Measurement(Callback):
         """Whether to measure after `step`."""
         return due(step, self.every) or step == trainer.num_steps
 
+    @abstractmethod
     def measure(self, trainer: "Trainer") -> None:
         """Measure now, at `trainer.state.step`."""
-        raise NotImplementedError
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The numbers of the steps: on the console, in the trackers and in metrics.jsonl."""
 
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,6 +35,27 @@ class Measures(Protocol):
     def figures(self) -> dict[str, Any]:
         """What report.md says of the run."""
         ...
+
+
+def family(group: str) -> str:
+    """What a parameter group is called in logs: the matrices of all shapes, which share one learning rate, are one.
+
+    >>> family("matrix_64x256"), family("scalars")
+    ('matrix', 'scalars')
+    """
+    return re.sub(r"_\d+x\d+$", "", group)
+
+
+def joined_norms(norms: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """{family: norm} of the norms of groups: that of all the family's gradients together.
+
+    >>> joined_norms({"matrix_2x2": torch.tensor(3.0), "matrix_2x4": torch.tensor(4.0)})
+    {'matrix': 5.0}
+    """
+    joined: dict[str, float] = {}
+    for name, norm in norms.items():
+        joined[family(name)] = math.hypot(joined.get(family(name), 0.0), norm.item())
+    return joined
 
 
 class Log(Callback):
@@ -123,8 +145,8 @@ class Log(Callback):
         }
         if accelerator.scaler is not None:
             values |= {"train/loss_scale": accelerator.scaler.get_scale(), "train/overflowed_steps": state.overflowed}
-        values |= {f"grad_norm/{name}": norm.item() for name, norm in (info.grad_norms or {}).items()}
-        values |= {f"lr/{group['name']}": group["lr"] for group in trainer.optimizer.param_groups}
+        values |= {f"grad_norm/{name}": norm for name, norm in joined_norms(info.grad_norms or {}).items()}
+        values |= {f"lr/{family(group['name'])}": group["lr"] for group in trainer.optimizer.param_groups}
         self.figures = {"loss": f"{loss:.3f}", "lr": f"{info.lr_multiplier:.2f}", "tok/s": f"{rate:,.0f}"}
         if self.measures is not None:
             more = self.measures.values(trainer)
@@ -140,8 +162,8 @@ class Log(Callback):
 
     def _check(self, trainer, info, loss):
         row, name = trainer.optimizer.optimizer.non_finite()
-        if trainer.overflows:
-            row, name = trainer.overflows, f"float16, at a loss scale of {trainer.accelerator.scaler.get_scale():.3g}"
+        if row_of := trainer.state.overflowing:
+            row, name = row_of, f"float16, at a loss scale of {trainer.accelerator.scaler.get_scale():.3g}"
         if row and row >= self.max_skipped:
             raise ValueError(
                 f"step {info.step}: gradients were not finite in {row} steps in a row, "
