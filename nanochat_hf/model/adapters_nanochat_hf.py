@@ -1,6 +1,7 @@
 """Which layers PEFT adapts where its config names none."""
 
 import sys
+from typing import Any
 
 # PEFT's tables, by model type; a name that a version of PEFT does not have is passed over
 TARGETS = {
@@ -20,3 +21,11 @@ def tell_peft(model_type: str) -> None:
         table = getattr(constants, name, None)
         if table is not None:
             table.setdefault(model_type, list(targets))
+
+
+class Adaptable:
+    """A model whose default targets PEFT knows once one has been made."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)  # ty: ignore[too-many-positional-arguments]  that of PreTrainedModel
+        tell_peft(config.model_type)

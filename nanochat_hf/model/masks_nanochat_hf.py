@@ -73,3 +73,23 @@ def masks_and_documents(
     if "sliding_attention" in config.layer_types:
         masks["sliding_attention"] = create_sliding_window_causal_mask(**masking)
     return masks, documents
+
+
+class DocumentBorders:
+    """What a trainer asks a model about documents in packed rows."""
+
+    config: NanochatConfig
+
+    @property
+    def takes_borders(self) -> bool:
+        """Whether the attention keeps documents apart by their borders, not by a mask."""
+        return takes_borders(self.config._attn_implementation)
+
+    def document_borders(self, position_ids: Tensor | None, device: torch.device | None) -> dict:
+        """What `forward` derives from position_ids (B, T), as keywords; {} where the attention takes no borders.
+
+        Computed from positions on the host they need no wait for the device and break no compiled graph.
+        """
+        if position_ids is None or not self.takes_borders:
+            return {}
+        return varlen_arguments(position_ids, position_ids.shape[0], device)

@@ -8,23 +8,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, modeling_layers
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters_nanochat_hf import tell_peft
+from .adapters_nanochat_hf import Adaptable
 from .configuration_nanochat_hf import NanochatConfig
 from .layers_nanochat_hf import NanochatMLP, eager_attention_forward, has_value_embedding, initialise, linear
 from .loss_nanochat_hf import LossSizes, SoftcappedLoss, chunked_loss
-from .masks_nanochat_hf import masks_and_documents, takes_borders, varlen_arguments
+from .masks_nanochat_hf import DocumentBorders, masks_and_documents
 from .ops_nanochat_hf import PLAIN, Attend, Heads, Ops, ValueEmbedding, are_plain, norm
 from .policy_nanochat_hf import Policy, PolicyOutput, PolicyTokens, policy_loss
 from .resizing_nanochat_hf import ResizableTables, table_rows
@@ -80,14 +75,9 @@ class NanochatAttention(nn.Module):
             k, v = k.to(q.dtype), v.to(q.dtype)
             return attention_interface(self, q, k, v, attention_mask, scaling=self.scaling, **options)
 
-        attend = Attend(
-            call=call,
-            implementation=implementation,
-            whole_rows=attention_mask is None and past_key_values is None,
-            scaling=self.scaling,
-            window=self.sliding_window,
-            borders=kwargs.get("cu_seq_lens_q"),
-        )
+        whole_rows = attention_mask is None and past_key_values is None
+        borders = kwargs.get("cu_seq_lens_q")
+        attend = Attend(call, implementation, whole_rows, self.scaling, self.sliding_window, borders)
         value = None
         if self.ve_gate is not None:
             gate = self.config.value_gate_scale * torch.sigmoid(self.ve_gate(first))  # (B, T, K)
@@ -97,7 +87,7 @@ class NanochatAttention(nn.Module):
         return ops.project_and_add(y.reshape(*x.shape[:-1], -1), self.o_proj, stream), weights
 
 
-class NanochatDecoderLayer(GradientCheckpointingLayer):
+class NanochatDecoderLayer(modeling_layers.GradientCheckpointingLayer):
     """x ← r·x + s·x0, then x ← x + attn(norm(x)), then the update mlp(norm(x)), which the next layer adds."""
 
     def __init__(self, config: NanochatConfig, layer_idx: int):
@@ -128,7 +118,7 @@ class NanochatDecoderLayer(GradientCheckpointingLayer):
         return x, self.mlp(normed, ops), x0
 
 
-class NanochatPreTrainedModel(ResizableTables, PreTrainedModel):
+class NanochatPreTrainedModel(Adaptable, ResizableTables, PreTrainedModel):
     """What both models share: flags for transformers, and the initialisation."""
 
     config_class = NanochatConfig
@@ -141,10 +131,6 @@ class NanochatPreTrainedModel(ResizableTables, PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"attentions": NanochatAttention}
 
-    def __init__(self, config: NanochatConfig, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
-        tell_peft(config.model_type)
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights. transformers would take that of the first parameters, the float32 scalars."""
@@ -156,7 +142,7 @@ class NanochatPreTrainedModel(ResizableTables, PreTrainedModel):
         initialise(module, self.config)  # transformers calls this for each module that owns parameters
 
 
-class NanochatModel(NanochatPreTrainedModel):
+class NanochatModel(DocumentBorders, NanochatPreTrainedModel):
     """Ids (B, T) → normed hidden states (B, T, C)."""
 
     def __init__(self, config: NanochatConfig):
@@ -198,8 +184,7 @@ class NanochatModel(NanochatPreTrainedModel):
 
         `position_ids` (B, T) that start again within a row keep the documents of that row apart, as long as neither
         mask nor cache is given. `hidden_states` of the result: the stream before each layer, then the input of the
-        head. `previous_ids` (B, 1), the tokens before these, is for caches that do not remember tokens; only smear
-        needs it.
+        head. `previous_ids` (B, 1), the tokens before these, is for smear with a cache that does not remember them.
         """
         if input_ids is None and (inputs_embeds is None or self.config.use_value_embeddings or self.config.smear):
             looked_up = "value embeddings are" if self.config.use_value_embeddings else "the token before is"
@@ -224,22 +209,19 @@ class NanochatModel(NanochatPreTrainedModel):
         rope = ops.rope_tables(position_ids, config.head_dim, float(config.rope_theta), config.rope_in_bfloat16)
         x = norm(x, eps)
         if self.smear is not None:
-            paged = "cache" in kwargs  # transformers' continuous batching has a cache of its own
-            last = token_before(config, past_key_values, paged) if previous_ids is None else previous_ids
+            last = token_before(config, past_key_values, "cache" in kwargs) if previous_ids is None else previous_ids
             last = None if last is None else norm(self.embed_tokens(last).to(x.dtype), eps)
             borders = kwargs.get("cu_seq_lens_q") if past_key_values is None else None
             x = self.smear(x, last, follows(position_ids, attention_mask, len(x), borders))
-        x0, middle = x, None
+        x0, middle, hidden = x, None, []
         update = nothing = torch.zeros_like(x)
-        hidden = []
         # transformers shortens num_hidden_layers for a draft by the first layers (assistant_early_exit)
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             if self.gradient_checkpointing or output_hidden_states:
                 x, update = x + update, nothing  # checkpointing then keeps one tensor a layer, the one in hidden_states
                 hidden.append(x)
-            # Each layer stacks its own two scalars: with one stack for all, their gradients would be views, for which
-            # XLA compiles one more program. The cache is a keyword because gradient checkpointing removes it by name.
-            # Otherwise recomputing a layer would write to the cache twice.
+            # Each layer stacks its own two scalars: gradients that are views would cost XLA one more program. The cache
+            # is a keyword because checkpointing removes it by name; or else recomputing would write to it twice.
             x, update, x0 = layer(
                 x,
                 update,
@@ -266,20 +248,6 @@ class NanochatModel(NanochatPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=(*hidden, x) if output_hidden_states else None,
         )
-
-    @property
-    def takes_borders(self) -> bool:
-        """Whether the attention keeps documents apart by their borders, not by a mask."""
-        return takes_borders(self.config._attn_implementation)
-
-    def document_borders(self, position_ids: Tensor | None, device: torch.device | None) -> dict:
-        """What `forward` derives from position_ids (B, T), as keywords; {} where the attention takes no borders.
-
-        Computed from positions on the host they need no wait for the device and break no compiled graph.
-        """
-        if position_ids is None or not self.takes_borders:
-            return {}
-        return varlen_arguments(position_ids, position_ids.shape[0], device)
 
 
 class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
@@ -321,50 +289,47 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         its loss is that of `self.policy`, and the output has log-probabilities and entropies.
         """
         # no named argument: Trainer takes each one with "label" in its name for a column that evaluation needs
-        shift_labels = kwargs.pop("shift_labels", None)
-        tokens = PolicyTokens.taken(kwargs, loss_weights)
+        shift_labels, tokens = kwargs.pop("shift_labels", None), PolicyTokens.taken(kwargs, loss_weights)
         inputs = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
         output = self.model(*inputs, return_dict=True, **kwargs)
         hidden = output.last_hidden_state
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
-        loss = logits = log_probs = entropies = None
+        loss, logits, scores = None, None, {}
         if shift_labels is not None:
             # without a single valid target the loss is 0, not NaN
             valid = (shift_labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            if tokens is None:
-                loss = self._loss(hidden, shift_labels, loss_weights) / valid
-            else:
-                sizes = LossSizes(self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK)
-                total, log_probs, entropies = policy_loss(self, hidden, shift_labels, tokens, sizes)
-                loss = total / valid
+            total, scores = self._loss(hidden, shift_labels, loss_weights, tokens)
+            loss = total / valid
         if skip_logits is None:
             skip_logits = self.training and shift_labels is not None
         if not skip_logits:
             last = isinstance(logits_to_keep, int) and logits_to_keep
             keep = slice(-logits_to_keep, None) if last else logits_to_keep
             logits = self.logits(hidden if isinstance(keep, int) else hidden[:, keep])
-        result: dict[str, Any] = dict(
+        return (PolicyOutput if scores else CausalLMOutputWithPast)(
             loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **scores,
         )
-        if tokens is not None:
-            return PolicyOutput(**result, log_probs=log_probs, entropies=entropies)
-        return CausalLMOutputWithPast(**result)
 
-    def _loss(self, hidden, targets, weights):
+    def _loss(self, hidden, targets, weights, tokens):
+        # (sum over the targets, what the output holds beside it)
+        sizes = LossSizes(self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK)
+        if tokens is not None:
+            total, log_probs, entropies = policy_loss(self, hidden, targets, tokens, sizes)
+            return total, {"log_probs": log_probs, "entropies": entropies}
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
         weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights.flatten().float()
         if self.training and torch.is_grad_enabled() and are_plain(self.lm_head):
-            sizes = LossSizes(self.config.vocab_size, self.config.final_logit_softcapping, LOSS_CHUNK)
-            return SoftcappedLoss.apply(hidden, self.lm_head.weight, targets, weights, sizes, self.model.ops)
-        return chunked_loss(self.logits, hidden, targets, weights, LOSS_CHUNK, recompute=self.training)
+            return SoftcappedLoss.apply(hidden, self.lm_head.weight, targets, weights, sizes, self.model.ops), {}
+        return chunked_loss(self.logits, hidden, targets, weights, LOSS_CHUNK, recompute=self.training), {}
 
 
-class NanochatForSequenceClassification(GenericForSequenceClassification, NanochatPreTrainedModel):
+class NanochatForSequenceClassification(modeling_layers.GenericForSequenceClassification, NanochatPreTrainedModel):
     """A score of each of `num_labels` for a whole text, from its last token: reward models and classifiers."""
 
     def __init__(self, config: NanochatConfig):
@@ -374,7 +339,7 @@ class NanochatForSequenceClassification(GenericForSequenceClassification, Nanoch
         self.post_init()
 
 
-class NanochatForTokenClassification(GenericForTokenClassification, NanochatPreTrainedModel):
+class NanochatForTokenClassification(modeling_layers.GenericForTokenClassification, NanochatPreTrainedModel):
     """A score of each of `num_labels` for every token."""
 
     def __init__(self, config: NanochatConfig):
