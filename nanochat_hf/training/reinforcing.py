@@ -181,7 +181,7 @@ def rollouts(
         setup.sampling,
         questions.longest,
         dtype=DTYPES[accelerator.mixed_precision],
-        compile=accelerator.device.type == "cuda",
+        compile=flags.rl.rollout_compile,
     )
     start = copy.deepcopy(model).requires_grad_(False).to(accelerator.device) if flags.objective.kl else None
     grader = Grader(parse_rewards(flags.rl.reward), flags.rl.reward_seconds, flags.rl.reward_threads)

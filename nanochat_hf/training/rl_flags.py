@@ -43,6 +43,9 @@ class RLConfig:
     temperature: float = field(default=1.0, metadata={"help": "of sampling, and of the loss"})
     top_k: int = field(default=50, metadata={"help": "sample among so many tokens; 0: among all"})
     rollout_rows: int = field(default=256, metadata={"help": "answers that a process writes at a time"})
+    rollout_compile: bool = field(
+        default=False, metadata={"help": "write answers by a compiled step, on CUDA one graph (see docs/rl.md)"}
+    )
     overlong_margin: int = field(
         default=0, metadata={"help": "last tokens of --max-new-tokens over which DAPO's penalty grows to 1; 0: none"}
     )
