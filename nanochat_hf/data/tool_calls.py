@@ -45,6 +45,6 @@ def present_calls(messages: list[Message], where: str = "row") -> list[Message]:
 
 def _plain_call(call: Any) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
+    if not isinstance(function, dict) or "arguments" not in function:
         return call
-    return {**call, "function": {**function, "arguments": as_mapping(function.get("arguments"))}}
+    return {**call, "function": {**function, "arguments": as_mapping(function["arguments"])}}

@@ -19,6 +19,10 @@ from .stopping import StopSignal
 
 Batch = Mapping[str, torch.Tensor]
 
+# The process groups of wrapped models, until the process ends. When the last reference to a group of gloo goes, torch
+# waits for gloo's threads while it holds Python's lock, for which such a thread may wait: one run in fifty ended never.
+GROUPS: list[Any] = []
+
 
 @dataclass
 class TrainState:
@@ -76,6 +80,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.raw_model: Any = self.model  # uncompiled, unwrapped handle on the same weights, for evaluation and saving
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if (group := getattr(self.model, "process_group", None)) is not None:
+            GROUPS.append(group)
         self.accumulation = self.accelerator.gradient_accumulation_steps
         self.callbacks = list(self.callbacks)
         self.state, self.stopped = TrainState(), False
