@@ -13,6 +13,7 @@ os.environ |= {"PJRT_DEVICE": "CPU", "XLA_FLAGS": "--xla_backend_optimization_le
 import pytest
 
 ROOT = Path(__file__).parents[2]
+os.environ["PYTHONPATH"] = str(ROOT)  # only nanochat_hf is installed, not scripts
 WORDS = (
     "the cat sat on a mat and the dog ran far away from a house with one red door "
     "while birds sang songs over green hills"
