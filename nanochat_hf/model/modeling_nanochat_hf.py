@@ -80,8 +80,8 @@ class NanochatAttention(nn.Module):
         attend = Attend(call, implementation, whole_rows, self.scaling, self.sliding_window, borders)
         value = None
         if self.ve_gate is not None:
-            gate = self.config.value_gate_scale * torch.sigmoid(self.ve_gate(first))  # (B, T, K)
-            value = ValueEmbedding(gate.to(first.dtype), table, input_ids)  # ty: ignore[invalid-argument-type]  given where a gate is
+            gate = self.config.value_gate_scale * torch.sigmoid(self.ve_gate(first))  # (B, T, K); with a table and ids
+            value = ValueEmbedding(gate.to(first.dtype), table, input_ids)  # ty: ignore[invalid-argument-type]
         heads = Heads(self.q_proj, self.k_proj, self.v_proj, self.head_dim, self.config.rms_norm_eps)
         y, weights = ops.attention(ops, x, heads, value, rope, attend)
         return ops.project_and_add(y.reshape(*x.shape[:-1], -1), self.o_proj, stream), weights
@@ -241,7 +241,7 @@ class NanochatModel(DocumentBorders, NanochatPreTrainedModel):
         if middle is not None:
             x = x - self.backout_lambda[0] * middle  # ty: ignore[not-subscriptable]  there is one where a middle is
         if self.smear is not None and previous_ids is None and past_key_values is not None:
-            remember(past_key_values, input_ids)  # ty: ignore[invalid-argument-type]  without ids the call has ended above
+            remember(past_key_values, input_ids)  # ty: ignore[invalid-argument-type]  without ids it raised above
         x = norm(x, eps)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
